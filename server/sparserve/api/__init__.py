@@ -1,0 +1,1 @@
+"""gRPC: messages to engine calls and back, nothing else."""

@@ -1,0 +1,105 @@
+"""ControlService: what an operator, a balancer or a gateway asks of a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+import sparserve
+from sparserve.api.convert import POLICY_NUMBERS
+from sparserve.config import ServerSettings
+from sparserve.engine.async_engine import AsyncEngine
+from sparserve.errors import InvalidRequest, UnknownModel
+from sparserve.model.backend import BLOCK_SIZE
+from sparserve.sparsity.policy import BUILT, DENSE
+from sparserve.v1 import control_pb2 as pb
+from sparserve.v1 import control_pb2_grpc
+
+MAX_ABORT_IDS = 1024
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    def __init__(self, engine: AsyncEngine, model_name: str, settings: ServerSettings) -> None:
+        self._engine = engine
+        self._model_name = model_name
+        self._settings = settings
+        self._start_time = Timestamp()
+        self._start_time.GetCurrentTime()
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Any
+    ) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[self._model_name])
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: Any
+    ) -> pb.GetModelInfoResponse:
+        if request.model and request.model != self._model_name:
+            raise UnknownModel(request.model, self._model_name)
+        engine = self._engine.engine
+        config = engine.backend.config
+        return pb.GetModelInfoResponse(
+            model=self._model_name,
+            architecture=config.architecture,
+            num_parameters=config.num_parameters,
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            max_context_length=engine.limits.max_context,
+            eos_token_ids=config.eos_token_ids,
+            bos_token_id=config.bos_token_id,
+            chat_template=engine.tokenizer.chat_template,
+            dtype=engine.backend.info.dtype,
+        )
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: Any
+    ) -> pb.GetServerInfoResponse:
+        engine, settings = self._engine.engine, self._settings
+        info, limits = engine.backend.info, engine.limits
+        return pb.GetServerInfoResponse(
+            version=sparserve.__version__,
+            start_time=self._start_time,
+            backend=pb.Backend(
+                name=info.name, device=info.device, dtype=info.dtype, threads=info.threads
+            ),
+            limits=pb.Limits(
+                max_context_length=limits.max_context,
+                max_running_requests=limits.max_running,
+                max_waiting_requests=settings.max_waiting,
+                max_batched_tokens=limits.max_batched_tokens,
+                max_message_bytes=settings.max_message_bytes,
+                kv_block_size=BLOCK_SIZE,
+                num_kv_blocks=engine.backend.num_blocks,
+                default_max_tokens=limits.default_max_tokens,
+            ),
+            policies=[POLICY_NUMBERS[kind] for kind in BUILT],
+            default_policy=POLICY_NUMBERS[DENSE.kind],
+        )
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
+        engine = self._engine.engine
+        return pb.GetLoadResponse(
+            running_requests=engine.num_running,
+            waiting_requests=engine.num_waiting,
+            waiting_tokens=engine.waiting_tokens,
+            used_kv_blocks=engine.used_blocks,
+            num_kv_blocks=engine.backend.num_blocks,
+        )
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        if not 1 <= len(request.request_ids) <= MAX_ABORT_IDS:
+            raise InvalidRequest(
+                "request_ids",
+                f"{len(request.request_ids)} ids given; 1 to {MAX_ABORT_IDS} are allowed",
+            )
+        response = pb.AbortResponse()
+        for request_id in dict.fromkeys(request.request_ids):
+            aborted = self._engine.abort(request_id)
+            (response.aborted if aborted else response.not_found).append(request_id)
+        return response

@@ -1,0 +1,163 @@
+"""The server put together: engine, services, health, reflection, HTTP, start and orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from sparserve.api.control import ControlService
+from sparserve.api.http import HttpServer
+from sparserve.api.inference import InferenceService
+from sparserve.api.interceptors import ErrorInterceptor
+from sparserve.api.reflection import add_reflection
+from sparserve.config import ServerSettings
+from sparserve.engine.async_engine import AsyncEngine, EngineState
+from sparserve.engine.engine import Engine
+from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
+from sparserve.errors import ConfigError
+from sparserve.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name,
+)
+# Health is told for the server as a whole ("") and for each service.
+HEALTH_NAMES = ("", *SERVICES)
+
+
+def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", 4096),
+        # Keep-alive pings of a client waiting for a long call must not end in "Too many pings".
+        ("grpc.http2.max_ping_strikes", 0),
+        # Two servers on one port would each get a share of the connections: a port in use is an error.
+        ("grpc.so_reuseport", 0),
+    ]
+    if settings.max_connection_age:
+        options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)))
+    return options
+
+
+class Server:
+    """A server on the running event loop: `start`, then `drain_and_stop` once."""
+
+    def __init__(self, engine: Engine, model_name: str, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._health: Any = HealthServicer()
+        self._health_tasks: set[asyncio.Task[None]] = set()
+        self._warm = False
+        self.engine = AsyncEngine(
+            engine, max_waiting=settings.max_waiting, on_state=lambda state: self._on_state(state)
+        )
+        self._grpc = grpc.aio.server(
+            interceptors=[ErrorInterceptor()], options=grpc_options(settings)
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self.engine, model_name), self._grpc
+        )
+        control_pb2_grpc.add_ControlServiceServicer_to_server(
+            ControlService(self.engine, model_name, settings), self._grpc
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        add_reflection(self._grpc, (*SERVICES, health.SERVICE_NAME))
+        self.port = 0
+        self.metrics_port = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._warm and self.engine.state is EngineState.READY
+
+    async def start(self) -> None:
+        """Listen, warm up, then turn SERVING. Raises ConfigError where a port is taken."""
+        settings = self._settings
+        try:
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._http = HttpServer(
+                settings.host,
+                settings.metrics_port,
+                self.engine.engine.metrics,
+                is_alive=lambda: self.engine.state is not EngineState.BROKEN,
+                is_ready=lambda: self.is_ready,
+            )
+            self.metrics_port = self._http.port
+            try:
+                self.port = self._grpc.add_insecure_port(f"{settings.host}:{settings.port}")
+            except RuntimeError as error:
+                self._http.stop()
+                raise ConfigError(
+                    f"cannot listen on {settings.host}:{settings.port} for gRPC (in use, or not an address "
+                    "of this machine); choose another --port or --host"
+                ) from error
+            await self._grpc.start()
+            await self._warm_up()
+        except BaseException:
+            await self.engine.stop()
+            raise
+        self._warm = True
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain_and_stop(self) -> None:
+        """Readiness goes first, requests in flight get `drain_timeout` seconds, then all ends."""
+        await self.engine.drain(self._settings.drain_timeout)
+        await self._grpc.stop(grace=5)
+        await self.engine.stop()
+        self._http.stop()
+
+    async def run_until_signalled(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal ends the wait."""
+        loop = asyncio.get_running_loop()
+        asked, impatient = asyncio.Event(), asyncio.Event()
+
+        def on_signal() -> None:
+            (impatient if asked.is_set() else asked).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        await asked.wait()
+        log.info(
+            "draining: up to %g s for %d requests",
+            self._settings.drain_timeout,
+            self.engine.in_flight,
+        )
+        stop = asyncio.create_task(self.drain_and_stop())
+        hurry = asyncio.create_task(impatient.wait())
+        await asyncio.wait({stop, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not stop.done():
+            log.warning("second signal: stopping without waiting")
+            stop.cancel()
+            await self._grpc.stop(grace=0)
+            await self.engine.stop()
+
+    async def _warm_up(self) -> None:
+        request = GenerationRequest(
+            request_id="warm-up",
+            prompt_token_ids=(0,) * min(16, self.engine.engine.limits.max_context - 4),
+            sampling=SamplingParams(temperature=0),
+            stopping=StoppingParams(max_tokens=2, ignore_eos=True),
+        )
+        with self.engine.submit(request) as stream:
+            async for _ in stream:
+                pass
+
+    def _on_state(self, state: EngineState) -> None:
+        log.info("engine is %s", state.value)
+        if state is not EngineState.READY:
+            task = asyncio.ensure_future(
+                self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            )
+            self._health_tasks.add(task)
+            task.add_done_callback(self._health_tasks.discard)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in HEALTH_NAMES:
+            await self._health.set(name, status)

@@ -1,0 +1,1 @@
+"""Offline benchmarks, beside the peers a user would run instead."""

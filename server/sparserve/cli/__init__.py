@@ -1,0 +1,51 @@
+"""The `sparserve` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sparserve import __version__
+from sparserve.cli import bench, demo, generate, models, serve
+from sparserve.cli.output import fail
+from sparserve.errors import SparserveError
+
+app = typer.Typer(
+    name="sparserve",
+    help="Serve Llama-family models over gRPC.\n\nStart with `sparserve demo`: it fetches a small real "
+    "model, serves it and talks to it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("demo")(demo.demo)
+app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
+app.add_typer(models.app, name="models")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: errors meant for the user become one line on stderr and exit status 1."""
+    try:
+        app()
+    except SparserveError as error:
+        fail(error)
+        sys.exit(1)

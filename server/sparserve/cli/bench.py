@@ -1,0 +1,7 @@
+"""`sparserve bench`."""
+
+from __future__ import annotations
+
+
+def bench() -> None:
+    """x"""

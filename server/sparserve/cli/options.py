@@ -1,0 +1,69 @@
+"""Command-line flags made from a settings model, so that each setting is described once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from sparserve.config import ServerSettings, Settings, load_settings
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of settings, named as the flags with underscores."),
+]
+
+
+def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for every setting of `kind`; it is called with `settings=`.
+
+    Precedence: flag, SPARSERVE_<NAME>, settings file (servers only), default.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            p
+            for p in inspect.signature(command, eval_str=True).parameters.values()
+            if p.name != "settings"
+        ]
+        flags = [_flag(name, field) for name, field in kind.model_fields.items()]
+        config = [_config_flag()] if issubclass(kind, ServerSettings) else []
+
+        def run(**values: Any) -> None:
+            given = {flag.name: values.pop(flag.name) for flag in flags}
+            path = values.pop("config", None)
+            command(settings=load_settings(kind, given, path), **values)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([*own, *flags, *config])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind: Any = field.annotation
+    metavar = None
+    if get_origin(kind) is Literal:
+        metavar, kind = "|".join(get_args(kind)), str
+    assert kind in (str, int, float), f"setting {name} has no flag for its type {kind}"
+    help_text = f"{field.description} [default: {field.default}] [env: SPARSERVE_{name.upper()}]"
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=help_text, metavar=metavar, show_default=False
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _config_flag() -> inspect.Parameter:
+    return inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile
+    )

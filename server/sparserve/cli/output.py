@@ -1,0 +1,47 @@
+"""What the commands print: errors, progress bars, streamed text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from sparserve.model.catalog import DownloadProgress
+from sparserve.model.loader import LoadProgress
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def fail(error: Exception) -> None:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(str(error), markup=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressBars:
+    on_download: DownloadProgress
+    on_tensor: LoadProgress
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressBars]:
+    """Bars on stderr for downloading and loading a model, gone when done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        tasks: dict[str, int] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=None)
+            progress.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
+
+        yield ProgressBars(show, lambda done, total: show("loading weights", done, total))

@@ -1,0 +1,33 @@
+"""`sparserve serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from sparserve.api.server import Server
+from sparserve.cli.options import with_settings
+from sparserve.cli.output import err, progress_bars
+from sparserve.config import ServerSettings
+from sparserve.engine.factory import build_engine
+
+
+@with_settings(ServerSettings)
+def serve(settings: ServerSettings) -> None:
+    """Serve a model over gRPC until SIGTERM or Ctrl-C, then finish what is in flight."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    with progress_bars() as bars:
+        built = build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
+
+    async def run() -> None:
+        server = Server(built.engine, built.model_name, settings)
+        await server.start()
+        err.print(
+            f"serving {built.model_name} on {settings.host}:{server.port} (gRPC), "
+            f"metrics on http://{settings.host}:{server.metrics_port}/metrics"
+        )
+        await server.run_until_signalled()
+
+    asyncio.run(run())

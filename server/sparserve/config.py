@@ -1,0 +1,171 @@
+"""The server's settings: one model that feeds flags, environment and a YAML file.
+
+Precedence: flag, then `SPARSERVE_<NAME>` in the environment, then the YAML file, then the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, cast
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+from yaml import YAMLError
+
+from sparserve.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EngineSettings(BaseSettings):
+    """What the engine needs, served or offline."""
+
+    model_config = SettingsConfigDict(env_prefix="SPARSERVE_", extra="forbid", frozen=True)
+
+    model: Annotated[
+        str,
+        Field(description="A name from `sparserve models`, a Hugging Face folder or a .gguf file."),
+    ] = "smollm2-135m-instruct"
+    dtype: Annotated[
+        Dtype,
+        Field(
+            description="Data type of weights and KV cache; auto: the checkpoint's (float32 for quantized GGUF)."
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int, Field(ge=0, le=1024, description="CPU threads of the forward; 0: all usable.")
+    ] = 0
+    max_context: Annotated[
+        int,
+        Field(ge=0, description="Tokens of prompt and output together; 0: the model's own limit."),
+    ] = 0
+    kv_cache_gib: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Memory for the KV cache in GiB; 0: all of max_running contexts, at most a quarter of free memory.",
+        ),
+    ] = 0
+    max_running: Annotated[
+        int, Field(ge=1, le=1024, description="Requests decoded together at most.")
+    ] = 16
+    max_batched_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=65536,
+            description="Tokens in one engine step at most; long prompts are cut into such chunks.",
+        ),
+    ] = 512
+    default_max_tokens: Annotated[
+        int, Field(ge=1, description="New tokens for a request that names no max_tokens.")
+    ] = 256
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineSettings:
+        if self.max_batched_tokens < self.max_running:
+            raise ValueError(
+                f"max_batched_tokens {self.max_batched_tokens} is below max_running {self.max_running}: "
+                "every running request decodes one token in every step"
+            )
+        return self
+
+
+class ServerSettings(EngineSettings):
+    """Everything `sparserve serve` can be told."""
+
+    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all interfaces.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535, description="gRPC port; 0 picks a free one.")] = (
+        50051
+    )
+    metrics_port: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=65535,
+            description="HTTP port of /metrics, /healthz and /readyz; 0 picks a free one.",
+        ),
+    ] = 9090
+    max_waiting: Annotated[
+        int,
+        Field(
+            ge=0, description="Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."
+        ),
+    ] = 256
+    max_message_mib: Annotated[
+        int, Field(ge=1, le=1024, description="Largest gRPC message accepted, in MiB.")
+    ] = 16
+    max_connection_age: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Seconds after which a connection is asked to reconnect, so that balancers can rebalance; 0: never.",
+        ),
+    ] = 0
+    drain_timeout: Annotated[
+        float,
+        Field(ge=0, description="Seconds that requests in flight get to finish after SIGTERM."),
+    ] = 30
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Field(description="Least severe log lines to print."),
+    ] = "info"
+
+    @property
+    def max_message_bytes(self) -> int:
+        return self.max_message_mib << 20
+
+
+Settings = TypeVar("Settings", bound=EngineSettings)
+
+
+def load_settings(
+    kind: type[Settings], flags: Mapping[str, object], config: Path | None = None
+) -> Settings:
+    """Merge flags (None: not given), environment, YAML file and defaults into `kind`.
+
+    Raises ConfigError that names each wrong setting, its value and what is allowed.
+    """
+    if config is not None and not config.is_file():
+        raise ConfigError(f"the settings file {config} does not exist")
+
+    class Sourced(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            sources = (init_settings, env_settings)
+            if config is None:
+                return sources
+            return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+
+    try:
+        merged = Sourced(**{name: value for name, value in flags.items() if value is not None})
+        return cast(Settings, kind.model_construct(**merged.model_dump()))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+    except (SettingsError, YAMLError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"the settings cannot be read: {error}") from error
+
+
+def _explain(problem: ErrorDetails) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if not name:
+        return problem["msg"].removeprefix("Value error, ")
+    flag = f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the settings file"
+    return f"{name} is {problem['input']!r}: {problem['msg']} ({flag})"

@@ -1,0 +1,48 @@
+"""Token ids to text, as it may leave the server: whole characters, no part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Detokenizer:
+    """Text of one sequence, fed token by token.
+
+    Text that could still become a stop string is held back; `flush` releases it at the end. Bytes of
+    an unfinished character are never released: a text cut inside one ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, token_id: int) -> tuple[str, str | None]:
+        """-> (text to send now, the stop string that ends it or None)."""
+        self._held += self._stream.step(self._tokenizer, token_id) or ""
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda match: match[0])
+            text, self._held = self._held[:at], ""
+            return text, stop
+        keep = self._possible_stop_length()
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, None
+
+    def flush(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_stop_length(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

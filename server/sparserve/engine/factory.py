@@ -1,0 +1,91 @@
+"""From settings to a running engine: model, backend, KV cache, limits."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from sparse_kernels.native import memory_room, usable_cpus
+from sparserve.config import EngineSettings
+from sparserve.engine.block_manager import blocks_for
+from sparserve.engine.engine import Engine, EngineLimits
+from sparserve.engine.tokenizer import TextTokenizer
+from sparserve.errors import ConfigError
+from sparserve.metrics import Metrics
+from sparserve.model.backend import BLOCK_SIZE
+from sparserve.model.catalog import DownloadProgress
+from sparserve.model.kv_cache import bytes_per_block
+from sparserve.model.loader import LoadedModel, LoadProgress, load_model
+from sparserve.model.reference import ReferenceBackend
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    engine: Engine
+    model_name: str
+
+
+def build_engine(
+    settings: EngineSettings,
+    *,
+    on_tensor: LoadProgress = lambda done, total: None,
+    on_download: DownloadProgress = lambda what, done, total: None,
+) -> BuiltEngine:
+    """Load the model and size the KV cache. Raises ModelError or ConfigError."""
+    model = load_model(
+        settings.model, dtype=settings.dtype, on_tensor=on_tensor, on_download=on_download
+    )
+    return assemble_engine(model, settings)
+
+
+def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine:
+    """An engine over a model in memory. Raises ConfigError."""
+    max_context = _max_context(settings, model.config.max_position_embeddings)
+    num_blocks = _num_blocks(settings, model, max_context)
+    threads = settings.threads or usable_cpus()
+    backend = ReferenceBackend(model.config, model.weights, num_blocks=num_blocks, threads=threads)
+    log.info(
+        "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens",
+        model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.name, threads,
+        max_context, num_blocks * BLOCK_SIZE,
+    )  # fmt: skip
+    tokenizer = TextTokenizer(model.tokenizer, model.chat_template, model.config.vocab_size)
+    limits = EngineLimits(
+        max_context=max_context,
+        max_running=settings.max_running,
+        max_batched_tokens=settings.max_batched_tokens,
+        default_max_tokens=settings.default_max_tokens,
+    )
+    return BuiltEngine(Engine(backend, tokenizer, limits, Metrics()), model.name)
+
+
+def _max_context(settings: EngineSettings, trained: int) -> int:
+    if settings.max_context > trained:
+        raise ConfigError(
+            f"max_context {settings.max_context} is beyond the model's own limit of {trained}"
+        )
+    if settings.max_context == 1:
+        raise ConfigError("max_context is 1; a prompt token and a new token need at least 2")
+    return settings.max_context or trained
+
+
+def _num_blocks(settings: EngineSettings, model: LoadedModel, max_context: int) -> int:
+    block_bytes = bytes_per_block(model.config, model.weights.dtype)
+    one_context = blocks_for(max_context)
+    if settings.kv_cache_gib:
+        blocks = int(settings.kv_cache_gib * GIB) // block_bytes
+        source = f"kv_cache_gib {settings.kv_cache_gib:g}"
+    else:
+        wanted, room = settings.max_running * one_context, memory_room() // 4
+        blocks = min(wanted, room // block_bytes)
+        source = f"a quarter of the free memory ({room / GIB:.2f} GiB)"
+    if blocks < one_context:
+        raise ConfigError(
+            f"{source} holds {blocks * BLOCK_SIZE} tokens of KV cache, one context of {max_context} needs "
+            f"{one_context * block_bytes / GIB:.2f} GiB; raise --kv-cache-gib or lower --max-context"
+        )
+    return blocks

@@ -1,0 +1,147 @@
+"""Every exception that sparserve raises on purpose; knows nothing of gRPC.
+
+    SparserveError
+      ConfigError                 settings that cannot work together
+      ModelError
+        ModelNotFound             no such model, file or cached download
+        CorruptCheckpoint         the files are damaged, truncated or contradict themselves
+        UnsupportedModel          well-formed, but nothing here can run it
+        DownloadFailed            a named model could not be fetched or failed its checksum
+      RequestError                the caller's request is at fault
+        InvalidRequest            a field has a value that cannot work
+        PromptTooLong             the prompt does not fit the context
+        NotBuiltYet               a documented field that this server does not serve yet
+        UnknownModel              another model than the one served
+        DuplicateRequest          the request id is in flight already
+      QueueFull                   too many requests wait
+      Unavailable                 draining, stopped or broken
+      DeadlineExceeded            the request's own deadline passed
+      EngineFailure               a step failed; carries an id that the log has too
+      CallFailed                  the client's view of a status that a server sent
+
+Each message names the value, the limit it met and, where there is one, the way out.
+"""
+
+from __future__ import annotations
+
+
+class SparserveError(Exception):
+    """Base of all of them."""
+
+
+class ConfigError(SparserveError):
+    """Settings that cannot work together."""
+
+
+class ModelError(SparserveError):
+    """A model could not be loaded."""
+
+
+class ModelNotFound(ModelError):
+    """No such model, file or cached download."""
+
+
+class CorruptCheckpoint(ModelError):
+    """The files are damaged, truncated or contradict themselves."""
+
+
+class UnsupportedModel(ModelError):
+    """The files are well-formed, but nothing here can run them."""
+
+
+class DownloadFailed(ModelError):
+    """A named model could not be fetched or failed its checksum."""
+
+
+class RequestError(SparserveError):
+    """The caller's request is at fault; `field` is its path in the request message."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidRequest(RequestError):
+    """A field has a value that cannot work."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt does not fit the context; `limit` is the most prompt tokens accepted."""
+
+    def __init__(self, field: str, message: str, limit: int) -> None:
+        super().__init__(field, message)
+        self.limit = limit
+
+
+class NotBuiltYet(RequestError):
+    """A documented field or value that this server does not serve yet."""
+
+
+class UnknownModel(RequestError):
+    """Another model than the one served; `model` is what was asked for."""
+
+    def __init__(self, model: str, served: str) -> None:
+        super().__init__("model", f"model {model!r} is not served here; this server has {served!r}")
+        self.model = model
+
+
+class DuplicateRequest(RequestError):
+    """The request id is in flight already."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            "request_id", f"request_id {request_id!r} is in flight already; use another"
+        )
+
+
+class QueueFull(SparserveError):
+    """Too many requests wait; try again after `retry_after` seconds."""
+
+    def __init__(self, in_flight: int, limit: int, retry_after: float) -> None:
+        super().__init__(
+            f"{in_flight} requests are in flight, the limit is {limit}; retry in {retry_after:g} s"
+        )
+        self.retry_after = retry_after
+
+
+class Unavailable(SparserveError):
+    """The server takes no requests now; `retry_after` in seconds is None where it won't again."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(SparserveError):
+    """The request's own deadline passed before it was done."""
+
+
+class EngineFailure(SparserveError):
+    """An engine step failed; `error_id` stands beside the traceback in the server's log."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(
+            f"the engine failed on this request; error id {error_id} in the server's log"
+        )
+        self.error_id = error_id
+
+
+class CallFailed(SparserveError):
+    """A server answered with an error status.
+
+    `code` is the gRPC status name ("RESOURCE_EXHAUSTED"), `retry_after` the seconds a server asked
+    to wait (None: it did not), `violations` maps request fields to what is wrong with them.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        retry_after: float | None = None,
+        violations: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+        self.violations = violations or {}

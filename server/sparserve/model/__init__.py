@@ -1,0 +1,1 @@
+"""Models: configuration, loading, the Llama family in plain torch, KV cache and backends."""

@@ -1,0 +1,105 @@
+"""The one verb of every backend, `forward`, and what goes in and comes out.
+
+Prompt prefill, decode, and later drafts' verification, refresh and prompt log-probabilities are all
+a ragged batch of sequences with q_len >= 1 tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from sparserve.model.config import ModelConfig
+from sparserve.sparsity.policy import DENSE, Policy
+from sparserve.sparsity.statistics import NeuronStatistics
+
+BLOCK_SIZE = 16  # token positions in a KV block
+NUM_CANDIDATES = 256
+
+
+class Phase(Enum):
+    """Which numerics a sequence's tokens take; KV of one is never recomputed by the other."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInput:
+    """One sequence's part of a batch.
+
+    Tokens `token_ids` stand at positions `start`, `start + 1`, …; the KV of all earlier positions
+    is in the blocks of `block_table`, which also has room for these. `output_offsets` are the
+    indices into `token_ids` whose next-token distribution is wanted, `temperature` (> 0) the one
+    at which `Candidates.log_normalizer` is taken.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    phase: Phase
+    policy: Policy = DENSE
+    output_offsets: Sequence[int] = ()
+    temperature: float = 1.0
+    collect_statistics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    sequences: Sequence[SequenceInput]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest next tokens of each wanted row, in the order of the batch.
+
+    Rows are sorted by (logit descending, id ascending). `full_logits(row)` -> [vocab] float32 is for
+    the rare request whose choice may lie outside; it is valid until the next forward.
+    """
+
+    token_ids: torch.Tensor  # [rows, min(NUM_CANDIDATES, vocab)] int64
+    logits: torch.Tensor  # same shape, float32
+    log_normalizer: torch.Tensor  # [rows] float32: logsumexp(logits of the whole row / temperature)
+    log_normalizer_1: torch.Tensor  # [rows] float32: the same at temperature 1, for logprobs
+    full_logits: Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    candidates: Candidates
+    # Per sequence, None where not asked for; position 0 (the attention sink) is left out.
+    statistics: Sequence[NeuronStatistics | None] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    name: str
+    device: str
+    dtype: str
+    threads: int
+
+
+class Backend(Protocol):
+    """A model's weights and KV cache on some device. Not thread-safe: one thread calls it."""
+
+    info: BackendInfo
+    config: ModelConfig
+    num_blocks: int
+
+    def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        """Run the model over `batch`, writing KV. Deterministic: a sequence's output depends on its
+        own tokens alone, never on its batch mates or on how its prompt was cut.
+        """
+        ...
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """A host copy of KV blocks, first dimension = block; opaque to the caller."""
+        ...
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
+        """Put back what `read_blocks` returned, in blocks of other ids."""
+        ...

@@ -1,0 +1,152 @@
+"""GGUF files: weights dequantized through the `gguf` package, tokenizer and chat template inside.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from sparserve.errors import CorruptCheckpoint, UnsupportedModel
+from sparserve.model.config import ModelConfig
+from sparserve.model.weights import GGUF_NAMES
+
+# What GGUFReader raises on damaged input; it validates little itself.
+_READER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError)
+_CONTROL = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
+_USER_DEFINED = 4
+
+
+class GGUFCheckpoint:
+    """One GGUF file; F32 tensors come memory-mapped, quantized ones are dequantized when read."""
+
+    names = GGUF_NAMES
+
+    def __init__(self, path: Path) -> None:
+        """Raises UnsupportedModel or CorruptCheckpoint."""
+        self.path = path
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise CorruptCheckpoint(f"{path} does not start with the GGUF magic")
+        try:
+            # "c": private copy-on-write pages, which torch accepts as writable without copying.
+            reader = GGUFReader(path, "c")
+            self.fields: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
+            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        except _READER_ERRORS as error:
+            raise CorruptCheckpoint(f"{path} is damaged or truncated: {error}") from error
+        tied = self.names.lm_head not in self._tensors
+        self.config = ModelConfig.from_gguf(self.fields, tie_word_embeddings=tied)
+
+    @property
+    def tensor_count(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def native_dtype(self) -> torch.dtype:
+        """ "auto": quantized and F32 files compute in float32, F16 and BF16 files in theirs."""
+        tensor = self._tensors.get(self.names.layer["wq"].format(i=0))
+        kinds = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+        return kinds.get(tensor.tensor_type, torch.float32) if tensor else torch.float32
+
+    @property
+    def rope_factors(self) -> torch.Tensor | None:
+        """llama3 RoPE scaling as GGUF stores it: divisors of the frequencies, [head_dim / 2]."""
+        if "rope_freqs.weight" not in self._tensors:
+            return None
+        factors = self._dequantized("rope_freqs.weight").float()
+        expected = self.config.head_dim // 2
+        if factors.shape != (expected,) or not bool((factors > 0).all()):
+            raise CorruptCheckpoint(f"rope_freqs.weight must hold {expected} positive factors")
+        return factors
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._dequantized(name)
+        if name.endswith("attn_q.weight"):
+            return _unpermute(tensor, self.config.num_heads)
+        if name.endswith("attn_k.weight"):
+            return _unpermute(tensor, self.config.num_kv_heads)
+        return tensor
+
+    def _dequantized(self, name: str) -> torch.Tensor:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CorruptCheckpoint(f"tensor {name} is missing from {self.path}")
+        kind = tensor.tensor_type
+        try:
+            if kind == GGMLQuantizationType.BF16:
+                return torch.from_numpy(tensor.data.view(np.int16)).view(torch.bfloat16)
+            values = torch.from_numpy(dequantize(tensor.data, kind))
+            return values.half() if kind == GGMLQuantizationType.F16 else values
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                f"tensor {name} has type {kind.name}, which cannot be read"
+            ) from error
+        except _READER_ERRORS as error:
+            raise CorruptCheckpoint(f"tensor {name} of {self.path} is damaged: {error}") from error
+
+    def tokenizer(self) -> Tokenizer:
+        try:
+            return _build_tokenizer(self.fields)
+        except KeyError as error:
+            raise CorruptCheckpoint(f"the GGUF metadata has no {error.args[0]!r}") from error
+        except (ValueError, TypeError, IndexError) as error:
+            raise CorruptCheckpoint(f"the GGUF tokenizer is damaged: {error}") from error
+
+    def chat_template(self) -> str | None:
+        template = self.fields.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+
+
+def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q/k [heads * head_dim, in]: llama.cpp interleaves the two halves of each head."""
+    if weight.dim() != 2 or weight.shape[0] % (2 * heads):
+        raise CorruptCheckpoint(f"a q/k tensor of shape {list(weight.shape)} has no {heads} heads")
+    pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+# `tokenizer.ggml.pre` -> how text is cut before BPE
+PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+}
+
+
+def _build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise UnsupportedModel(
+            f"the GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported yet; supported: "
+            f"'gpt2' with {', '.join(PRE_TOKENIZERS)}. Use the model's Hugging Face folder instead"
+        )
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    try:
+        tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(str(error)) from error
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = fields.get("tokenizer.ggml.token_type") or []
+    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            AddedToken(tokens[i], special=special, normalized=False)
+            for i, k in enumerate(kinds)
+            if k == wanted
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    return tokenizer

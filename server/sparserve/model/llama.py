@@ -1,0 +1,93 @@
+"""The Llama family as plain functions of tensors and weights; knows no batches, blocks or requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from sparserve.model.config import RopeConfig
+from sparserve.model.weights import LayerWeights
+
+# linear(x [rows, in], weight [out, in]) -> [rows, out] float32
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [rows, hidden] float32, weight [hidden]. arXiv 1910.07467."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rope_frequencies(
+    rope: RopeConfig, head_dim: int, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2] in radians per position (arXiv 2104.09864).
+
+    `factors` divide them; that is how GGUF files carry the llama3 scaling.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if factors is not None:
+        return frequencies / factors
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return _llama3_frequencies(rope, frequencies)
+    return frequencies
+
+
+def _llama3_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+    """Long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
+    original = rope.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    between = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    scaled = torch.where(
+        wavelengths > original / rope.low_freq_factor, frequencies / rope.factor, between
+    )
+    return torch.where(wavelengths < original / rope.high_freq_factor, frequencies, scaled)
+
+
+def rope_tables(
+    positions: torch.Tensor, frequencies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [rows] -> cos, sin [rows, 1, head_dim / 2]."""
+    angles = (positions.float()[:, None] * frequencies[None, :])[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [rows, heads, head_dim]; the halves of a head are the pairs, as in Hugging Face's layout."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Grouped-query attention in float32.
+
+    q [rows, num_heads, head_dim], k and v [num_kv_heads, context, head_dim], mask [rows, context]
+    with 0 or -inf (None: all visible) -> [rows, num_heads * head_dim].
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = k.shape[0]
+    group = heads // kv_heads
+    grouped = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [kv, group, rows, dim]
+    scores = grouped.reshape(kv_heads, group * rows, head_dim) @ k.transpose(1, 2)
+    scores = (scores * head_dim**-0.5).view(kv_heads, group, rows, -1)
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1).view(kv_heads, group * rows, -1)
+    out: torch.Tensor = (weights @ v).view(kv_heads, group, rows, head_dim)
+    return out.permute(2, 0, 1, 3).reshape(rows, heads * head_dim)
+
+
+def neuron_activations(linear: Linear, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
+    """SwiGLU's inner activations silu(gate) * up, x [rows, hidden] -> [rows, intermediate]."""
+    activations: torch.Tensor = F.silu(linear(x, layer.w_gate)) * linear(x, layer.w_up)
+    return activations

@@ -1,0 +1,263 @@
+"""The reference backend: plain torch, obvious, slow; the oracle for every other backend.
+
+A sequence's output must not depend on its batch mates or on how its prompt was cut, to the bit. A
+matrix product's bits depend on its shape, though not on a row's place or neighbours, so every
+product here has a shape that the sequence alone decides: prompt rows go through tiles of
+PREFILL_TILE absolute positions, decode rows through tiles of a fixed number of rows, attention over
+a context length set by the position. Rows that pad a tile are zero and are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from sparserve.model import llama
+from sparserve.model.backend import (
+    NUM_CANDIDATES,
+    BackendInfo,
+    Candidates,
+    ForwardBatch,
+    ForwardOutput,
+    Phase,
+    SequenceInput,
+)
+from sparserve.model.config import ModelConfig
+from sparserve.model.kv_cache import PagedKVCache
+from sparserve.model.weights import LayerWeights, ModelWeights
+from sparserve.sparsity.statistics import NeuronStatistics, norm_score
+
+PREFILL_TILE = 64
+# Rows a decode product is padded to. Measured: a float32 product of 2 rows (MKL) costs what one row
+# costs, of 4 rows half as much again; 16-bit ones (oneDNN) cost the same up to 16.
+DECODE_TILE = {torch.float32: 2, torch.bfloat16: 16, torch.float16: 16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Where one sequence's tokens stand among the rows of a batch."""
+
+    sequence: SequenceInput
+    rows: slice  # its real rows
+    slots: torch.Tensor  # [q_len] where their KV goes
+    tiles: tuple[_PrefillTile, ...] = ()
+    # One attention per decoded token, so that several at once equal single steps.
+    decode_rows: tuple[tuple[slice, torch.Tensor], ...] = ()  # (its row, slots of its context)
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillTile:
+    """PREFILL_TILE rows of one sequence at absolute positions [start, start + PREFILL_TILE)."""
+
+    rows: slice
+    context_slots: torch.Tensor  # [context] slots of positions 0 .. end; past what exists: slot 0
+    mask: torch.Tensor  # [PREFILL_TILE, context]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    token_ids: torch.Tensor  # [rows] padded
+    positions: torch.Tensor  # [rows]
+    spans: tuple[_Span, ...]  # in the batch's order
+    linear: llama.Linear  # over all rows: prefill tiles first, then decode tiles
+
+
+class ReferenceBackend:
+    """See `sparserve.model.backend.Backend`."""
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, *, num_blocks: int, threads: int
+    ) -> None:
+        self.config = config
+        self.num_blocks = num_blocks
+        self._weights = weights
+        self._dtype = weights.dtype
+        self._decode_tile = DECODE_TILE[weights.dtype]
+        self._kv = PagedKVCache(config, num_blocks, weights.dtype)
+        self._frequencies = llama.rope_frequencies(
+            config.rope, config.head_dim, weights.rope_factors
+        )
+        torch.set_num_threads(threads)
+        dtype = str(weights.dtype).removeprefix("torch.")
+        self.info = BackendInfo(name="reference", device="cpu", dtype=dtype, threads=threads)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        return self._kv.read_blocks(block_ids)
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
+        self._kv.write_blocks(block_ids, blocks)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        layout = self._lay_out(batch)
+        cos, sin = llama.rope_tables(layout.positions, self._frequencies)
+        statistics = [self._new_statistics(s) for s in batch.sequences]
+        x = self._weights.embedding[layout.token_ids].float()  # [rows, hidden]
+        for index, layer in enumerate(self._weights.layers):
+            x = x + self._attention(index, layer, x, cos, sin, layout)
+            x = x + self._feed_forward(index, layer, x, layout, statistics)
+        return ForwardOutput(self._candidates(x, layout), statistics)
+
+    def _attention(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layout: _Layout,
+    ) -> torch.Tensor:
+        config, linear, rows = self.config, layout.linear, x.shape[0]
+        normed = llama.rms_norm(x, layer.attn_norm, config.rms_norm_eps)
+        q = linear(normed, layer.wq).view(rows, config.num_heads, config.head_dim)
+        k = linear(normed, layer.wk).view(rows, config.num_kv_heads, config.head_dim)
+        v = linear(normed, layer.wv).view(rows, config.num_kv_heads, config.head_dim)
+        q, k = llama.apply_rope(q, cos, sin), llama.apply_rope(k, cos, sin)
+        out = torch.zeros(rows, config.num_heads * config.head_dim)
+        for span in layout.spans:
+            self._kv.write(index, span.slots, k[span.rows], v[span.rows])
+            for row, context_slots in span.decode_rows:
+                keys, values = self._kv.gather(index, context_slots)
+                out[row] = llama.attention(q[row], keys, values, None)
+            for tile in span.tiles:
+                keys, values = self._kv.gather(index, tile.context_slots)
+                out[tile.rows] = llama.attention(q[tile.rows], keys, values, tile.mask)
+        return linear(out, layer.wo)
+
+    def _feed_forward(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        layout: _Layout,
+        statistics: Sequence[NeuronStatistics | None],
+    ) -> torch.Tensor:
+        normed = llama.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+        activations = llama.neuron_activations(layout.linear, normed, layer)
+        for span, statistic in zip(layout.spans, statistics, strict=True):
+            if statistic is not None:
+                skip = 1 if span.sequence.start == 0 else 0  # the attention sink
+                rows = activations[span.rows][skip:]
+                statistic.sums[index] += norm_score(rows).sum(dim=0)
+                if index == 0:
+                    statistic.tokens += rows.shape[0]
+        return layout.linear(activations, layer.w_down)
+
+    def _candidates(self, x: torch.Tensor, layout: _Layout) -> Candidates:
+        wanted = [
+            (span.rows.start + offset, span.sequence.temperature)
+            for span in layout.spans
+            for offset in span.sequence.output_offsets
+        ]
+        if not wanted:
+            return top_candidates(x.new_zeros(0, self.config.vocab_size), torch.ones(0))
+        rows = x[[row for row, _ in wanted]]
+        padded = F.pad(rows, (0, 0, 0, -len(wanted) % self._decode_tile))
+        normed = llama.rms_norm(padded, self._weights.norm, self.config.rms_norm_eps)
+        linear = self._tiled_linear(len(padded), prefill_rows=0)
+        logits = linear(normed, self._weights.lm_head)[: len(wanted)]
+        return top_candidates(logits, torch.tensor([t for _, t in wanted]))
+
+    def _tiled_linear(self, rows: int, prefill_rows: int) -> llama.Linear:
+        """Products over `rows` rows whose shapes, so whose bits, do not depend on their number."""
+        prefill_tiles, decode_rows = prefill_rows // PREFILL_TILE, rows - prefill_rows
+        sizes = [PREFILL_TILE] * prefill_tiles + [self._decode_tile] * (
+            decode_rows // self._decode_tile
+        )
+
+        def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            x = x.to(weight.dtype)
+            if len(sizes) == 1:
+                return F.linear(x, weight).float()
+            return torch.cat([F.linear(tile, weight) for tile in torch.split(x, sizes)]).float()
+
+        return linear
+
+    def _new_statistics(self, sequence: SequenceInput) -> NeuronStatistics | None:
+        if not sequence.collect_statistics:
+            return None
+        return NeuronStatistics.zeros(self.config.num_layers, self.config.intermediate_size)
+
+    def _lay_out(self, batch: ForwardBatch) -> _Layout:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        spans: dict[int, _Span] = {}
+
+        def place(index: int, sequence: SequenceInput, first: int, padding: int) -> _Span:
+            """Append the sequence's tokens so that they begin at row `first`."""
+            q_len = len(sequence.token_ids)
+            before = first - len(token_ids)
+            token_ids.extend([0] * before + list(sequence.token_ids) + [0] * padding)
+            positions.extend(
+                [0] * before + list(range(sequence.start, sequence.start + q_len)) + [0] * padding
+            )
+            slots = self._kv.slots(sequence.block_table, sequence.start, sequence.start + q_len)
+            spans[index] = _Span(sequence, slice(first, first + q_len), slots)
+            return spans[index]
+
+        for index, sequence in enumerate(batch.sequences):
+            if sequence.phase is Phase.PREFILL:
+                base = len(token_ids)
+                first = base + sequence.start % PREFILL_TILE
+                padding = -(first - base + len(sequence.token_ids)) % PREFILL_TILE
+                span = place(index, sequence, first, padding)
+                tiles = self._prefill_tiles(sequence, base)
+                spans[index] = replace(span, tiles=tiles)
+        prefill_rows = len(token_ids)
+        for index, sequence in enumerate(batch.sequences):
+            if sequence.phase is Phase.DECODE:
+                span = place(index, sequence, len(token_ids), 0)
+                spans[index] = replace(span, decode_rows=self._decode_rows(span))
+        padding = -(len(token_ids) - prefill_rows) % self._decode_tile
+        token_ids.extend([0] * padding)
+        positions.extend([0] * padding)
+        ordered = tuple(spans[i] for i in range(len(batch.sequences)))
+        linear = self._tiled_linear(len(token_ids), prefill_rows)
+        return _Layout(torch.tensor(token_ids), torch.tensor(positions), ordered, linear)
+
+    def _decode_rows(self, span: _Span) -> tuple[tuple[slice, torch.Tensor], ...]:
+        sequence = span.sequence
+        stop = sequence.start + len(sequence.token_ids)
+        slots = self._kv.slots(sequence.block_table, 0, stop)
+        rows = range(span.rows.start, span.rows.stop)
+        return tuple(
+            (slice(row, row + 1), slots[: sequence.start + offset + 1])
+            for offset, row in enumerate(rows)
+        )
+
+    def _prefill_tiles(self, sequence: SequenceInput, base: int) -> tuple[_PrefillTile, ...]:
+        stop = sequence.start + len(sequence.token_ids)
+        first_tile = sequence.start // PREFILL_TILE
+        tiles = []
+        for tile in range(first_tile, (stop - 1) // PREFILL_TILE + 1):
+            start = tile * PREFILL_TILE
+            context = start + PREFILL_TILE
+            slots = F.pad(
+                self._kv.slots(sequence.block_table, 0, min(context, stop)),
+                (0, max(0, context - stop)),
+            )
+            visible = torch.arange(context)[None, :] <= torch.arange(start, context)[:, None]
+            mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+            row = base + (tile - first_tile) * PREFILL_TILE
+            tiles.append(_PrefillTile(slice(row, row + PREFILL_TILE), slots, mask))
+        return tuple(tiles)
+
+
+def top_candidates(logits: torch.Tensor, temperatures: torch.Tensor) -> Candidates:
+    """logits [rows, vocab] float32, temperatures [rows] -> the sorted head of each row."""
+    vocab = logits.shape[-1]
+    top = logits.topk(min(NUM_CANDIDATES, vocab), dim=-1)
+    # topk leaves the order of equal logits open: order them by id.
+    by_id = top.indices.sort(dim=-1)
+    values = top.values.gather(-1, by_id.indices)
+    order = values.sort(dim=-1, descending=True, stable=True)
+    return Candidates(
+        token_ids=by_id.values.gather(-1, order.indices),
+        logits=order.values,
+        log_normalizer=(logits / temperatures[:, None]).logsumexp(dim=-1),
+        log_normalizer_1=logits.logsumexp(dim=-1),
+        full_logits=lambda row: logits[row],
+    )

@@ -1,0 +1,141 @@
+"""The weights of a Llama-family decoder, named as the mathematics names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from sparserve.errors import CorruptCheckpoint
+from sparserve.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer; matrices are [out_features, in_features]."""
+
+    attn_norm: torch.Tensor  # [hidden]
+    wq: torch.Tensor  # [num_heads * head_dim, hidden]
+    wk: torch.Tensor  # [num_kv_heads * head_dim, hidden]
+    wv: torch.Tensor  # [num_kv_heads * head_dim, hidden]
+    wo: torch.Tensor  # [hidden, num_heads * head_dim]
+    mlp_norm: torch.Tensor  # [hidden]
+    w_gate: torch.Tensor  # [intermediate, hidden]
+    w_up: torch.Tensor  # [intermediate, hidden]
+    w_down: torch.Tensor  # [hidden, intermediate]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor  # [hidden]
+    lm_head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied
+    rope_factors: torch.Tensor | None = None  # [head_dim / 2], GGUF's form of llama3 scaling
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].wq.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """Where a file format keeps each weight; `{i}` is the layer."""
+
+    embedding: str
+    norm: str
+    lm_head: str
+    layer: Mapping[str, str]  # LayerWeights field -> name
+
+
+HF_NAMES = TensorNames(
+    embedding="model.embed_tokens.weight",
+    norm="model.norm.weight",
+    lm_head="lm_head.weight",
+    layer={
+        "attn_norm": "model.layers.{i}.input_layernorm.weight",
+        "wq": "model.layers.{i}.self_attn.q_proj.weight",
+        "wk": "model.layers.{i}.self_attn.k_proj.weight",
+        "wv": "model.layers.{i}.self_attn.v_proj.weight",
+        "wo": "model.layers.{i}.self_attn.o_proj.weight",
+        "mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
+        "w_gate": "model.layers.{i}.mlp.gate_proj.weight",
+        "w_up": "model.layers.{i}.mlp.up_proj.weight",
+        "w_down": "model.layers.{i}.mlp.down_proj.weight",
+    },
+)
+
+GGUF_NAMES = TensorNames(
+    embedding="token_embd.weight",
+    norm="output_norm.weight",
+    lm_head="output.weight",
+    layer={
+        "attn_norm": "blk.{i}.attn_norm.weight",
+        "wq": "blk.{i}.attn_q.weight",
+        "wk": "blk.{i}.attn_k.weight",
+        "wv": "blk.{i}.attn_v.weight",
+        "wo": "blk.{i}.attn_output.weight",
+        "mlp_norm": "blk.{i}.ffn_norm.weight",
+        "w_gate": "blk.{i}.ffn_gate.weight",
+        "w_up": "blk.{i}.ffn_up.weight",
+        "w_down": "blk.{i}.ffn_down.weight",
+    },
+)
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """LayerWeights field -> shape that `config` asks for."""
+    d, i = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "attn_norm": (d,),
+        "wq": (q, d),
+        "wk": (kv, d),
+        "wv": (kv, d),
+        "wo": (d, q),
+        "mlp_norm": (d,),
+        "w_gate": (i, d),
+        "w_up": (i, d),
+        "w_down": (d, i),
+    }
+
+
+def assemble(
+    config: ModelConfig,
+    names: TensorNames,
+    read: Callable[[str], torch.Tensor],
+    rope_factors: torch.Tensor | None = None,
+) -> ModelWeights:
+    """Read every tensor once, checking its shape.
+
+    `read(name)` returns the tensor in the dtype to compute with, or raises CorruptCheckpoint.
+    """
+
+    def checked(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = read(name)
+        if tuple(tensor.shape) != shape:
+            raise CorruptCheckpoint(
+                f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
+            )
+        return tensor
+
+    vocab = (config.vocab_size, config.hidden_size)
+    embedding = checked(names.embedding, vocab)
+    shapes = layer_shapes(config)
+    layers = tuple(
+        LayerWeights(
+            **{
+                field.name: checked(names.layer[field.name].format(i=i), shapes[field.name])
+                for field in fields(LayerWeights)
+            }
+        )
+        for i in range(config.num_layers)
+    )
+    return ModelWeights(
+        embedding=embedding,
+        layers=layers,
+        norm=checked(names.norm, (config.hidden_size,)),
+        lm_head=embedding if config.tie_word_embeddings else checked(names.lm_head, vocab),
+        rope_factors=rope_factors,
+    )

@@ -1,0 +1,1 @@
+"""Activation sparsity: which feed-forward neurons a request reads."""

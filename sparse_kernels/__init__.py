@@ -1,0 +1,1 @@
+"""Native kernels of sparserve: tensors and pointers in, nothing known of the server."""

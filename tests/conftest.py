@@ -1,0 +1,139 @@
+"""What tests share: a tiny random checkpoint, the demo model, engines and running servers.
+
+The tiny model (2 layers, byte-level tokenizer) makes the fast tests; the demo model is fetched once
+into the user's cache, as `sparserve demo` does.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from sparserve.api.server import Server
+from sparserve.config import ServerSettings
+from sparserve.engine.engine import Engine
+from sparserve.engine.factory import assemble_engine
+from sparserve.model.catalog import DEMO_MODEL
+from sparserve.model.config import ModelConfig
+from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.weights import HF_NAMES, layer_shapes
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Every byte is a token; 256 <bos>, 257 <eos>, 258 <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ("<bos>", "<eos>", "<pad>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    return tokenizer
+
+
+def tiny_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under Hugging Face names, scaled so that greedy text is not one token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator)
+        return 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
+
+    tensors = {
+        name.format(i=i): random(layer_shapes(config)[field])
+        for i in range(config.num_layers)
+        for field, name in HF_NAMES.layer.items()
+    }
+    tensors[HF_NAMES.embedding] = random((config.vocab_size, config.hidden_size)) * 8
+    tensors[HF_NAMES.norm] = random((config.hidden_size,))
+    if not config.tie_word_embeddings:
+        tensors[HF_NAMES.lm_head] = random((config.vocab_size, config.hidden_size)) * 4
+    return tensors
+
+
+def write_tiny(
+    folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object
+) -> Path:
+    """A Hugging Face folder with a tiny random Llama; `overrides` change its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {**TINY_CONFIG, **overrides}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    tensors = tiny_tensors(ModelConfig.from_hf(raw, {}), seed)
+    save_file({k: v.to(dtype) for k, v in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> LoadedModel:
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> LoadedModel:
+    return load_model(DEMO_MODEL)
+
+
+EngineFactory = Callable[..., Engine]
+
+
+@pytest.fixture
+def tiny_engine(tiny_model: LoadedModel) -> EngineFactory:
+    """`tiny_engine(max_running=…, …)`: an engine with settings of its own over the tiny model."""
+    return lambda **settings: assemble_engine(tiny_model, tiny_settings(**settings)).engine
+
+
+def tiny_settings(**overrides: object) -> ServerSettings:
+    defaults = {
+        "port": 0,
+        "metrics_port": 0,
+        "threads": 1,
+        "kv_cache_gib": 0.05,
+        "drain_timeout": 5,
+    }
+    return ServerSettings(**{**defaults, **overrides})
+
+
+@asynccontextmanager
+async def running_server(model: LoadedModel, **settings: object) -> AsyncIterator[Server]:
+    """A real server over `model` on free ports of the loopback interface."""
+    merged = tiny_settings(**settings)
+    built = assemble_engine(model, merged)
+    server = Server(built.engine, built.model_name, merged)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.drain_and_stop()
