@@ -2,6 +2,107 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Annotated
 
-def bench() -> None:
-    """x"""
+import typer
+from rich.table import Table
+
+from sparserve.bench.offline import Plan, Report, run_offline
+from sparserve.bench.systems import Sparserve, System, Transformers
+from sparserve.cli.options import with_settings
+from sparserve.cli.output import counting_bar, err, out, progress_bars
+from sparserve.config import EngineSettings
+from sparserve.engine.factory import assemble_engine
+from sparserve.errors import ConfigError
+from sparserve.model.loader import load_model
+
+PEERS = {"transformers": Transformers}
+
+
+@with_settings(EngineSettings)
+def bench(
+    settings: EngineSettings,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help=f"Rivals to alternate with, comma-separated, or none. There are: {', '.join(PEERS)}."
+        ),
+    ] = "transformers",
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Tokens in each prompt, random ids.", min=1)
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate for each prompt, greedily.", min=2)
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option(help="Times to alternate; medians are reported.", min=1)
+    ] = 5,
+    concurrency: Annotated[
+        int, typer.Option(help="Requests at once in the batched rows.", min=2)
+    ] = 8,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report here as JSON.")
+    ] = None,
+) -> None:
+    """Measure offline tokens/s and time to first token, alternating with rivals on the same weights.
+
+    Prints the memory-read ceiling of the same run and what share of the byte bound was reached.
+    """
+    names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise ConfigError(
+            f"no peer is named {', '.join(unknown)}; there are: {', '.join(PEERS)}, none"
+        )
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise ConfigError(f"the folder of --json {json_file} does not exist")
+    with progress_bars() as bars:
+        model = load_model(
+            settings.model,
+            dtype=settings.dtype,
+            on_tensor=bars.on_tensor,
+            on_download=bars.on_download,
+        )
+    built = assemble_engine(model, settings)
+    rivals: list[System] = [PEERS[name](model) for name in names]
+    plan = Plan(prompt_tokens, new_tokens, rounds, min(concurrency, settings.max_running))
+    with counting_bar() as on_progress:
+        report = run_offline(
+            built.engine,
+            model.weights,
+            model.name,
+            Sparserve(built.engine),
+            rivals,
+            plan,
+            on_progress,
+        )
+    _print(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        err.print(f"report written to {json_file}")
+
+
+def _print(report: Report) -> None:
+    table = Table(
+        "system", "format", "batch", "tokens/s", "TTFT", "% of byte bound",
+        title=f"{report.rows[0].model}: {report.plan.prompt_tokens} prompt + {report.plan.new_tokens} new tokens",
+        caption=f"{report.machine}, {report.threads} threads; read ceiling {report.rows[0].read_ceiling_gb_s} GB/s; "
+        f"medians of {report.plan.rounds} rounds",
+    )  # fmt: skip
+    for row in report.rows:
+        table.add_row(
+            row.system,
+            row.format,
+            str(row.batch),
+            f"{row.tokens_per_second:.1f}",
+            f"{row.ttft_seconds * 1000:.0f} ms",
+            f"{row.percent_of_byte_bound:.0f} %",
+        )
+    out.print(table)
+    for peer, ratio in report.speed_against_peers.items():
+        out.print(f"batch 1, whole generations: {ratio:.2f}x {peer}")
+    ratio = report.concurrent_against_sequential
+    out.print(
+        f"{report.plan.concurrency} at once against {report.plan.concurrency} in sequence: {ratio:.2f}x"
+    )

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.loader import LoadProgress
@@ -28,8 +35,8 @@ class ProgressBars:
 
 
 @contextmanager
-def progress_bars() -> Iterator[ProgressBars]:
-    """Bars on stderr for downloading and loading a model, gone when done."""
+def counting_bar() -> Iterator[DownloadProgress]:
+    """`show(what, done, total)` draws a bar on stderr for each `what`, gone when done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,11 +44,18 @@ def progress_bars() -> Iterator[ProgressBars]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True) as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=None)
-            progress.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]
+            progress.update(tasks[what], completed=done, total=total or None)
 
+        yield show
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressBars]:
+    """Bars for downloading and loading a model."""
+    with counting_bar() as show:
         yield ProgressBars(show, lambda done, total: show("loading weights", done, total))

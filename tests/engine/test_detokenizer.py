@@ -1,0 +1,76 @@
+"""Text that leaves the server: whole characters, no part of a stop string."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from sparserve.engine.detokenizer import Detokenizer
+from sparserve.model.loader import LoadedModel
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(tiny_model: LoadedModel) -> Tokenizer:
+    return tiny_model.tokenizer
+
+
+def feed(
+    tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()
+) -> tuple[list[str], str | None]:
+    detokenizer, pieces = Detokenizer(tokenizer, stop), []
+    for token_id in ids:
+        text, matched = detokenizer.push(token_id)
+        pieces.append(text)
+        if matched is not None:
+            return pieces, matched
+    return [*pieces, detokenizer.flush()], None
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40))
+def test_pieces_join_to_the_text(bytes_tokenizer, text):
+    pieces, _ = feed(bytes_tokenizer, bytes_tokenizer.encode(text).ids)
+    assert "".join(pieces) == text
+
+
+def test_a_character_of_several_tokens_comes_whole(bytes_tokenizer):
+    ids = bytes_tokenizer.encode("a🎉é").ids
+    assert len(ids) == 7
+    pieces, _ = feed(bytes_tokenizer, ids)
+    assert [p for p in pieces if p] == ["a", "🎉", "é"]
+
+
+def test_an_unfinished_character_is_left_out(bytes_tokenizer):
+    pieces, _ = feed(bytes_tokenizer, bytes_tokenizer.encode("ab🎉").ids[:-1])
+    assert "".join(pieces) == "ab"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(alphabet="ab\n", max_size=24),
+    stop=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_earliest_stop_string(bytes_tokenizer, text, stop):
+    pieces, matched = feed(bytes_tokenizer, bytes_tokenizer.encode(text).ids, tuple(stop))
+    sent = "".join(pieces)
+    # The plain definition: the stop string that is complete first, fed character by character.
+    for end in range(1, len(text) + 1):
+        found = [(text[:end].find(s), s) for s in stop if s in text[:end]]
+        if found:
+            assert matched in stop
+            assert sent == text[: min(found)[0]]
+            return
+    assert matched is None
+    assert sent == text
+
+
+def test_text_that_may_become_a_stop_string_waits(bytes_tokenizer):
+    detokenizer = Detokenizer(bytes_tokenizer, ("STOP",))
+    sent = [detokenizer.push(i)[0] for i in bytes_tokenizer.encode("xSTxSTO").ids]
+    assert sent == ["x", "", "", "STx", "", "", ""]
+    assert detokenizer.flush() == "STO"
+
+
+def test_special_tokens_have_no_text(bytes_tokenizer):
+    pieces, _ = feed(bytes_tokenizer, [256, *bytes_tokenizer.encode("hi").ids, 257])
+    assert "".join(pieces) == "hi"
