@@ -4,9 +4,11 @@ The tiny model (2 layers, byte-level tokenizer) makes the fast tests; the demo m
 into the user's cache, as `sparserve demo` does.
 """
 
+import sparserve  # isort: skip  # noqa: F401  (before torch: it sets how OpenMP threads wait)
+
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,12 @@ def write_tiny(
 
 
 @pytest.fixture(scope="session")
+def write_tiny_checkpoint() -> Callable[..., Path]:
+    """`write_tiny` itself: test modules cannot import this one."""
+    return write_tiny
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny-llama"))
 
@@ -124,6 +132,16 @@ def tiny_settings(**overrides: object) -> ServerSettings:
         "drain_timeout": 5,
     }
     return ServerSettings(**{**defaults, **overrides})
+
+
+ServerFactory = Callable[..., AbstractAsyncContextManager[Server]]
+
+
+@pytest.fixture
+def serving(tiny_model: LoadedModel) -> ServerFactory:
+    """`async with serving(max_running=…, …) as server`: over the tiny model, or another `model=`."""
+    small = {"kv_cache_gib": 0.004}  # 16 contexts; a large cache takes longer to clear than to use
+    return lambda model=tiny_model, **settings: running_server(model, **{**small, **settings})
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from sparserve.errors import CallFailed
+from sparserve.errors import CallFailed, InvalidRequest
 from sparserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from sparserve.v1 import inference_pb2 as pb
 
@@ -90,20 +90,26 @@ def make_request(
     logprobs: bool | None = None,
     report_neurons: bool | None = None,
 ) -> pb.GenerateRequest:
-    """A request message; None leaves a field to the server's default."""
-    request = pb.GenerateRequest(
-        request_id=request_id,
-        model=model,
-        sampling=pb.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-        stopping=pb.Stopping(max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos),
-        response=pb.ResponseOptions(token_ids=token_ids, logprobs=logprobs),
-        sparsity=pb.Sparsity(report=report_neurons),
-    )
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-        request.token_ids.SetInParent()
+    """A request message; None leaves a field to the server's default.
+
+    Raises InvalidRequest on a value that the protocol cannot carry, such as a negative seed.
+    """
+    try:
+        request = pb.GenerateRequest(
+            request_id=request_id,
+            model=model,
+            sampling=pb.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            stopping=pb.Stopping(max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos),
+            response=pb.ResponseOptions(token_ids=token_ids, logprobs=logprobs),
+            sparsity=pb.Sparsity(report=report_neurons),
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+            request.token_ids.SetInParent()
+    except ValueError as error:  # UnicodeEncodeError is one too
+        raise InvalidRequest("request", f"the protocol cannot carry a value: {error}") from error
     return request
 
 
@@ -212,6 +218,14 @@ class AsyncClient:
         with _call_errors():
             response = await self._control.Abort(control_pb2.AbortRequest(request_ids=[request_id]))
         return bool(response.aborted)
+
+    async def model_info(self) -> control_pb2.GetModelInfoResponse:
+        with _call_errors():
+            return await self._control.GetModelInfo(control_pb2.GetModelInfoRequest())
+
+    async def server_info(self) -> control_pb2.GetServerInfoResponse:
+        with _call_errors():
+            return await self._control.GetServerInfo(control_pb2.GetServerInfoRequest())
 
     async def load(self) -> control_pb2.GetLoadResponse:
         with _call_errors():

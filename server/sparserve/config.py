@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
+import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    YamlConfigSettingsSource,
 )
-from yaml import YAMLError
 
 from sparserve.errors import ConfigError
 
@@ -51,6 +51,7 @@ class EngineSettings(BaseSettings):
         float,
         Field(
             ge=0,
+            allow_inf_nan=False,
             description="Memory for the KV cache in GiB; 0: all of max_running contexts, at most a quarter of free memory.",
         ),
     ] = 0
@@ -66,7 +67,8 @@ class EngineSettings(BaseSettings):
         ),
     ] = 512
     default_max_tokens: Annotated[
-        int, Field(ge=1, description="New tokens for a request that names no max_tokens.")
+        int,
+        Field(ge=1, lt=2**31, description="New tokens for a request that names no max_tokens."),
     ] = 256
 
     @model_validator(mode="after")
@@ -99,7 +101,9 @@ class ServerSettings(EngineSettings):
     max_waiting: Annotated[
         int,
         Field(
-            ge=0, description="Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."
+            ge=0,
+            le=1_000_000,
+            description="Requests that may wait; one more is refused with RESOURCE_EXHAUSTED.",
         ),
     ] = 256
     max_message_mib: Annotated[
@@ -109,12 +113,17 @@ class ServerSettings(EngineSettings):
         float,
         Field(
             ge=0,
+            le=7 * 86400,
             description="Seconds after which a connection is asked to reconnect, so that balancers can rebalance; 0: never.",
         ),
     ] = 0
     drain_timeout: Annotated[
         float,
-        Field(ge=0, description="Seconds that requests in flight get to finish after SIGTERM."),
+        Field(
+            ge=0,
+            le=86400,
+            description="Seconds that requests in flight get to finish after SIGTERM.",
+        ),
     ] = 30
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
@@ -134,10 +143,9 @@ def load_settings(
 ) -> Settings:
     """Merge flags (None: not given), environment, YAML file and defaults into `kind`.
 
-    Raises ConfigError that names each wrong setting, its value and what is allowed.
+    `model_fields_set` of the result names what the flags set. Raises ConfigError that names each wrong setting, its value and what is allowed.
     """
-    if config is not None and not config.is_file():
-        raise ConfigError(f"the settings file {config} does not exist")
+    from_file = {} if config is None else _read(config)
 
     class Sourced(kind):  # type: ignore[misc, valid-type]
         @classmethod
@@ -149,23 +157,39 @@ def load_settings(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            sources = (init_settings, env_settings)
-            if config is None:
-                return sources
-            return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+            return (init_settings, env_settings, InitSettingsSource(settings_cls, from_file))
 
     try:
         merged = Sourced(**{name: value for name, value in flags.items() if value is not None})
-        return cast(Settings, kind.model_construct(**merged.model_dump()))
+        given = {name for name, value in flags.items() if value is not None}
+        return cast(Settings, kind.model_construct(given, **merged.model_dump()))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
-    except (SettingsError, YAMLError, OSError, ValueError, TypeError) as error:
+    except SettingsError as error:
         raise ConfigError(f"the settings cannot be read: {error}") from error
+
+
+def _read(config: Path) -> dict[str, object]:
+    """The settings file's names and values, not checked yet. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"the settings file {config} does not exist") from error
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the settings file {config} cannot be read: {reason}") from error
+    if content is None:  # nothing but comments
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(f"the settings file {config} must be lines of `name: value`")
+    return content
 
 
 def _explain(problem: ErrorDetails) -> str:
     name = ".".join(map(str, problem["loc"]))
     if not name:
         return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is no setting; `sparserve serve --help` lists them"
     flag = f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the settings file"
     return f"{name} is {problem['input']!r}: {problem['msg']} ({flag})"

@@ -24,6 +24,8 @@ Each message names the value, the limit it met and, where there is one, the way 
 
 from __future__ import annotations
 
+import reprlib
+
 
 class SparserveError(Exception):
     """Base of all of them."""
@@ -81,7 +83,9 @@ class UnknownModel(RequestError):
     """Another model than the one served; `model` is what was asked for."""
 
     def __init__(self, model: str, served: str) -> None:
-        super().__init__("model", f"model {model!r} is not served here; this server has {served!r}")
+        super().__init__(
+            "model", f"model {reprlib.repr(model)} is not served here; this server has {served!r}"
+        )
         self.model = model
 
 
@@ -90,7 +94,7 @@ class DuplicateRequest(RequestError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            "request_id", f"request_id {request_id!r} is in flight already; use another"
+            "request_id", f"request_id {reprlib.repr(request_id)} is in flight already; use another"
         )
 
 

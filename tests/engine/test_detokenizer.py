@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.model.loader import LoadedModel
@@ -74,3 +74,33 @@ def test_text_that_may_become_a_stop_string_waits(bytes_tokenizer):
 def test_special_tokens_have_no_text(bytes_tokenizer):
     pieces, _ = feed(bytes_tokenizer, [256, *bytes_tokenizer.encode("hi").ids, 257])
     assert "".join(pieces) == "hi"
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 258), max_size=30))
+def test_any_tokens_give_the_text_of_decoding_them_together(bytes_tokenizer, ids):
+    pieces, _ = feed(bytes_tokenizer, ids)
+    whole = bytes_tokenizer.decode(ids)
+    sent = "".join(pieces)
+    assert whole.startswith(sent)
+    # Only the bytes of one unfinished character may be missing.
+    assert set(whole[len(sent) :]) <= {"\N{REPLACEMENT CHARACTER}"}
+    assert len(whole) - len(sent) <= 3
+
+
+def test_invalid_bytes_of_a_byte_fallback_tokenizer_do_not_fail():
+    vocab = {"<unk>": 0, "▁hi": 1, "there": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    ids = [1, 3 + 0x0A, 3 + 0xFF, 2, 1, *[3 + b for b in "é".encode()], 3 + 0xE2, 1]
+    pieces, _ = feed(tokenizer, ids)
+    # That decoder spoils a whole run of bytes for one bad byte, after the good ones are out already.
+    words = "".join(pieces).replace("\N{REPLACEMENT CHARACTER}", "")
+    assert words == "hi\nthere hié hi"

@@ -2,9 +2,11 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Listing
+from dataclasses import replace
 
 import pytest
+import torch
 
 from sparserve.engine.engine import MAX_CONSECUTIVE_FAILURES, Engine
 from sparserve.engine.request import (
@@ -15,19 +17,20 @@ from sparserve.engine.request import (
     StoppingParams,
     Update,
 )
+from sparserve.engine.sequence import Sequence
 from sparserve.errors import ConfigError, EngineFailure, InvalidRequest, PromptTooLong
 
 GREEDY = SamplingParams(temperature=0)
 
 
 def request(
-    request_id: str, prompt: Sequence[int], sampling: SamplingParams = GREEDY, **stopping: object
+    request_id: str, prompt: Listing[int], sampling: SamplingParams = GREEDY, **stopping: object
 ) -> GenerationRequest:
     return GenerationRequest(request_id, tuple(prompt), sampling, StoppingParams(**stopping))
 
 
 def run(
-    engine: Engine, requests: Sequence[GenerationRequest], stagger: int = 0
+    engine: Engine, requests: Listing[GenerationRequest], stagger: int = 0
 ) -> dict[str, Update]:
     """All requests to their ends, one more added every `stagger` steps (0: all at once)."""
     pending, steps = list(requests), 0
@@ -40,6 +43,7 @@ def run(
                 break
         for update in engine.step():
             results[update.request_id] += update
+            assert update.finish is None or update.finish.error is None
         steps += 1
     assert engine.used_blocks == 0
     return results
@@ -108,19 +112,27 @@ def test_output_equals_that_of_the_request_alone(tiny_engine, tiny_model, settin
     assert (preemptions > 0) == bool(blocks)
 
 
-def test_statistics_do_not_depend_on_chunks_or_preemption(tiny_engine):
+def test_statistics_do_not_depend_on_chunks_or_mates(tiny_engine, monkeypatch):
     prompt = [random.Random(1).randrange(256) for _ in range(150)]
-    shares = set()
+    seen, real = [], Sequence.finish
+
+    def finish(self, *args, **kwargs):
+        seen.append(self.statistics)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Sequence, "finish", finish)
     for budget in (512, 16, 37):
         one = GenerationRequest(
             "a", tuple(prompt), GREEDY, StoppingParams(max_tokens=2), report_statistics=True
         )
         engine = tiny_engine(max_running=2, max_batched_tokens=budget)
-        shares.add(
-            finish_of(run(engine, [one, request("b", prompt[:40], max_tokens=30)])["a"]).core_share
-        )
-    assert len(shares) == 1
-    assert 0 < shares.pop() < 1
+        results = run(engine, [one, request("b", prompt[:40], max_tokens=30)])
+        assert 0 < finish_of(results["a"]).core_share < 1
+        assert finish_of(results["b"]).core_share is None
+    collected = [statistics for statistics in seen if statistics is not None]
+    assert len(collected) == 3
+    assert all(statistics.tokens == 149 for statistics in collected)  # all but the first
+    assert all(torch.equal(statistics.sums, collected[0].sums) for statistics in collected)
 
 
 def test_max_tokens_ends_with_length(tiny_engine):
@@ -245,6 +257,47 @@ def test_tokens_made_before_a_failure_in_the_same_step_are_not_lost(tiny_engine,
     engine.add(request("b", [3, 4], max_tokens=1))
     finishes = {u.request_id: finish_of(u).reason for u in engine.step() if u.finish}
     assert finishes == {"a": FinishReason.LENGTH, "b": FinishReason.ERROR}
+
+
+def test_not_finite_logits_fail_only_their_request(tiny_engine, monkeypatch):
+    engine = tiny_engine()
+    embedding = engine.backend._weights.embedding.clone()
+    embedding[200] = float("nan")
+    monkeypatch.setattr(
+        engine.backend, "_weights", replace(engine.backend._weights, embedding=embedding)
+    )
+    for key, prompt in (("good", [1, 2]), ("bad", [3, 200])):
+        engine.add(request(key, prompt, max_tokens=3))
+    finishes = {}
+    while engine.has_work:
+        finishes |= {u.request_id: finish_of(u) for u in engine.step() if u.finish}
+    assert isinstance(finishes["bad"].error, EngineFailure)
+    assert finishes["good"].reason is FinishReason.LENGTH
+    assert run(engine, [request("next", [1, 2], max_tokens=3)])["next"].tokens
+    assert engine.broken is None
+
+
+def test_a_temperature_near_zero_is_greedy(tiny_engine):
+    engine = tiny_engine()
+    greedy = run(engine, [request("a", [9, 8, 7], max_tokens=12)])["a"]
+    for temperature in (1e-4, 1e-20, 1e-44):
+        sampling = SamplingParams(temperature=temperature, seed=1)
+        assert (
+            run(engine, [request("a", [9, 8, 7], sampling, max_tokens=12)])["a"].tokens
+            == greedy.tokens
+        )
+
+
+def test_gauges_are_true_after_an_abort(tiny_engine):
+    engine = tiny_engine()
+    engine.add(request("a", range(100), max_tokens=100))
+    engine.step()
+    registry = engine.metrics.registry
+    assert registry.get_sample_value("sparserve_num_requests_running") == 1
+    assert registry.get_sample_value("sparserve_kv_blocks_used") > 0
+    engine.abort("a")
+    assert registry.get_sample_value("sparserve_num_requests_running") == 0
+    assert registry.get_sample_value("sparserve_kv_blocks_used") == 0
 
 
 def test_repeated_failures_break_the_engine(tiny_engine, monkeypatch):

@@ -12,7 +12,7 @@ from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.errors import InvalidRequest, UnknownModel
 from sparserve.model.backend import BLOCK_SIZE
-from sparserve.sparsity.policy import BUILT, DENSE
+from sparserve.sparsity.policy import DENSE
 from sparserve.v1 import control_pb2 as pb
 from sparserve.v1 import control_pb2_grpc
 
@@ -30,7 +30,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Any
     ) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=[self._model_name])
+        return pb.ListModelsResponse(models=[pb.Model(name=self._model_name)])
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Any
@@ -78,7 +78,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 num_kv_blocks=engine.backend.num_blocks,
                 default_max_tokens=limits.default_max_tokens,
             ),
-            policies=[POLICY_NUMBERS[kind] for kind in BUILT],
+            policies=[POLICY_NUMBERS[kind] for kind in info.policies],
             default_policy=POLICY_NUMBERS[DENSE.kind],
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import uuid
 from typing import TypeVar
 
@@ -19,8 +18,8 @@ from sparserve.engine.request import (
     StoppingParams,
 )
 from sparserve.engine.tokenizer import TextTokenizer
-from sparserve.errors import InvalidRequest, NotBuiltYet
-from sparserve.sparsity.policy import BUILT, Policy, PolicyKind
+from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong
+from sparserve.sparsity.policy import Policy, PolicyKind
 from sparserve.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -61,7 +60,9 @@ def parse_request(
     message: pb.GenerateRequest,
     tokenizer: TextTokenizer,
     max_prompt_tokens: int,
+    policies: tuple[PolicyKind, ...],
     seconds_left: float | None,
+    arrival: float,
 ) -> GenerationRequest:
     """Raises InvalidRequest, PromptTooLong or NotBuiltYet, which name the field.
 
@@ -89,9 +90,10 @@ def parse_request(
             stop=tuple(stopping.stop),
             ignore_eos=stopping.ignore_eos,
         ),
-        policy=_policy(message.sparsity),
+        policy=_policy(message.sparsity, policies),
         report_statistics=message.sparsity.report,
-        deadline=None if seconds_left is None else time.monotonic() + seconds_left,
+        deadline=None if seconds_left is None else arrival + seconds_left,
+        arrival=arrival,
     )
 
 
@@ -140,11 +142,15 @@ def _prompt(message: pb.GenerateRequest, tokenizer: TextTokenizer, limit: int) -
         case "text":
             return tokenizer.encode(message.text, limit)
         case "token_ids":
-            return tokenizer.check(message.token_ids.ids)
+            ids = message.token_ids.ids
+            if len(ids) > limit:  # before a look at each of them: there can be millions
+                text = f"the prompt has {len(ids)} tokens, the limit is {limit}"
+                raise PromptTooLong("token_ids", text, limit)
+            return tokenizer.check(ids)
     raise InvalidRequest("prompt", "the request has no prompt; set text or token_ids")
 
 
-def _policy(message: pb.Sparsity) -> Policy:
+def _policy(message: pb.Sparsity, policies: tuple[PolicyKind, ...]) -> Policy:
     density, target_kl = _given(message, "density", 1.0), _given(message, "target_kl", 0.0)
     if not 0 < density <= 1:  # also false for NaN
         raise InvalidRequest("sparsity.density", f"density is {density:g}; it must be in (0, 1]")
@@ -160,11 +166,11 @@ def _policy(message: pb.Sparsity) -> Policy:
         raise InvalidRequest(
             "sparsity.policy", f"sparsity.policy {message.policy} is not in the enum"
         )
-    if kind not in BUILT or density != 1:
+    if kind not in policies or density != 1:
         raise NotBuiltYet(
             "sparsity",
             f"policy {kind.value} at density {density:g} is not built yet; "
-            f"built: {', '.join(k.value for k in BUILT)} at density 1",
+            f"built: {', '.join(k.value for k in policies)} at density 1",
         )
     return Policy(kind, density)
 

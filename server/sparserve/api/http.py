@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from socketserver import ThreadingMixIn
@@ -13,6 +14,8 @@ from prometheus_client import make_wsgi_app
 from sparserve.errors import ConfigError
 from sparserve.metrics import Metrics
 
+_POLL_SECONDS = 0.05  # `stop` waits for so long at most
+
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
@@ -20,11 +23,19 @@ class _Server(ThreadingMixIn, WSGIServer):
     allow_reuse_port = False
 
 
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
 class _QuietHandler(WSGIRequestHandler):
     timeout = 10  # seconds; an idle client must not hold a thread
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def address_family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class HttpServer:
@@ -58,13 +69,16 @@ class HttpServer:
             return [body]
 
         try:
-            self._server = make_server(host, port, app, _Server, _QuietHandler)
+            kind = _ServerV6 if address_family(host) is socket.AF_INET6 else _Server
+            self._server = make_server(host, port, app, kind, _QuietHandler)
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another --metrics-port"
             ) from error
         self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="http", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -74,6 +75,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     yield pb.GenerateStreamResponse(summary=summary)
 
     async def _parse(self, request: pb.GenerateRequest, context: Any) -> GenerationRequest:
+        arrival = time.monotonic()
+        self._engine.check_room()  # before the work of tokenizing
         engine = self._engine.engine
         try:
             if request.model and request.model != self._model_name:
@@ -83,7 +86,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 request,
                 engine.tokenizer,
                 engine.limits.max_context - 1,
+                engine.backend.info.policies,
                 context.time_remaining(),
+                arrival,
             )
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()

@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from typing import Any
+import socket
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 from sparserve.api.control import ControlService
-from sparserve.api.http import HttpServer
+from sparserve.api.health import HealthService
+from sparserve.api.http import HttpServer, address_family
 from sparserve.api.inference import InferenceService
 from sparserve.api.interceptors import ErrorInterceptor
 from sparserve.api.reflection import add_reflection
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, EngineState
 from sparserve.engine.engine import Engine
-from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.errors import ConfigError
 from sparserve.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -29,8 +28,8 @@ SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name,
 )
-# Health is told for the server as a whole ("") and for each service.
-HEALTH_NAMES = ("", *SERVICES)
+# Calls whose requests are done get so long to be read to their end.
+_GRACE_SECONDS = 5.0
 
 
 def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -41,6 +40,9 @@ def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 0),
         # Two servers on one port would each get a share of the connections: a port in use is an error.
         ("grpc.so_reuseport", 0),
+        # A client that vanishes without closing its connection is noticed, and its requests end.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
     ]
     if settings.max_connection_age:
         options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)))
@@ -52,12 +54,10 @@ class Server:
 
     def __init__(self, engine: Engine, model_name: str, settings: ServerSettings) -> None:
         self._settings = settings
-        self._health: Any = HealthServicer()
-        self._health_tasks: set[asyncio.Task[None]] = set()
+        self._health = HealthService(SERVICES)
+        self._http: HttpServer | None = None
         self._warm = False
-        self.engine = AsyncEngine(
-            engine, max_waiting=settings.max_waiting, on_state=lambda state: self._on_state(state)
-        )
+        self.engine = AsyncEngine(engine, max_waiting=settings.max_waiting, on_state=self._on_state)
         self._grpc = grpc.aio.server(
             interceptors=[ErrorInterceptor()], options=grpc_options(settings)
         )
@@ -70,6 +70,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         add_reflection(self._grpc, (*SERVICES, health.SERVICE_NAME))
         self.port = 0
+        self.ended = True  # False once a stop left the engine thread behind
         self.metrics_port = 0
 
     @property
@@ -80,7 +81,6 @@ class Server:
         """Listen, warm up, then turn SERVING. Raises ConfigError where a port is taken."""
         settings = self._settings
         try:
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             self._http = HttpServer(
                 settings.host,
                 settings.metrics_port,
@@ -89,28 +89,21 @@ class Server:
                 is_ready=lambda: self.is_ready,
             )
             self.metrics_port = self._http.port
-            try:
-                self.port = self._grpc.add_insecure_port(f"{settings.host}:{settings.port}")
-            except RuntimeError as error:
-                self._http.stop()
-                raise ConfigError(
-                    f"cannot listen on {settings.host}:{settings.port} for gRPC (in use, or not an address "
-                    "of this machine); choose another --port or --host"
-                ) from error
+            self.port = self._listen()
+            await self.engine.warm_up()
             await self._grpc.start()
-            await self._warm_up()
         except BaseException:
-            await self.engine.stop()
+            await self._close(grace=0)
             raise
         self._warm = True
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        if self.is_ready:
+            self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain_and_stop(self) -> None:
         """Readiness goes first, requests in flight get `drain_timeout` seconds, then all ends."""
         await self.engine.drain(self._settings.drain_timeout)
-        await self._grpc.stop(grace=5)
-        await self.engine.stop()
-        self._http.stop()
+        self._health.close()
+        await self._close(_GRACE_SECONDS)
 
     async def run_until_signalled(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain; a second signal ends the wait."""
@@ -132,32 +125,35 @@ class Server:
         hurry = asyncio.create_task(impatient.wait())
         await asyncio.wait({stop, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
-        if not stop.done():
+        if stop.done():
+            await stop
+        else:
             log.warning("second signal: stopping without waiting")
             stop.cancel()
-            await self._grpc.stop(grace=0)
-            await self.engine.stop()
+            await self._close(grace=0)
 
-    async def _warm_up(self) -> None:
-        request = GenerationRequest(
-            request_id="warm-up",
-            prompt_token_ids=(0,) * min(16, self.engine.engine.limits.max_context - 4),
-            sampling=SamplingParams(temperature=0),
-            stopping=StoppingParams(max_tokens=2, ignore_eos=True),
-        )
-        with self.engine.submit(request) as stream:
-            async for _ in stream:
-                pass
+    def _listen(self) -> int:
+        """The port of the gRPC listener. Raises ConfigError."""
+        host, port = self._settings.host, self._settings.port
+        try:
+            # gRPC logs a failed bind at length and keeps the reason, so a plain socket tries first.
+            socket.create_server((host, port), family=address_family(host)).close()
+            return self._grpc.add_insecure_port(
+                f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            )
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "in use, or not an address of this machine"
+            raise ConfigError(
+                f"cannot listen on {host}:{port} for gRPC: {reason}; choose another --port or --host"
+            ) from error
+
+    async def _close(self, grace: float) -> None:
+        await self._grpc.stop(grace)
+        self.ended = await self.engine.stop()
+        if self._http is not None:
+            self._http.stop()
 
     def _on_state(self, state: EngineState) -> None:
         log.info("engine is %s", state.value)
         if state is not EngineState.READY:
-            task = asyncio.ensure_future(
-                self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            )
-            self._health_tasks.add(task)
-            task.add_done_callback(self._health_tasks.discard)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in HEALTH_NAMES:
-            await self._health.set(name, status)
+            self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)

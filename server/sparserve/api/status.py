@@ -20,12 +20,13 @@ from sparserve import errors
 log = logging.getLogger(__name__)
 
 DOMAIN = "sparserve"
+_MAX_TEXT = 500  # characters; the message travels several times
 STATUS_KEY = "grpc-status-details-bin"
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
     """-> (code, message, details). An unexpected exception becomes INTERNAL with an id and a log line."""
-    message = str(error)
+    message = shortened(str(error))
     match error:
         case errors.PromptTooLong():
             info = _info("PROMPT_TOO_LONG", field=error.field, max_prompt_tokens=str(error.limit))
@@ -35,7 +36,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
             return grpc.StatusCode.UNIMPLEMENTED, message, [info]
         case errors.UnknownModel():
             resource = details.ResourceInfo(
-                resource_type="model", resource_name=error.model, description=message
+                resource_type="model", resource_name=shortened(error.model), description=message
             )
             return grpc.StatusCode.NOT_FOUND, message, [resource]
         case errors.DuplicateRequest():
@@ -87,8 +88,15 @@ def trailing_metadata(
     return ((STATUS_KEY, status.SerializeToString()),)
 
 
+def shortened(text: str) -> str:
+    """Trailers over 8 KiB fail the call with another status, so what a caller sent is not echoed whole."""
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+
+
 def _violation(error: errors.RequestError) -> details.BadRequest:
-    violation = details.BadRequest.FieldViolation(field=error.field, description=str(error))
+    violation = details.BadRequest.FieldViolation(
+        field=error.field, description=shortened(str(error))
+    )
     return details.BadRequest(field_violations=[violation])
 
 

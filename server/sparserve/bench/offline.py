@@ -19,6 +19,7 @@ from sparse_kernels.native import read_probe
 from sparserve import __version__
 from sparserve.bench.systems import Prompts, Run, System
 from sparserve.engine.engine import Engine
+from sparserve.errors import ConfigError
 from sparserve.model.weights import ModelWeights
 
 # (what is measured, done, total)
@@ -82,6 +83,11 @@ def run_offline(
     on_progress: BenchProgress,
 ) -> Report:
     """Measure batch 1 against the peers and `plan.concurrency` at once against one after another."""
+    if plan.prompt_tokens + plan.new_tokens > engine.limits.max_context:
+        raise ConfigError(
+            f"{plan.prompt_tokens} prompt + {plan.new_tokens} new tokens exceed the context of "
+            f"{engine.limits.max_context}"
+        )
     source = random.Random(plan.seed)
     step_bytes = weight_bytes(weights)
     systems = [ours, *peers]

@@ -69,6 +69,9 @@ class Sparserve:
                     ttft = time.perf_counter() - start
                 if update.finish is not None and update.finish.error is not None:
                     raise update.finish.error
+        assert generated == new_tokens * len(prompts), (
+            f"made {generated} tokens, not what was asked for"
+        )
         return Run(ttft, time.perf_counter() - start, generated, len(prompts))
 
 

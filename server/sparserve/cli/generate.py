@@ -14,6 +14,7 @@ from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import build_engine
 from sparserve.engine.request import Finish, GenerationRequest, SamplingParams, StoppingParams
+from sparserve.errors import ConfigError
 
 
 @with_settings(EngineSettings)
@@ -51,9 +52,11 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     stops = tuple(stop or ())
     if server is not None:
-        if chat:
-            raise typer.BadParameter(
-                "--chat needs the model here; it cannot be combined with --server"
+        here_only = sorted(settings.model_fields_set | ({"chat"} if chat else set()))
+        if here_only:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in here_only)
+            raise ConfigError(
+                f"{flags}: for a model that runs here; a --server has its own settings"
             )
         _generate_remote(server, prompt, max_tokens, stops, sampling, report_neurons)
         return

@@ -47,19 +47,24 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     kind: Any = field.annotation
-    metavar = None
-    if get_origin(kind) is Literal:
-        metavar, kind = "|".join(get_args(kind)), str
-    assert kind in (str, int, float), f"setting {name} has no flag for its type {kind}"
-    help_text = f"{field.description} [default: {field.default}] [env: SPARSERVE_{name.upper()}]"
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    help_text = " ".join(
+        [
+            *([f"One of {', '.join(choices)}."] if choices else []),
+            f"{field.description} [default: {field.default}] [env: SPARSERVE_{name.upper()}]",
+        ]
+    )
     option = typer.Option(
-        f"--{name.replace('_', '-')}", help=help_text, metavar=metavar, show_default=False
+        f"--{name.replace('_', '-')}",
+        help=help_text,
+        metavar=f"<{'choice' if choices else kind.__name__}>",
+        show_default=False,
     )
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[kind | None, option],
+        annotation=Annotated[str | None, option],  # parsed like the environment and the file
     )
 
 

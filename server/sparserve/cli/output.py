@@ -25,7 +25,7 @@ err = Console(stderr=True, highlight=False)
 
 def fail(error: Exception) -> None:
     err.print("[bold red]error:[/] ", end="")
-    err.print(str(error), markup=False)
+    err.print(str(error), markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def counting_bar() -> Iterator[DownloadProgress]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

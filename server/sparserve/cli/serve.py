@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 
 from sparserve.api.server import Server
 from sparserve.cli.options import with_settings
@@ -26,8 +27,13 @@ def serve(settings: ServerSettings) -> None:
         await server.start()
         err.print(
             f"serving {built.model_name} on {settings.host}:{server.port} (gRPC), "
-            f"metrics on http://{settings.host}:{server.metrics_port}/metrics"
+            f"metrics on http://{settings.host}:{server.metrics_port}/metrics",
+            markup=False,
+            soft_wrap=True,
         )
         await server.run_until_signalled()
+        if not server.ended:
+            # A step that never ends holds the interpreter's exit up as well.
+            os._exit(1)
 
     asyncio.run(run())

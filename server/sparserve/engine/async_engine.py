@@ -7,10 +7,12 @@ import itertools
 import logging
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import Finish, FinishReason, GenerationRequest, Timings, Update
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 # Python hands the GIL over after so long; the default of 5 ms is longer than a fast engine step.
 _GIL_SWITCH_INTERVAL = 0.0005
 
+# Stopping waits so long for the current step to end.
+_LAST_STEP_SECONDS = 10.0
+
 
 class EngineState(Enum):
     READY = "ready"
@@ -37,12 +42,13 @@ class EngineState(Enum):
 
 
 class RequestStream:
-    """Updates of one request in flight; iterate inside `with`, which aborts it when left early.
+    """Updates of one request; iterate inside `with`, which aborts it when left early.
 
     Updates that pile up while nobody reads are merged into one.
     """
 
-    def __init__(self, on_close: Callable[[bool], None]) -> None:
+    def __init__(self, request_id: str, on_close: Callable[[], None]) -> None:
+        self.request_id = request_id
         self._on_close = on_close
         self._pending: Update | None = None
         self._arrived = asyncio.Event()
@@ -81,7 +87,7 @@ class RequestStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._on_close(self._finished)
+        self._on_close()
 
 
 class AsyncEngine:
@@ -128,18 +134,30 @@ class AsyncEngine:
         # former, aborted request are still on their way.
         key = f"{request.request_id}#{next(self._counter)}"
 
-        def close(finished: bool) -> None:
-            if not finished:
-                self._command(lambda: self.engine.abort(key) and None)
-            del self._streams[key], self._keys[request.request_id]
-            if not self._streams:
-                self._idle.set()
+        def close() -> None:
+            if key in self._streams:
+                self._command(partial(self._abort_silently, key))
+                self._forget(key)
 
-        stream = self._streams[key] = RequestStream(close)
+        stream = self._streams[key] = RequestStream(request.request_id, close)
         self._keys[request.request_id] = key
         self._idle.clear()
         self._command(lambda: self.engine.add(replace(request, request_id=key)))
         return stream
+
+    async def warm_up(self) -> None:
+        """Run the engine's warm-up on its thread. Raises what it raises."""
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                self.engine.warm_up()
+                self._post(done.set_result, None)
+            except Exception as error:
+                self._post(done.set_exception, error)
+
+        self._command(run)
+        await done
 
     def abort(self, request_id: str) -> bool:
         """End a request with FinishReason.CANCELLED; False where it is not in flight."""
@@ -159,20 +177,43 @@ class AsyncEngine:
             log.warning(
                 "drain timed out after %g s with %d requests in flight", timeout, self.in_flight
             )
-            for request_id in list(self._keys):
-                self.abort(request_id)
-            await asyncio.wait_for(self._idle.wait(), 10)
+            for key in list(self._streams):
+                self._command(partial(self._abort_silently, key))
+            self._fail_all(Unavailable("the server stopped before this request was done", 1.0))
 
-    async def stop(self) -> None:
-        """End the engine thread after its current step; requests still in flight are cancelled."""
+    async def stop(self) -> bool:
+        """End the engine thread after its current step; requests still in flight are failed.
+
+        False where the step does not end: the thread is left behind, and the process had better exit.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        waiting = time.monotonic() + _LAST_STEP_SECONDS
+        while self._thread.is_alive() and time.monotonic() < waiting:
+            await asyncio.sleep(0.005)
+        if self._thread.is_alive():
+            log.error("the engine has not ended its step for %g s", _LAST_STEP_SECONDS)
         self._set_state(EngineState.STOPPED)
         self._fail_all(Unavailable("the server stopped before this request was done"))
+        return not self._thread.is_alive()
+
+    def _abort_silently(self, key: str) -> None:
+        """On the engine thread: nobody listens to this request any more."""
+        self.engine.abort(key)
 
     def _check_admission(self, request: GenerationRequest) -> None:
+        self.check_room()
+        try:
+            self.engine.validate(request)
+            if request.request_id in self._keys:
+                raise DuplicateRequest(request.request_id)
+        except RequestError:
+            self.engine.metrics.requests_rejected.labels(reason="invalid").inc()
+            raise
+
+    def check_room(self) -> None:
+        """Raises QueueFull or Unavailable where `submit` would, before work goes into a request."""
         rejected = self.engine.metrics.requests_rejected
         if self.state is not EngineState.READY:
             rejected.labels(reason="unavailable").inc()
@@ -180,13 +221,6 @@ class AsyncEngine:
                 f"the server is {self.state.value} and takes no new requests",
                 retry_after=1.0 if self.state is EngineState.DRAINING else None,
             )
-        try:
-            self.engine.validate(request)
-            if request.request_id in self._keys:
-                raise DuplicateRequest(request.request_id)
-        except RequestError:
-            rejected.labels(reason="invalid").inc()
-            raise
         limit = self.engine.limits.max_running + self.max_waiting
         if self.in_flight >= limit:
             rejected.labels(reason="queue_full").inc()
@@ -237,6 +271,14 @@ class AsyncEngine:
             stream = self._streams.get(update.request_id)
             if stream is not None:
                 stream.put(update)
+                if update.finish is not None:
+                    self._forget(update.request_id)
+
+    def _forget(self, key: str) -> None:
+        """The request has ended, read or not: its id and its place are free."""
+        del self._keys[self._streams.pop(key).request_id]
+        if not self._streams:
+            self._idle.set()
 
     def _break(self, error_id: str) -> None:
         self._set_state(EngineState.BROKEN)
@@ -244,8 +286,7 @@ class AsyncEngine:
 
     def _fail_all(self, error: SparserveError) -> None:
         finish = Finish(FinishReason.ERROR, Timings(0, 0, 0, 0), 0, 0, error=error)
-        for key, stream in self._streams.items():
-            stream.put(Update(key, finish=finish))
+        self._deliver([Update(key, finish=finish) for key in self._streams])
 
     def _set_state(self, state: EngineState) -> None:
         if state is not self.state:

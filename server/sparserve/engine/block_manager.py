@@ -7,18 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparserve.model.backend import BLOCK_SIZE, Phase
-from sparserve.sparsity.policy import DENSE, Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What wrote a block's KV. Prefill can write it again bit for bit, decode cannot."""
+    """What wrote a block's KV. Prefill can write it again bit for bit, decode cannot.
+
+    `neurons` names what the steps really read, not what was asked for: two prompts under one core policy
+    read different neurons, and their KV must not be mixed.
+    """
 
     phase: Phase
-    policy: Policy
+    neurons: str
 
 
-PREFILLED = Provenance(Phase.PREFILL, DENSE)
+ALL_NEURONS = "all"
+PREFILLED = Provenance(Phase.PREFILL, ALL_NEURONS)
+DECODED = Provenance(Phase.DECODE, ALL_NEURONS)
 
 
 def blocks_for(num_tokens: int) -> int:

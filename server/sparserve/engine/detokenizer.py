@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+# An unfinished character has at most 3 bytes, so at most 3 tokens. Before those, the replacement
+# character stands for bytes that no later token can complete.
+_MAX_UNFINISHED_TOKENS = 3
+_REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
@@ -17,13 +21,16 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        # The last tokens: those before `_read` are context (decoders treat the first word and word
+        # pieces by their neighbours), their text is out already.
+        self._window: list[int] = []
+        self._read = 0
         self._stop = tuple(stop)
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, str | None]:
         """-> (text to send now, the stop string that ends it or None)."""
-        self._held += self._stream.step(self._tokenizer, token_id) or ""
+        self._held += self._decode_next(token_id)
         found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             at, stop = min(found, key=lambda match: match[0])
@@ -38,6 +45,23 @@ class Detokenizer:
         """What was held back and turned out to be no stop string."""
         text, self._held = self._held, ""
         return text
+
+    def _decode_next(self, token_id: int) -> str:
+        """Text that `token_id` completes; none while it may be inside a character."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        known = self._tokenizer.decode(self._window[: self._read])
+        if text == known:  # a special token
+            self._window.pop()
+            return ""
+        upto = len(self._window)
+        if text.endswith(_REPLACEMENT):
+            upto -= _MAX_UNFINISHED_TOKENS
+            if upto <= self._read:
+                return ""
+            text = self._tokenizer.decode(self._window[:upto])
+        self._window, self._read = self._window[self._read :], upto - self._read
+        return str(text[len(known) :])
 
     def _possible_stop_length(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparserve.engine.block_manager import BlockManager, blocks_for
 from sparserve.engine.request import (
@@ -68,6 +67,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._failures = 0
         metrics.kv_blocks_total.set(backend.num_blocks)
+        metrics.running.set_function(lambda: self.num_running)
+        metrics.waiting.set_function(lambda: self.num_waiting)
+        metrics.kv_blocks_used.set_function(lambda: self.used_blocks)
 
     @property
     def has_work(self) -> bool:
@@ -88,14 +90,20 @@ class Engine:
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens in flight that have no KV yet."""
-        return sum(
-            s.prefill_target - s.num_computed
-            for s in self._sequences.values()
-            if s.phase is Phase.PREFILL
-        )
+        # list() first: other threads ask while the engine thread adds and removes.
+        in_flight = list(self._sequences.values())
+        return sum(s.prefill_target - s.num_computed for s in in_flight if s.phase is Phase.PREFILL)
+
+    def warm_up(self) -> None:
+        """Run prefill and decode once, before the first request, so that none pays for it."""
+        assert not self.has_work
+        token = SequenceInput((0,), 0, (0,), Phase.PREFILL, output_offsets=(0,))
+        self.backend.forward(ForwardBatch([token]))
+        self.backend.forward(ForwardBatch([replace(token, start=1, phase=Phase.DECODE)]))
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest or PromptTooLong; touches no state, so any thread may call it."""
+        self.tokenizer.check(request.prompt_token_ids)
         prompt_len, limit = len(request.prompt_token_ids), self.limits.max_context - 1
         if prompt_len == 0:
             raise InvalidRequest("prompt", "the prompt is empty; at least one token is needed")
@@ -157,7 +165,12 @@ class Engine:
         wanting = [(item.sequence, next(rows)) for item in plan.scheduled if item.wants_token]
         self._scheduler.update(plan)
         for sequence, row in wanting:
-            updates.append(self._take_token(sequence, row))
+            try:
+                updates.append(self._take_token(sequence, row))
+            except Exception:  # the step is done: nobody else is touched
+                updates.append(
+                    self._end_failed(sequence, self._log_failure("a request's own step"))
+                )
 
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
         token = sample(
@@ -172,20 +185,26 @@ class Engine:
         sequence.last_token = now
         sequence.output_token_ids.append(token.id)
         self.metrics.generation_tokens.inc()
-        text, stop = sequence.detokenizer.push(token.id)
-        finish = self._finish_of(sequence, token, stop)
+        text, stop = "", None
+        ends = self._is_eos(sequence, token.id)
+        if not ends:
+            text, stop = sequence.detokenizer.push(token.id)
+        finish = self._finish_of(sequence, token.id if ends else None, stop)
         if finish is None:
             return Update(sequence.request.request_id, text, (token,))
         if stop is None:
             text += sequence.detokenizer.flush()
         return self._end(sequence, finish, text, (token,))
 
+    def _is_eos(self, sequence: Sequence, token_id: int) -> bool:
+        known = token_id in self.backend.config.eos_token_ids
+        return known and not sequence.request.stopping.ignore_eos
+
     def _finish_of(
-        self, sequence: Sequence, token: GeneratedToken, stop: str | None
+        self, sequence: Sequence, eos_token_id: int | None, stop: str | None
     ) -> Finish | None:
-        is_eos = token.id in self.backend.config.eos_token_ids
-        if is_eos and not sequence.request.stopping.ignore_eos:
-            return sequence.finish(FinishReason.STOP_EOS, stop_token_id=token.id)
+        if eos_token_id is not None:
+            return sequence.finish(FinishReason.STOP_EOS, stop_token_id=eos_token_id)
         if stop is not None:
             return sequence.finish(FinishReason.STOP_STRING, stop_string=stop)
         generated = len(sequence.output_token_ids)
@@ -231,33 +250,32 @@ class Engine:
 
     def _fail(self, plan: Plan) -> list[Update]:
         """End what was in the failed step; without a plan, everything, for nothing can be trusted."""
-        error_id = uuid.uuid4().hex[:12]
-        log.exception("engine step failed, error id %s", error_id)
+        error = self._log_failure("an engine step")
         self._failures += 1
-        self.metrics.step_failures.inc()
         if self._failures >= MAX_CONSECUTIVE_FAILURES:
-            self.broken = error_id
+            self.broken = error.error_id
         # A swap that did not happen leaves a sequence without its KV, so those count too.
         parts: list[Scheduled | Swap] = [*plan.scheduled, *plan.swaps_out, *plan.swaps_in]
-        involved: Iterable[Sequence] = {id(part.sequence): part.sequence for part in parts}.values()
+        involved = {id(part.sequence): part.sequence for part in parts}
         if self.broken or not involved:
-            involved = list(self._sequences.values())
-        error = EngineFailure(error_id)
-        return [
-            self._end(s, s.finish(FinishReason.ERROR, error=error))
-            for s in involved
-            if s.request.request_id in self._sequences
-        ]
+            involved = {id(sequence): sequence for sequence in self._sequences.values()}
+        in_flight = [s for s in involved.values() if s.request.request_id in self._sequences]
+        return [self._end_failed(sequence, error) for sequence in in_flight]
+
+    def _log_failure(self, what: str) -> EngineFailure:
+        error = EngineFailure(uuid.uuid4().hex[:12])
+        log.exception("%s failed, error id %s", what, error.error_id)
+        self.metrics.step_failures.inc()
+        return error
+
+    def _end_failed(self, sequence: Sequence, error: EngineFailure) -> Update:
+        return self._end(sequence, sequence.finish(FinishReason.ERROR, error=error))
 
     def _record(self, plan: Plan, seconds: float) -> None:
-        metrics = self.metrics
-        metrics.running.set(self.num_running)
-        metrics.waiting.set(self.num_waiting)
-        metrics.kv_blocks_used.set(self.used_blocks)
-        metrics.preemptions.inc(plan.preempted)
+        self.metrics.preemptions.inc(plan.preempted)
         if plan.scheduled:
-            metrics.step_time.observe(seconds)
-            metrics.step_tokens.observe(sum(item.count for item in plan.scheduled))
+            self.metrics.step_time.observe(seconds)
+            self.metrics.step_tokens.observe(sum(item.count for item in plan.scheduled))
 
 
 def _input(item: Scheduled) -> SequenceInput:

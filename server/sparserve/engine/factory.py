@@ -53,7 +53,14 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.name, threads,
         max_context, num_blocks * BLOCK_SIZE,
     )  # fmt: skip
-    tokenizer = TextTokenizer(model.tokenizer, model.chat_template, model.config.vocab_size)
+    config = model.config
+    special_tokens = {
+        "bos_token": config.bos_token_id,
+        "eos_token": config.eos_token_ids[0] if config.eos_token_ids else None,
+    }
+    tokenizer = TextTokenizer(
+        model.tokenizer, model.chat_template, config.vocab_size, special_tokens
+    )
     limits = EngineLimits(
         max_context=max_context,
         max_running=settings.max_running,
@@ -76,6 +83,10 @@ def _max_context(settings: EngineSettings, trained: int) -> int:
 def _num_blocks(settings: EngineSettings, model: LoadedModel, max_context: int) -> int:
     block_bytes = bytes_per_block(model.config, model.weights.dtype)
     one_context = blocks_for(max_context)
+    if settings.kv_cache_gib * GIB > memory_room():
+        raise ConfigError(
+            f"kv_cache_gib {settings.kv_cache_gib:g} is more than the {memory_room() / GIB:.1f} GiB of free memory"
+        )
     if settings.kv_cache_gib:
         blocks = int(settings.kv_cache_gib * GIB) // block_bytes
         source = f"kv_cache_gib {settings.kv_cache_gib:g}"

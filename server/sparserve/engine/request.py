@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -57,7 +58,7 @@ class StoppingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt to continue; `deadline` is on the clock of `time.monotonic`."""
+    """One prompt to continue; `arrival` and `deadline` are on the clock of `time.monotonic`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -66,6 +67,7 @@ class GenerationRequest:
     policy: Policy = DENSE
     report_statistics: bool = False
     deadline: float | None = None
+    arrival: float = field(default_factory=time.monotonic)
 
 
 class FinishReason(Enum):

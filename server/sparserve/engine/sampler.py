@@ -7,6 +7,7 @@ lie outside of them the whole row is looked at, which gives the same token as lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Row:
 
     ids: npt.NDArray[np.int64]
     logits: Array
-    log_normalizer: float  # of the whole row at the request's temperature
+    log_normalizer: float  # of the whole row, relative to logits[0], at the request's temperature
     log_normalizer_1: float  # at temperature 1
     full_logits: Callable[[], Array]  # [vocab]
     vocab_size: int
@@ -47,7 +48,12 @@ def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
 
 
 def sample(row: Row, params: SamplingParams, seed: int, step: int) -> GeneratedToken:
-    """The `step`-th token of a request; equal (row, params, seed, step) give the equal token."""
+    """The `step`-th token of a request; equal (row, params, seed, step) give the equal token.
+
+    Raises FloatingPointError where the model's output is not finite (float16 overflows, damaged weights).
+    """
+    if not math.isfinite(row.log_normalizer_1):
+        raise FloatingPointError("the model's logits are not finite")
     if params.temperature == 0:
         return _token(row, int(row.ids[0]), float(row.logits[0]))
     uniform = float(np.random.Generator(np.random.Philox(key=seed, counter=step)).random())
@@ -56,7 +62,7 @@ def sample(row: Row, params: SamplingParams, seed: int, step: int) -> GeneratedT
         return _sample_whole(row, params.temperature, uniform)
     for size in (len(row.ids), 16 * len(row.ids), row.vocab_size):
         ids, logits = _head(row, min(size, row.vocab_size))
-        probabilities = np.exp(logits / params.temperature - row.log_normalizer)
+        probabilities = _probabilities(row, logits, params.temperature)
         kept = _truncate(probabilities, top_k, params.top_p, row.vocab_size)
         if kept is not None:
             chosen = _draw(np.cumsum(kept), uniform * float(kept.sum()))
@@ -66,15 +72,22 @@ def sample(row: Row, params: SamplingParams, seed: int, step: int) -> GeneratedT
 
 def _sample_whole(row: Row, temperature: float, uniform: float) -> GeneratedToken:
     """Draw from the untruncated distribution: the candidates first, then the rest in id order."""
-    head = np.cumsum(np.exp(row.logits / temperature - row.log_normalizer))
+    head = np.cumsum(_probabilities(row, row.logits, temperature))
     if uniform < head[-1] or len(row.ids) == row.vocab_size:
         chosen = _draw(head, uniform)
         return _token(row, int(row.ids[chosen]), float(row.logits[chosen]))
     logits = row.full_logits()
-    rest = np.exp(logits / temperature - row.log_normalizer)
+    rest = _probabilities(row, logits, temperature)
     rest[row.ids] = 0.0
-    chosen = _draw(np.cumsum(rest), uniform - float(head[-1]))
+    below = (uniform - float(head[-1])) / (1 - float(head[-1]))  # uniform in [0, 1) again
+    chosen = _draw(np.cumsum(rest), below * float(rest.sum()))
     return _token(row, chosen, float(logits[chosen]))
+
+
+def _probabilities(row: Row, logits: Array, temperature: float) -> Array:
+    """Of `logits`, some of the row's, under the row's whole distribution."""
+    exponents: Array = (logits - row.logits[0]) / temperature - row.log_normalizer
+    return np.exp(exponents)
 
 
 def _truncate(probabilities: Array, top_k: int, top_p: float, vocab_size: int) -> Array | None:
@@ -109,4 +122,4 @@ def _head(row: Row, size: int) -> tuple[npt.NDArray[np.int64], Array]:
 
 
 def _token(row: Row, token_id: int, logit: float) -> GeneratedToken:
-    return GeneratedToken(token_id, logit - row.log_normalizer_1)
+    return GeneratedToken(token_id, logit - float(row.logits[0]) - row.log_normalizer_1)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 
-from sparserve.engine.block_manager import BlockManager, Provenance, blocks_for
+from sparserve.engine.block_manager import DECODED, BlockManager, blocks_for
 from sparserve.engine.sequence import Sequence, Status
 from sparserve.model.backend import BLOCK_SIZE, Phase
 
@@ -95,7 +95,7 @@ class Scheduler:
             sequence = item.sequence
             if item.phase is Phase.DECODE:
                 block = sequence.block_table[sequence.num_computed // BLOCK_SIZE]
-                self.blocks.mark(block, Provenance(Phase.DECODE, sequence.request.policy))
+                self.blocks.mark(block, DECODED)
             sequence.advance(item.count)
 
     def remove(self, sequence: Sequence) -> None:
@@ -138,8 +138,10 @@ class Scheduler:
         phases = [self.blocks.provenance(block).phase for block in table]
         decoded = phases.index(Phase.DECODE) if Phase.DECODE in phases else len(table)
         if decoded < len(table):
-            plan.swaps_out.append(Swap(sequence, tuple(table[decoded:])))
             sequence.resume_at = sequence.resume_at or sequence.num_computed
+            # A block beyond was taken for the next token and holds nothing yet.
+            written = blocks_for(sequence.resume_at)
+            plan.swaps_out.append(Swap(sequence, tuple(table[decoded:written])))
             sequence.prefill_target = decoded * BLOCK_SIZE
         else:
             sequence.prefill_target = sequence.prompt_len
@@ -179,7 +181,7 @@ class Scheduler:
         restored = tuple(sequence.block_table[first:last])
         plan.swaps_in.append(Swap(sequence, restored))
         for block in restored:
-            self.blocks.mark(block, Provenance(Phase.DECODE, sequence.request.policy))
+            self.blocks.mark(block, DECODED)
         sequence.finish_recompute()
 
 

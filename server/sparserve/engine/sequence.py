@@ -49,10 +49,13 @@ class Sequence:
         self.resume_at: int | None = None
         self.host_blocks: torch.Tensor | None = None
         self.statistics: NeuronStatistics | None = None
-        self.arrival = time.monotonic()
         self.first_scheduled: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
+
+    @property
+    def arrival(self) -> float:
+        return self.request.arrival
 
     @property
     def prompt_len(self) -> int:
@@ -74,9 +77,9 @@ class Sequence:
 
     def tokens(self, start: int, count: int) -> tuple[int, ...]:
         """Token ids at positions [start, start + count), prompt and output together."""
-        if start < self.prompt_len:
-            return self.request.prompt_token_ids[start : start + count]
-        return tuple(self.output_token_ids[start - self.prompt_len :][:count])
+        prompt = self.request.prompt_token_ids[start : start + count]
+        first = max(start - self.prompt_len, 0)
+        return (*prompt, *self.output_token_ids[first : first + count - len(prompt)])
 
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""

@@ -15,14 +15,27 @@ from sparserve.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 class TextTokenizer:
     """A model's tokenizer with the limits of the engine; safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None, vocab_size: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str | None,
+        vocab_size: int,
+        special_tokens: Mapping[str, int | None],
+    ) -> None:
+        """`special_tokens`: what templates may name ("bos_token", "eos_token") -> token id."""
         self._tokenizer = tokenizer
+        self._special_tokens = {
+            name: tokenizer.id_to_token(token_id) if token_id is not None else ""
+            for name, token_id in special_tokens.items()
+        }
         self.chat_template = chat_template
         self.vocab_size = vocab_size
         self._longest_token = max((len(t.encode()) for t in tokenizer.get_vocab()), default=1)
 
     def encode(self, text: str, max_tokens: int) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises PromptTooLong without tokenizing a hopeless text."""
+        """Token ids of a prompt. Raises PromptTooLong without tokenizing a hopeless text, and
+        InvalidRequest on lone surrogates, which no UTF-8 text has.
+        """
         if len(text) > max_tokens * self._longest_token:
             raise PromptTooLong(
                 "text",
@@ -30,7 +43,10 @@ class TextTokenizer:
                 f"{max_tokens} tokens or fewer, the limit here",
                 max_tokens,
             )
-        return tuple(self._tokenizer.encode(text).ids)
+        try:
+            return tuple(self._tokenizer.encode(text).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest("text", "the prompt is not valid UTF-8 text") from error
 
     def check(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Raises InvalidRequest where an id is outside the vocabulary."""
@@ -59,6 +75,16 @@ class TextTokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=list(messages), add_generation_prompt=True)
-        except TemplateError as error:
+            return template.render(
+                messages=list(messages),
+                add_generation_prompt=True,
+                raise_exception=_raise_exception,
+                **self._special_tokens,
+            )
+        except Exception as error:  # it is a program of the model's authors: anything can happen
             raise UnsupportedModel(f"the model's chat template failed: {error}") from error
+
+
+def _raise_exception(message: str) -> None:
+    """What templates call to refuse messages."""
+    raise TemplateError(message)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from sparserve.model.config import ModelConfig
-from sparserve.sparsity.policy import DENSE, Policy
+from sparserve.sparsity.policy import DENSE, Policy, PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
 BLOCK_SIZE = 16  # token positions in a KV block
@@ -63,7 +63,9 @@ class Candidates:
 
     token_ids: torch.Tensor  # [rows, min(NUM_CANDIDATES, vocab)] int64
     logits: torch.Tensor  # same shape, float32
-    log_normalizer: torch.Tensor  # [rows] float32: logsumexp(logits of the whole row / temperature)
+    # [rows] float32: logsumexp((logits of the whole row - its largest) / temperature). Relative to the
+    # largest, or float32 would lose everything at small temperatures.
+    log_normalizer: torch.Tensor
     log_normalizer_1: torch.Tensor  # [rows] float32: the same at temperature 1, for logprobs
     full_logits: Callable[[int], torch.Tensor]
 
@@ -81,6 +83,7 @@ class BackendInfo:
     device: str
     dtype: str
     threads: int
+    policies: tuple[PolicyKind, ...]  # what `forward` can run
 
 
 class Backend(Protocol):

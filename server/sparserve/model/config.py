@@ -6,8 +6,12 @@ Foreign names are translated here once; `FAMILIES` is the list of architectures 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
@@ -38,12 +42,17 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
             raise UnsupportedModel(
-                f"RoPE type {self.kind!r} is not supported; supported: {', '.join(self.KINDS)}"
+                f"RoPE type {reprlib.repr(self.kind)} is not supported; supported: {', '.join(self.KINDS)}"
             )
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise CorruptCheckpoint(f"RoPE {name} is {value}; it must be finite and > 0")
+        if not 0 < self.original_max_position_embeddings < 2**31:
+            raise CorruptCheckpoint(
+                f"RoPE original_max_position_embeddings is "
+                f"{reprlib.repr(self.original_max_position_embeddings)}; it must be in [1, 2^31)"
+            )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise CorruptCheckpoint(
                 f"RoPE high_freq_factor {self.high_freq_factor} must exceed "
@@ -83,7 +92,7 @@ class ModelConfig:
         ]:
             value = getattr(self, name)
             if not 0 < value < 2**31:
-                raise CorruptCheckpoint(f"{name} is {value}; it must be in [1, 2^31)")
+                raise CorruptCheckpoint(f"{name} is {reprlib.repr(value)}; it must be in [1, 2^31)")
         if self.num_heads % self.num_kv_heads:
             raise CorruptCheckpoint(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -98,7 +107,7 @@ class ModelConfig:
         ):
             if not 0 <= token < self.vocab_size:
                 raise CorruptCheckpoint(
-                    f"special token id {token} is outside the vocabulary of {self.vocab_size}"
+                    f"special token id {reprlib.repr(token)} is outside the vocabulary of {self.vocab_size}"
                 )
 
     @property
@@ -116,43 +125,44 @@ class ModelConfig:
 
         Raises UnsupportedModel or CorruptCheckpoint.
         """
-        architectures = raw.get("architectures") or []
-        architecture = next((a for a in architectures if a in FAMILIES), None)
+        named = raw.get("architectures")
+        architectures = named if isinstance(named, list) else [named]
+        architecture = next((name for name in FAMILIES if name in architectures), None)
         if architecture is None:
             raise UnsupportedModel(
-                f"architecture {architectures or '(none named)'} is not supported; "
+                f"architecture {reprlib.repr(named) if named else '(none named)'} is not supported; "
                 f"supported: {', '.join(FAMILIES)}"
             )
         if raw.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; only silu")
+            act = reprlib.repr(raw["hidden_act"])
+            raise UnsupportedModel(f"hidden_act {act} is not supported; only silu")
+        if float(raw.get("partial_rotary_factor") or 1) != 1:
+            raise UnsupportedModel(
+                f"partial_rotary_factor {raw['partial_rotary_factor']} is not supported; only 1"
+            )
         for biased in ("attention_bias", "mlp_bias"):
             if raw.get(biased):
                 raise UnsupportedModel(f"{biased}=true is not supported yet")
-        try:
-            heads = int(raw["num_attention_heads"])
-            eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-            return cls(
-                architecture=architecture,
-                vocab_size=int(raw["vocab_size"]),
-                hidden_size=int(raw["hidden_size"]),
-                intermediate_size=int(raw["intermediate_size"]),
-                num_layers=int(raw["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-                head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // max(heads, 1)),
-                max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
-                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                rope=_rope_from_hf(raw),
-                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                eos_token_ids=_as_ids(eos),
-                bos_token_id=raw.get("bos_token_id"),
-            )
-        except KeyError as error:
-            raise CorruptCheckpoint(f"config.json has no {error.args[0]!r}") from error
-        except (TypeError, ValueError) as error:
-            raise CorruptCheckpoint(
-                f"config.json has a value of the wrong type: {error}"
-            ) from error
+        fields = _Fields(raw)
+        heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        max_position_embeddings = fields.integer("max_position_embeddings", 2048)
+        eos = _Fields(generation if "eos_token_id" in generation else raw).ids("eos_token_id")
+        return cls(
+            architecture=architecture,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            head_dim=fields.integer("head_dim", hidden // max(heads, 1)),
+            max_position_embeddings=max_position_embeddings,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope=_rope_from_hf(raw, max_position_embeddings),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            eos_token_ids=eos,
+            bos_token_id=next(iter(fields.ids("bos_token_id")), None),
+        )
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], tie_word_embeddings: bool) -> ModelConfig:
@@ -161,60 +171,132 @@ class ModelConfig:
         architecture = next((hf for hf, gguf in FAMILIES.items() if gguf == name), None)
         if architecture is None:
             raise UnsupportedModel(
-                f"GGUF architecture {name!r} is not supported; "
+                f"GGUF architecture {reprlib.repr(name)} is not supported; "
                 f"supported: {', '.join(FAMILIES.values())}"
             )
-        try:
-            heads = int(fields[f"{name}.attention.head_count"])
-            hidden = int(fields[f"{name}.embedding_length"])
-            eos = fields.get("tokenizer.ggml.eos_token_id")
-            bos = fields.get("tokenizer.ggml.bos_token_id")
-            return cls(
-                architecture=architecture,
-                vocab_size=len(fields["tokenizer.ggml.tokens"]),
-                hidden_size=hidden,
-                intermediate_size=int(fields[f"{name}.feed_forward_length"]),
-                num_layers=int(fields[f"{name}.block_count"]),
-                num_heads=heads,
-                num_kv_heads=int(fields.get(f"{name}.attention.head_count_kv", heads)),
-                head_dim=int(fields.get(f"{name}.attention.key_length", hidden // max(heads, 1))),
-                max_position_embeddings=int(fields[f"{name}.context_length"]),
-                rms_norm_eps=float(fields[f"{name}.attention.layer_norm_rms_epsilon"]),
-                rope=_rope_from_gguf(name, fields),
-                tie_word_embeddings=tie_word_embeddings,
-                eos_token_ids=_as_ids(eos),
-                bos_token_id=None if bos is None else int(bos),
+        read = _Fields(fields)
+        heads, hidden = (
+            read.integer(f"{name}.attention.head_count"),
+            read.integer(f"{name}.embedding_length"),
+        )
+        head_dim = read.integer(f"{name}.attention.key_length", hidden // max(heads, 1))
+        config = cls(
+            architecture=architecture,
+            vocab_size=len(read.array("tokenizer.ggml.tokens")),
+            hidden_size=hidden,
+            intermediate_size=read.integer(f"{name}.feed_forward_length"),
+            num_layers=read.integer(f"{name}.block_count"),
+            num_heads=heads,
+            num_kv_heads=read.integer(f"{name}.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=read.integer(f"{name}.context_length"),
+            rms_norm_eps=read.number(f"{name}.attention.layer_norm_rms_epsilon"),
+            rope=_rope_from_gguf(name, fields),
+            tie_word_embeddings=tie_word_embeddings,
+            eos_token_ids=read.ids("tokenizer.ggml.eos_token_id"),
+            bos_token_id=next(iter(read.ids("tokenizer.ggml.bos_token_id")), None),
+        )
+        rotated = read.integer(f"{name}.rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise UnsupportedModel(
+                f"{name}.rope.dimension_count is {rotated}; only whole heads of {head_dim} are rotated"
             )
-        except KeyError as error:
-            raise CorruptCheckpoint(f"the GGUF metadata has no {error.args[0]!r}") from error
-        except (TypeError, ValueError) as error:
-            raise CorruptCheckpoint(f"GGUF metadata of the wrong type: {error}") from error
+        return config
 
 
-def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` in front of what is found wrong with its contents."""
+    try:
+        yield
+    except (CorruptCheckpoint, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
-def _rope_from_hf(raw: Mapping[str, Any]) -> RopeConfig:
+class _Fields:
+    """Metadata from outside, read one value at a time. null counts as absent.
+
+    Raises CorruptCheckpoint, which names the key and the value.
+    """
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        whole = value.is_integer() if isinstance(value, float) else isinstance(value, int)
+        if not whole or isinstance(value, bool):
+            raise self._wrong(key, "an integer")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(key, "a number")
+        if not abs(value) <= sys.float_info.max:  # also NaN, and integers that no float holds
+            raise self._wrong(key, "a finite number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
+    def array(self, key: str) -> list[Any]:
+        value = self._value(key, None)
+        if not isinstance(value, list):
+            raise self._wrong(key, "an array")
+        return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One token id, several or none."""
+        value = self._raw.get(key)
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in several):
+            raise self._wrong(key, "a token id or a list of them")
+        return tuple(several)
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self._raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise CorruptCheckpoint(f"{key} is missing")
+        return value
+
+    def _wrong(self, key: str, expected: str) -> CorruptCheckpoint:
+        return CorruptCheckpoint(f"{key} is {reprlib.repr(self._raw[key])}, expected {expected}")
+
+
+def _rope_from_hf(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters` with rope_theta inside; before, `rope_scaling` beside it.
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    where = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(where) or {}
+    if not isinstance(rope, dict):
+        raise CorruptCheckpoint(f"{where} is {reprlib.repr(rope)}, expected an object")
     kind = str(rope.get("rope_type", rope.get("type", "default")))
-    return RopeConfig(
-        theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        kind=kind,
-        factor=float(rope.get("factor", 1.0)),
-        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_position_embeddings=int(rope.get("original_max_position_embeddings", 8192)),
-    )
+    read, top = _Fields(rope), _Fields(raw)
+    theta = read.number("rope_theta", top.number("rope_theta", 10000.0))
+    if kind == "llama3":
+        return RopeConfig(
+            theta=theta,
+            kind=kind,
+            factor=read.number("factor"),
+            low_freq_factor=read.number("low_freq_factor"),
+            high_freq_factor=read.number("high_freq_factor"),
+            # transformers' own default is the whole context
+            original_max_position_embeddings=read.integer(
+                "original_max_position_embeddings", max_position_embeddings
+            ),
+        )
+    return RopeConfig(theta, kind, factor=read.number("factor") if kind == "linear" else 1.0)
 
 
 def _rope_from_gguf(name: str, fields: Mapping[str, Any]) -> RopeConfig:
     kind = str(fields.get(f"{name}.rope.scaling.type", "none"))
+    read = _Fields(fields)
     return RopeConfig(
-        theta=float(fields.get(f"{name}.rope.freq_base", 10000.0)),
+        theta=read.number(f"{name}.rope.freq_base", 10000.0),
         kind="default" if kind == "none" else kind,
-        factor=float(fields.get(f"{name}.rope.scaling.factor", 1.0)),
+        factor=read.number(f"{name}.rope.scaling.factor", 1.0),
     )

@@ -16,39 +16,55 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
-from sparserve.model.config import ModelConfig
+from sparserve.model.config import ModelConfig, naming
 from sparserve.model.weights import GGUF_NAMES
 
 # What GGUFReader raises on damaged input; it validates little itself.
-_READER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError)
+_READER_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+    OSError,
+)  # fmt: skip
 _CONTROL = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 _USER_DEFINED = 4
 
 
+class _BoundedReader(GGUFReader):  # type: ignore[misc]  # gguf has no types
+    """GGUFReader answers a read past the end with fewer items, so that a damaged length makes it
+    loop for ever over nothing. Here such a read fails."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        items = super()._get(offset, dtype, count, override_order)
+        if len(items) < count:
+            raise ValueError(f"{count} items at byte {offset} reach past the end of the file")
+        return items
+
+
 class GGUFCheckpoint:
-    """One GGUF file; F32 tensors come memory-mapped, quantized ones are dequantized when read."""
+    """One GGUF file; F32, F16 and BF16 tensors come memory-mapped, quantized ones are dequantized when read."""
 
     names = GGUF_NAMES
 
     def __init__(self, path: Path) -> None:
         """Raises UnsupportedModel or CorruptCheckpoint."""
         self.path = path
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise CorruptCheckpoint(f"{path} does not start with the GGUF magic")
         try:
+            with path.open("rb") as file:
+                if file.read(4) != b"GGUF":
+                    raise CorruptCheckpoint(f"{path} does not start with the GGUF magic")
             # "c": private copy-on-write pages, which torch accepts as writable without copying.
-            reader = GGUFReader(path, "c")
+            with np.errstate(over="raise"):  # offsets are added as 64-bit integers
+                reader = _BoundedReader(path, "c")
             self.fields: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         except _READER_ERRORS as error:
             raise CorruptCheckpoint(f"{path} is damaged or truncated: {error}") from error
         tied = self.names.lm_head not in self._tensors
-        self.config = ModelConfig.from_gguf(self.fields, tie_word_embeddings=tied)
+        with naming(path):
+            self.config = ModelConfig.from_gguf(self.fields, tie_word_embeddings=tied)
 
     @property
-    def tensor_count(self) -> int:
-        return len(self._tensors)
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
 
     @property
     def native_dtype(self) -> torch.dtype:
@@ -71,9 +87,9 @@ class GGUFCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         tensor = self._dequantized(name)
         if name.endswith("attn_q.weight"):
-            return _unpermute(tensor, self.config.num_heads)
+            return _unpermute(name, tensor, self.config.num_heads)
         if name.endswith("attn_k.weight"):
-            return _unpermute(tensor, self.config.num_kv_heads)
+            return _unpermute(name, tensor, self.config.num_kv_heads)
         return tensor
 
     def _dequantized(self, name: str) -> torch.Tensor:
@@ -84,8 +100,9 @@ class GGUFCheckpoint:
         try:
             if kind == GGMLQuantizationType.BF16:
                 return torch.from_numpy(tensor.data.view(np.int16)).view(torch.bfloat16)
-            values = torch.from_numpy(dequantize(tensor.data, kind))
-            return values.half() if kind == GGMLQuantizationType.F16 else values
+            if kind == GGMLQuantizationType.F16:
+                return torch.from_numpy(tensor.data)
+            return torch.from_numpy(dequantize(tensor.data, kind))
         except NotImplementedError as error:
             raise UnsupportedModel(
                 f"tensor {name} has type {kind.name}, which cannot be read"
@@ -97,19 +114,23 @@ class GGUFCheckpoint:
         try:
             return _build_tokenizer(self.fields)
         except KeyError as error:
-            raise CorruptCheckpoint(f"the GGUF metadata has no {error.args[0]!r}") from error
-        except (ValueError, TypeError, IndexError) as error:
-            raise CorruptCheckpoint(f"the GGUF tokenizer is damaged: {error}") from error
+            raise CorruptCheckpoint(f"{self.path} has no {error.args[0]!r}") from error
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            raise CorruptCheckpoint(
+                f"the tokenizer inside {self.path} is damaged: {error}"
+            ) from error
 
     def chat_template(self) -> str | None:
         template = self.fields.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
 
-def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def _unpermute(name: str, weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of q/k [heads * head_dim, in]: llama.cpp interleaves the two halves of each head."""
     if weight.dim() != 2 or weight.shape[0] % (2 * heads):
-        raise CorruptCheckpoint(f"a q/k tensor of shape {list(weight.shape)} has no {heads} heads")
+        raise CorruptCheckpoint(
+            f"tensor {name} of shape {list(weight.shape)} has no {heads} heads of even size"
+        )
     pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 

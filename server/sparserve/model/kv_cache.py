@@ -22,7 +22,6 @@ class PagedKVCache:
 
     def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> None:
         shape = (config.num_layers, 2, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-        # zeros, not empty: masked positions are multiplied by weight 0, so they must be finite.
         self.data = torch.zeros(shape, dtype=dtype)
         self.num_blocks = num_blocks
 

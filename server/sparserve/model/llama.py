@@ -25,12 +25,13 @@ def rope_frequencies(
 ) -> torch.Tensor:
     """Inverse frequencies [head_dim / 2] in radians per position (arXiv 2104.09864).
 
-    `factors` divide them; that is how GGUF files carry the llama3 scaling.
+    `factors` divide them; that is how GGUF files carry the llama3 scaling. As in llama.cpp, linear
+    scaling comes on top.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if factors is not None:
-        return frequencies / factors
+        frequencies = frequencies / factors
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind == "llama3":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
-from sparserve.errors import CorruptCheckpoint, ModelNotFound
+from sparserve.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from sparserve.model import catalog
 from sparserve.model.config import ModelConfig
 from sparserve.model.gguf_checkpoint import GGUFCheckpoint
@@ -30,7 +31,7 @@ class Checkpoint(Protocol):
     config: ModelConfig
 
     @property
-    def tensor_count(self) -> int: ...
+    def tensor_names(self) -> frozenset[str]: ...
     @property
     def native_dtype(self) -> torch.dtype: ...
     @property
@@ -51,14 +52,33 @@ class LoadedModel:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises ModelNotFound, UnsupportedModel or CorruptCheckpoint."""
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # too long a name, no permission
+        raise ModelNotFound(f"no model at {str(path)!r}: {error}") from error
+    if is_folder:
         return SafetensorsCheckpoint(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and is_file:
         return GGUFCheckpoint(path)
     raise ModelNotFound(
         f"no model at {str(path)!r}: expected a folder with config.json and *.safetensors, a .gguf file, "
         f"or one of the names {', '.join(catalog.CATALOG)}"
     )
+
+
+def _refuse_unread(path: Path, checkpoint: Checkpoint, read_names: set[str]) -> None:
+    """A tensor that nothing here reads (a bias, an adapter) means another model than we would run."""
+    known = {checkpoint.names.lm_head, "rope_freqs.weight"}  # tied files may repeat the head
+    unread = sorted(
+        name
+        for name in checkpoint.tensor_names - read_names - known
+        if not name.endswith("rotary_emb.inv_freq")
+    )
+    if unread:
+        raise UnsupportedModel(
+            f"{path} has {len(unread)} tensors that {checkpoint.config.architecture} does not use here, "
+            f"such as {unread[0]}; running without them would give wrong text"
+        )
 
 
 def load_model(
@@ -75,27 +95,29 @@ def load_model(
 
     Raises ModelNotFound, DownloadFailed, UnsupportedModel or CorruptCheckpoint.
     """
-    path = (
-        catalog.fetch(model, on_download) if model in catalog.CATALOG else Path(model).expanduser()
-    )
+    if model in catalog.CATALOG:
+        path = catalog.fetch(model, on_download)
+    else:
+        path = Path(os.path.expanduser(model))  # unlike Path's, never raises
     checkpoint = open_checkpoint(path)
     target = checkpoint.native_dtype if dtype == "auto" else DTYPES[dtype]
-    total = checkpoint.tensor_count
-    done = 0
+    total = len(checkpoint.tensor_names)
+    read_names: set[str] = set()
 
     def read(name: str) -> torch.Tensor:
-        nonlocal done
         tensor = checkpoint.read(name)
-        done += 1
-        on_tensor(min(done, total), total)
+        read_names.add(name)
+        on_tensor(len(read_names), total)
         # Norm weights are used in float32 and cost nothing; matrices must be contiguous rows.
         return (tensor.float() if tensor.dim() == 1 else tensor.to(target)).contiguous()
 
     weights = assemble(checkpoint.config, checkpoint.names, read, checkpoint.rope_factors)
+    _refuse_unread(path, checkpoint, read_names)
     tokenizer = checkpoint.tokenizer()
-    if tokenizer.get_vocab_size() > checkpoint.config.vocab_size:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= checkpoint.config.vocab_size:
         raise CorruptCheckpoint(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the embedding only "
+            f"the tokenizer of {path} has token ids up to {highest}, the embedding only "
             f"{checkpoint.config.vocab_size} rows"
         )
     name = (

@@ -28,6 +28,7 @@ from sparserve.model.backend import (
 from sparserve.model.config import ModelConfig
 from sparserve.model.kv_cache import PagedKVCache
 from sparserve.model.weights import LayerWeights, ModelWeights
+from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics, norm_score
 
 PREFILL_TILE = 64
@@ -53,8 +54,8 @@ class _PrefillTile:
     """PREFILL_TILE rows of one sequence at absolute positions [start, start + PREFILL_TILE)."""
 
     rows: slice
-    context_slots: torch.Tensor  # [context] slots of positions 0 .. end; past what exists: slot 0
-    mask: torch.Tensor  # [PREFILL_TILE, context]
+    context_slots: torch.Tensor  # slots of the positions 0 .. end that exist
+    mask: torch.Tensor  # [PREFILL_TILE, context]; context reaches the tile's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class ReferenceBackend:
         )
         torch.set_num_threads(threads)
         dtype = str(weights.dtype).removeprefix("torch.")
-        self.info = BackendInfo(name="reference", device="cpu", dtype=dtype, threads=threads)
+        self.info = BackendInfo("reference", "cpu", dtype, threads, policies=(PolicyKind.DENSE,))
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
         return self._kv.read_blocks(block_ids)
@@ -123,7 +124,12 @@ class ReferenceBackend:
                 keys, values = self._kv.gather(index, context_slots)
                 out[row] = llama.attention(q[row], keys, values, None)
             for tile in span.tiles:
-                keys, values = self._kv.gather(index, tile.context_slots)
+                keys, values = (
+                    # What is not there yet counts as zero: a block still holds what its last owner
+                    # wrote, and 0 times a NaN would be a NaN.
+                    F.pad(cached, (0, 0, 0, tile.mask.shape[1] - cached.shape[1]))
+                    for cached in self._kv.gather(index, tile.context_slots)
+                )
                 out[tile.rows] = llama.attention(q[tile.rows], keys, values, tile.mask)
         return linear(out, layer.wo)
 
@@ -235,10 +241,7 @@ class ReferenceBackend:
         for tile in range(first_tile, (stop - 1) // PREFILL_TILE + 1):
             start = tile * PREFILL_TILE
             context = start + PREFILL_TILE
-            slots = F.pad(
-                self._kv.slots(sequence.block_table, 0, min(context, stop)),
-                (0, max(0, context - stop)),
-            )
+            slots = self._kv.slots(sequence.block_table, 0, min(context, stop))
             visible = torch.arange(context)[None, :] <= torch.arange(start, context)[:, None]
             mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
             row = base + (tile - first_tile) * PREFILL_TILE
@@ -249,15 +252,26 @@ class ReferenceBackend:
 def top_candidates(logits: torch.Tensor, temperatures: torch.Tensor) -> Candidates:
     """logits [rows, vocab] float32, temperatures [rows] -> the sorted head of each row."""
     vocab = logits.shape[-1]
-    top = logits.topk(min(NUM_CANDIDATES, vocab), dim=-1)
-    # topk leaves the order of equal logits open: order them by id.
-    by_id = top.indices.sort(dim=-1)
-    values = top.values.gather(-1, by_id.indices)
-    order = values.sort(dim=-1, descending=True, stable=True)
+    count = min(NUM_CANDIDATES, vocab)
+    top = logits.topk(min(count + 1, vocab), dim=-1)
+    ids, last = top.indices[:, :count], top.values[:, count - 1 : count]
+    # Of several logits that equal the last one topk takes any: take those of the lowest ids.
+    for row in (top.values[:, count:] == last).any(dim=-1).nonzero()[:, 0].tolist():
+        above, equal = ~(logits[row] <= last[row]), logits[row] == last[row]
+        ids[row] = torch.cat((above.nonzero()[:, 0], equal.nonzero()[:, 0]))[:count]
+    # It leaves the order of equal logits open as well: order them by id.
+    by_id = ids.sort(dim=-1).values
+    order = logits.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    below_top = logits - order.values[:, :1]
     return Candidates(
-        token_ids=by_id.values.gather(-1, order.indices),
+        token_ids=by_id.gather(-1, order.indices),
         logits=order.values,
-        log_normalizer=(logits / temperatures[:, None]).logsumexp(dim=-1),
-        log_normalizer_1=logits.logsumexp(dim=-1),
+        log_normalizer=_row_logsumexp(below_top / temperatures[:, None]),
+        log_normalizer_1=_row_logsumexp(below_top),
         full_logits=lambda row: logits[row],
     )
+
+
+def _row_logsumexp(values: torch.Tensor) -> torch.Tensor:
+    """values [rows, n] -> [rows]; row by row, for the bits of a reduction depend on the row count."""
+    return torch.tensor([float(row.logsumexp(dim=0)) for row in values])

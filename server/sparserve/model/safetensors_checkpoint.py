@@ -6,6 +6,7 @@ Only safetensors and JSON are ever read: no pickle, no code from the folder.
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from sparserve.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from sparserve.model.config import ModelConfig
+from sparserve.model.config import ModelConfig, naming
 from sparserve.model.weights import HF_NAMES
 
+INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,19 +36,23 @@ class SafetensorsCheckpoint:
             raise ModelNotFound(
                 f"{folder} has no config.json; a Hugging Face model folder needs one"
             )
-        self.config = ModelConfig.from_hf(raw, read_json(folder / "generation_config.json") or {})
+        generation = read_json(folder / "generation_config.json") or {}
+        with naming(folder / "config.json"):
+            self.config = ModelConfig.from_hf(raw, generation)
         self._where = self._index()
 
     def _index(self) -> dict[str, Any]:
         """Tensor name -> open file that holds it."""
-        index = read_json(self.folder / "model.safetensors.index.json")
+        index = read_json(self.folder / INDEX)
         if index is not None:
-            shards = set(map(str, dict(index.get("weight_map") or {}).values()))
+            weight_map = index.get("weight_map")
+            named = weight_map.values() if isinstance(weight_map, dict) else ()
+            shards = set(map(str, named))
             # The index is untrusted: a shard is a plain name inside the folder.
             outside = [s for s in shards if Path(s).name != s or not s.endswith(".safetensors")]
             if outside or not shards:
                 raise CorruptCheckpoint(
-                    f"model.safetensors.index.json names {outside or 'no shards'}; "
+                    f"{self.folder / INDEX} names {reprlib.repr(outside) if outside else 'no shards'}; "
                     "expected *.safetensors files of the same folder"
                 )
         else:
@@ -54,9 +60,11 @@ class SafetensorsCheckpoint:
         where: dict[str, Any] = {}
         for shard in sorted(shards):
             path = self.folder / shard
-            if not path.is_file():
-                raise ModelNotFound(f"{path} is missing; the model's weights must be safetensors")
             try:
+                if not path.is_file():
+                    raise ModelNotFound(
+                        f"{path} is missing; the model's weights must be safetensors"
+                    )
                 handle: Any = safe_open(path, framework="pt")
                 where.update(dict.fromkeys(handle.keys(), handle))
             except (SafetensorError, OSError) as error:
@@ -64,8 +72,8 @@ class SafetensorsCheckpoint:
         return where
 
     @property
-    def tensor_count(self) -> int:
-        return len(self._where)
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(self._where)
 
     @property
     def native_dtype(self) -> torch.dtype:
@@ -91,20 +99,30 @@ class SafetensorsCheckpoint:
         if not path.is_file():
             raise ModelNotFound(f"{path} is missing; the tokenizer is read from tokenizer.json")
         try:
-            return Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CorruptCheckpoint(f"{path} is not a tokenizer: {error}") from error
+        # Left over from training in some files; a prompt is neither cut nor padded here.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def chat_template(self) -> str | None:
         jinja = self.folder / "chat_template.jinja"
         if jinja.is_file():
-            return jinja.read_text(encoding="utf-8")
+            return _read_text(jinja)
         template = (read_json(self.folder / "tokenizer_config.json") or {}).get("chat_template")
         if isinstance(template, list):  # several named templates
-            template = next(
-                (t.get("template") for t in template if t.get("name") == "default"), None
-            )
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
         return template if isinstance(template, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -112,8 +130,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"{path} holds a {type(value).__name__}, expected an object")

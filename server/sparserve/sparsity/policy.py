@@ -16,12 +16,10 @@ class PolicyKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A request's choice; equal policies write equal KV, so this is part of a block's provenance."""
+    """A request's choice. What a step then reads may depend on the prompt too; see `Provenance`."""
 
     kind: PolicyKind = PolicyKind.DENSE
     density: float = 1.0  # share of neurons read in decode, (0, 1]
 
 
 DENSE = Policy()
-# What the backends can run.
-BUILT = (PolicyKind.DENSE,)

@@ -28,7 +28,7 @@ class NeuronStatistics:
         return cls(torch.zeros(num_layers, intermediate_size, dtype=torch.int64))
 
     def __iadd__(self, other: NeuronStatistics) -> NeuronStatistics:
-        self.sums += other.sums
+        self.sums = self.sums + other.sums  # not in place: a forward returns inference tensors
         self.tokens += other.tokens
         return self
 
@@ -49,6 +49,7 @@ def norm_score(activations: torch.Tensor) -> torch.Tensor:
 
     A token whose activations are all zero scores zero. Raises nothing; inputs are finite.
     """
-    squares = activations.float().square()
-    total = squares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((squares / total).double() / UNIT).round().to(torch.int64)
+    squares = activations.double().square()  # of any float32 in range, none lost to zero
+    total = squares.sum(dim=1, keepdim=True)
+    units = 1 / UNIT / total.where(total > 0, 1.0)
+    return (squares * units).round().to(torch.int64)

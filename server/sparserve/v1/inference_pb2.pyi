@@ -71,6 +71,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 6
     """Ended by ControlService.Abort."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 7
+    """Requests that end by a deadline or an error end with a status; the reasons stand in the metrics."""
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 8
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
@@ -86,6 +87,7 @@ FINISH_REASON_CONTEXT: FinishReason.ValueType  # 5
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 6
 """Ended by ControlService.Abort."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 7
+"""Requests that end by a deadline or an error end with a status; the reasons stand in the metrics."""
 FINISH_REASON_ERROR: FinishReason.ValueType  # 8
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
@@ -487,7 +489,7 @@ class Sparsity(_message.Message):
     density: _builtins.float
     """Share of feed-forward neurons read in decode, in (0, 1]."""
     target_kl: _builtins.float
-    """Mean KL divergence to the dense model that is acceptable, in nats per token."""
+    """Mean KL divergence to the dense model that is acceptable, in nats per token. DENSE meets any."""
     refresh_interval: _builtins.int
     """Dense pass every so many tokens; 0: never."""
     report: _builtins.bool
@@ -633,23 +635,19 @@ class Started(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
-    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     prompt_tokens: _builtins.int
-    cached_tokens: _builtins.int
-    """Prompt tokens whose KV came from the prefix cache."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         model: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
-        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,6 +771,7 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
+    """Prompt tokens whose KV came from a prefix cache."""
     completion_tokens: _builtins.int
     def __init__(
         self,

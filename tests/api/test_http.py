@@ -1,0 +1,189 @@
+"""/metrics, /healthz and /readyz."""
+
+import asyncio
+import socket
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sparserve.client import make_request
+from sparserve.metrics import TABLE
+from sparserve.v1 import control_pb2
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture
+def scrape(http_get):
+    """The value of every sample that /metrics shows now, by name and label value."""
+
+    async def get(server) -> dict[str, float]:
+        status, body = await http_get(server, "/metrics")
+        assert status == 200
+        return {
+            "/".join(
+                [sample.name, *(v for k, v in sample.labels.items() if k != "le")]
+            ): sample.value
+            for family in text_string_to_metric_families(body)
+            for sample in family.samples
+            if not sample.name.endswith("_bucket")
+        }
+
+    return get
+
+
+async def test_every_metric_of_the_table_is_exported_under_its_name_and_kind(server, http_get):
+    _, body = await http_get(server, "/metrics")
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families(body)
+        if not family.name.endswith("_created")  # the library's own, beside each counter
+    }
+    for spec in TABLE:
+        family = families.pop(spec.exported.removesuffix("_total"))
+        assert family.type == spec.kind.__name__.lower()
+        assert family.documentation == spec.help
+    assert not families  # nothing that the table, so the documentation, does not know
+
+
+async def test_counters_advance_as_requests_run(server, wire, scrape):
+    before = await scrape(server)
+    for _ in range(3):
+        await wire.inference.Generate(make_request("hello", max_tokens=4, **GREEDY))
+    after = await scrape(server)
+
+    def gained(name: str) -> float:
+        return after[f"sparserve_{name}"] - before.get(f"sparserve_{name}", 0)
+
+    assert gained("prompt_tokens_total") == 15
+    assert gained("generation_tokens_total") == 12
+    assert gained("requests_finished_total/length") == 3
+    for histogram in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert gained(f"{histogram}_seconds_count") == 3
+    assert gained("inter_token_latency_seconds_count") == 9
+    assert gained("engine_step_seconds_count") == gained("iteration_tokens_count") == 12
+    assert gained("iteration_tokens_sum") == 3 * (5 + 3)
+    assert gained("time_to_first_token_seconds_sum") > 0
+    assert after["sparserve_kv_blocks"] == server.engine.engine.backend.num_blocks
+
+
+async def test_finished_requests_are_counted_by_reason(serving, connect, scrape, controlled, until):
+    async with serving(max_context=40) as server:
+        wire = connect(server)
+        await wire.inference.Generate(make_request("hello", max_tokens=100, **GREEDY))
+        text = await wire.inference.Generate(make_request("hello", max_tokens=9, **GREEDY))
+        stop = text.choices[0].text[:1]
+        await wire.inference.Generate(make_request("hello", max_tokens=9, stop=[stop], **GREEDY))
+        with controlled(server) as forward:
+            forward.hold()
+            call = wire.inference.GenerateStream(make_request("hello", request_id="a"))
+            await call.read()
+            await wire.control.Abort(control_pb2.AbortRequest(request_ids=["a"]))
+        assert [event async for event in wire.inference.GenerateStream(make_request("x"))]
+        await until(lambda: server.engine.in_flight == 0)
+        with controlled(server) as forward:
+            forward.fail(RuntimeError("broken"), times=1)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await wire.inference.Generate(make_request("hello"))
+        now = await scrape(server)
+    reasons = ("context", "length", "stop_string", "cancelled", "error")
+    counts = {reason: now[f"sparserve_requests_finished_total/{reason}"] for reason in reasons}
+    assert counts["length"] == counts["stop_string"] == 1
+    assert counts["cancelled"] == counts["error"] == 1
+    assert now["sparserve_engine_step_failures_total"] == 1
+
+
+async def test_refused_requests_are_counted_by_reason(serving, connect, scrape, controlled, until):
+    async with serving(max_running=1, max_waiting=0) as server:
+        wire = connect(server)
+
+        async def refused(request) -> None:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await wire.inference.Generate(request)
+
+        await refused(make_request("hello", max_tokens=0))
+        await refused(make_request("hello", model="another"))
+        await refused(make_request(""))
+        with controlled(server) as forward:
+            forward.hold()
+            call = asyncio.ensure_future(wire.inference.Generate(make_request("hi", max_tokens=2)))
+            await until(lambda: forward.calls == 1)
+            await refused(make_request("hello"))
+            draining = asyncio.ensure_future(server.engine.drain(60))
+            await asyncio.sleep(0)
+            await refused(make_request("hello"))
+            now = await scrape(server)
+        await call
+        await draining
+    reasons = {"invalid": 3, "queue_full": 1, "unavailable": 1}
+    for reason, count in reasons.items():
+        assert now[f"sparserve_requests_rejected_total/{reason}"] == count
+
+
+async def test_gauges_show_the_load_and_are_zero_again_after_it(
+    serving, connect, scrape, controlled, until
+):
+    request = make_request("x" * 40, max_tokens=5, **GREEDY)
+    async with serving(max_running=2) as server:
+        wire = connect(server)
+        with controlled(server) as forward:
+            forward.hold()
+            calls = [asyncio.ensure_future(wire.inference.Generate(request))]
+            await until(lambda: forward.calls == 1)
+            calls += [asyncio.ensure_future(wire.inference.Generate(request)) for _ in range(4)]
+            await until(lambda: server.engine.in_flight == 5)
+            for step in (2, 3):
+                forward.allow_one()
+                await until(lambda step=step: forward.calls == step)
+            busy = await scrape(server)
+        await asyncio.gather(*calls)
+        idle = await scrape(server)
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
+    assert [busy[f"sparserve_{gauge}"] for gauge in gauges] == [2, 3, 6]
+    assert [idle[f"sparserve_{gauge}"] for gauge in gauges] == [0, 0, 0]
+
+
+async def test_gauges_are_zero_after_the_last_request_was_aborted(
+    server, wire, scrape, controlled, until
+):
+    with controlled(server) as forward:
+        forward.seconds = 0.005
+        call = wire.inference.GenerateStream(
+            make_request("hello", request_id="a", max_tokens=400, **GREEDY)
+        )
+        await until(lambda: forward.calls >= 3)
+        await wire.control.Abort(control_pb2.AbortRequest(request_ids=["a"]))
+        assert [event async for event in call]
+    now = await scrape(server)
+    assert server.engine.engine.used_blocks == 0
+    assert now["sparserve_kv_blocks_used"] == 0
+    assert now["sparserve_num_requests_running"] == 0
+
+
+async def test_health_and_readiness_are_ok_and_other_paths_are_not_found(server, http_get):
+    assert await http_get(server, "/healthz") == (200, "ok\n")
+    assert await http_get(server, "/readyz") == (200, "ok\n")
+    for path in ("/", "/metricsx", "/healthz/", "/../etc/passwd"):
+        status, body = await http_get(server, path)
+        assert status == 404
+        assert "/metrics" in body
+
+
+async def test_an_idle_connection_does_not_keep_the_probes_waiting(server, http_get):
+    with (
+        socket.create_connection(("127.0.0.1", server.metrics_port)),
+        socket.create_connection(("127.0.0.1", server.metrics_port)) as half,
+    ):
+        half.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert await asyncio.wait_for(http_get(server, "/healthz"), 8) == (200, "ok\n")
+
+
+async def test_probes_answer_while_a_step_runs(server, wire, http_get, controlled, until):
+    with controlled(server) as forward:
+        forward.hold()
+        call = asyncio.ensure_future(wire.inference.Generate(make_request("hi", max_tokens=1)))
+        await until(lambda: forward.calls == 1)
+        assert (await http_get(server, "/healthz"))[0] == 200
+        assert (await http_get(server, "/readyz"))[0] == 200
+    await call

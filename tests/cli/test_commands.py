@@ -1,0 +1,109 @@
+"""The other commands: generate, models, demo, and the command itself."""
+
+import asyncio
+
+import pytest
+
+import sparserve
+from sparserve.client import AsyncClient
+
+TINY = ("--threads", "1", "--kv-cache-gib", "0.01")
+
+
+def test_version_is_printed(run_main):
+    assert run_main("--version") == (0, f"{sparserve.__version__}\n", "")
+
+
+def test_without_a_command_help_is_shown(run_main):
+    _, out, err = run_main()
+    assert all(command in out + err for command in ("serve", "demo", "generate", "models"))
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["serve", "--nope"], ["generate"]])
+def test_wrong_usage_is_exit_status_2(run_main, arguments):
+    status, _, err = run_main(*arguments)
+    assert status == 2
+    assert "Usage" in err
+
+
+def test_generate_prints_the_text_and_a_summary_beside_it(run_main, tiny_folder):
+    fields = ["--max-tokens", "12", "--temperature", "1", "--seed", "4"]
+    status, out, err = run_main("generate", "hello", "--model", tiny_folder, *TINY, *fields)
+    assert status == 0
+    assert len(out) > 5
+    assert "length: 5 prompt + 12 new tokens" in err
+    assert run_main("generate", "hello", "--model", tiny_folder, *TINY, *fields)[1] == out
+
+
+def test_generate_can_use_the_chat_template_and_report_neurons(run_main, tiny_folder):
+    status, _, err = run_main(
+        "generate", "hello", "--model", tiny_folder, *TINY, "--max-tokens", "2", "--chat",
+        "--report-neurons",
+    )  # fmt: skip
+    assert status == 0
+    assert f"{len('<user>hello' + chr(10) + '<assistant>')} prompt + 2 new" in err
+    assert "% of the neurons" in err
+
+
+async def test_generate_asks_a_server_and_prints_the_same(run_main, serving, tiny_folder):
+    fields = ["--max-tokens", "12", "--temperature", "1", "--seed", "4"]
+    async with serving() as server:
+        target = f"127.0.0.1:{server.port}"
+        there = await asyncio.to_thread(run_main, "generate", "hello", "--server", target, *fields)
+        async with AsyncClient(target) as client:
+            answer = await client.generate("hello", max_tokens=12, temperature=1, seed=4)
+        here = run_main("generate", "hello", "--model", tiny_folder, *TINY, *fields)
+        refused = await asyncio.to_thread(
+            run_main, "generate", "hello", "--server", target, "--temperature", "3"
+        )
+    assert there[0] == 0
+    assert there[1] == here[1] == answer.text + "\n"
+    assert refused[0] == 1
+    assert refused[2].startswith("error: INVALID_ARGUMENT: sampling.temperature is 3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--temperature", "3"], "sampling.temperature is 3"),
+        (["--max-tokens", "0"], "stopping.max_tokens is 0"),
+        (["--model", "/nowhere"], "no model at '/nowhere'"),
+        (["--server", "127.0.0.1:1"], "--model"),  # it has a model of its own
+    ],
+)
+def test_generate_tells_what_is_wrong_in_one_line(run_main, tiny_folder, flags, told):
+    status, _, err = run_main("generate", "hello", "--model", tiny_folder, *TINY, *flags)
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+
+
+def test_generate_tells_of_a_server_that_is_not_there(run_main):
+    status, _, err = run_main("generate", "hello", "--server", "127.0.0.1:1")
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.startswith("error: UNAVAILABLE: ")
+
+
+def test_models_are_listed_and_an_unknown_one_cannot_be_fetched(run_main):
+    for arguments in (["models"], ["models", "list"]):
+        status, out, _ = run_main(*arguments)
+        assert status == 0
+        assert "smollm2" in out
+        assert "Apache" in out
+    status, _, err = run_main("models", "fetch", "nope")
+    assert status == 1
+    assert err.startswith("error: no model is named 'nope'; there are: smollm2-135m-instruct")
+
+
+def test_the_demo_answers_and_shows_speeds_and_metrics(run_main, monkeypatch):
+    monkeypatch.setenv("SPARSERVE_MAX_CONTEXT", "256")
+    monkeypatch.setenv("SPARSERVE_KV_CACHE_GIB", "0.05")
+    question = "What is the capital of France?"
+    status, out, err = run_main("demo", "--question", question, "--max-tokens", "8")
+    assert status == 0
+    assert "Paris" in out.split(question)[1]
+    assert "tokens/s" in out
+    assert "sparserve_generation_tokens_total 8.0" in out
+    assert "backend reference" in err

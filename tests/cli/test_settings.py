@@ -1,0 +1,174 @@
+"""Settings: flags beat the environment beats the file beats the defaults, and errors say what to do."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparserve.config import EngineSettings, ServerSettings, load_settings
+from sparserve.errors import ConfigError
+
+# A value other than the default for each setting, as a flag or the environment says it.
+OTHER = {
+    "model": ("folder", "folder"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "threads": ("3", 3),
+    "max_context": ("100", 100),
+    "kv_cache_gib": ("0.5", 0.5),
+    "max_running": ("4", 4),
+    "max_batched_tokens": ("64", 64),
+    "default_max_tokens": ("9", 9),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("1234", 1234),
+    "metrics_port": ("4321", 4321),
+    "max_waiting": ("0", 0),
+    "max_message_mib": ("2", 2),
+    "max_connection_age": ("2.5", 2.5),
+    "drain_timeout": ("1.5", 1.5),
+    "log_level": ("debug", "debug"),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """`file("port: 1")` -> its path."""
+
+    def write(text: str | bytes):
+        path = tmp_path / "settings.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_every_setting_is_held_by_a_test_here():
+    assert set(OTHER) == set(ServerSettings.model_fields)
+
+
+def test_nothing_given_means_the_defaults(monkeypatch):
+    settings = load_settings(ServerSettings, dict.fromkeys(OTHER))
+    defaults = {name: field.default for name, field in ServerSettings.model_fields.items()}
+    assert settings.model_dump() == defaults
+    assert type(settings) is ServerSettings
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_setting_can_come_from_each_source(name, file, monkeypatch):
+    said, value = OTHER[name]
+    for settings in (
+        load_settings(ServerSettings, {name: said}),
+        load_settings(ServerSettings, {}, file(f"{name}: {said}")),
+    ):
+        assert getattr(settings, name) == value
+    monkeypatch.setenv(f"SPARSERVE_{name.upper()}", said)
+    assert getattr(load_settings(ServerSettings, {}), name) == value
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(file, monkeypatch):
+    config = file("port: 1\nmax_running: 2\nmax_waiting: 3\n")
+    monkeypatch.setenv("SPARSERVE_PORT", "10")
+    monkeypatch.setenv("SPARSERVE_MAX_RUNNING", "20")
+    settings = load_settings(ServerSettings, {"port": "100"}, config)
+    assert (settings.port, settings.max_running, settings.max_waiting) == (100, 20, 3)
+    assert settings.drain_timeout == 30
+
+
+def test_0_as_a_flag_is_a_value_and_not_an_absence(monkeypatch):
+    monkeypatch.setenv("SPARSERVE_PORT", "10")
+    assert load_settings(ServerSettings, {"port": 0}).port == 0
+
+
+def test_the_engine_alone_takes_its_part_of_the_environment(monkeypatch):
+    monkeypatch.setenv("SPARSERVE_THREADS", "3")
+    monkeypatch.setenv("SPARSERVE_PORT", "not looked at")
+    assert load_settings(EngineSettings, {}).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int7"),
+        ("threads", "-1"),
+        ("threads", "many"),
+        ("max_context", "-1"),
+        ("kv_cache_gib", "inf"),
+        ("kv_cache_gib", "nan"),
+        ("kv_cache_gib", "-1"),
+        ("max_running", "0"),
+        ("max_running", "1025"),
+        ("max_batched_tokens", "0"),
+        ("default_max_tokens", "0"),
+        ("default_max_tokens", str(2**31)),
+        ("port", "65536"),
+        ("port", "tcp://10.0.0.1:50051"),
+        ("port", ""),
+        ("metrics_port", "-1"),
+        ("max_waiting", "-1"),
+        ("max_waiting", "99999999999"),
+        ("max_message_mib", "0"),
+        ("max_connection_age", "inf"),
+        ("max_connection_age", "1e12"),
+        ("drain_timeout", "-0.1"),
+        ("drain_timeout", "inf"),
+        ("log_level", "loud"),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_setting_and_its_three_ways(name, value, monkeypatch):
+    monkeypatch.setenv(f"SPARSERVE_{name.upper()}", value)
+    with pytest.raises(ConfigError) as error:
+        load_settings(ServerSettings, {})
+    text = str(error.value)
+    assert text.startswith(f"{name} is {value!r}: ")
+    assert f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the" in text
+    assert "\n" not in text
+
+
+def test_every_wrong_value_is_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_settings(ServerSettings, {"port": "x", "dtype": "y"})
+    assert [line.split(" ")[0] for line in str(error.value).splitlines()] == ["dtype", "port"]
+
+
+def test_values_that_contradict_each_other_are_both_named():
+    with pytest.raises(ConfigError, match="max_batched_tokens 512 is below max_running 600"):
+        load_settings(ServerSettings, {"max_running": "600"})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        pytest.param("prot: 1", "prot is no setting", id="unknown key"),
+        pytest.param("port:", "port is None", id="no value"),
+        pytest.param("port: 1.5", "port is 1.5", id="fraction"),
+        pytest.param("port: [1]", "port is [1]", id="list"),
+        pytest.param("- port", "must be lines of", id="not a mapping"),
+        pytest.param("just words", "must be lines of", id="words"),
+        pytest.param("1: 2", "must be lines of", id="number as a key"),
+        pytest.param("port: [", "line 1, column 8", id="bad YAML"),
+        pytest.param(b"\xff\xfe\x00", "cannot be read", id="not UTF-8"),
+        pytest.param("!!python/object/apply:os.abort []", "cannot be read", id="code"),
+    ],
+)
+def test_a_wrong_settings_file_is_one_clear_line(file, text, told):
+    with pytest.raises(ConfigError) as error:
+        load_settings(ServerSettings, {}, file(text))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}"])
+def test_a_settings_file_may_be_empty(file, text):
+    assert load_settings(ServerSettings, {}, file(text)) == load_settings(ServerSettings, {})
+
+
+def test_a_settings_file_that_is_not_there_or_a_folder_is_named(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            load_settings(ServerSettings, {}, path)
+
+
+@given(st.dictionaries(st.sampled_from(list(OTHER)), st.text(max_size=12)))
+def test_any_values_give_settings_or_a_config_error(values):
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_settings(ServerSettings, values), ServerSettings)

@@ -1,0 +1,140 @@
+"""Random workloads over tiny KV pools: every request ends, and those that end well equal themselves alone."""
+
+import random
+
+import pytest
+
+from sparserve.engine.block_manager import blocks_for
+from sparserve.engine.engine import Engine
+from sparserve.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    StoppingParams,
+    Update,
+)
+from sparserve.engine.scheduler import Scheduler
+from sparserve.model.kv_cache import bytes_per_block
+
+CONTEXT = 128
+
+
+def random_request(source: random.Random, key: str) -> GenerationRequest:
+    length = source.choice([1, 8, 15, 16, 17, 32, 40, 48, source.randint(1, 80)])
+    return GenerationRequest(
+        key,
+        tuple(source.randrange(256) for _ in range(length)),
+        SamplingParams(temperature=source.choice([0.0, 1.0]), seed=source.randrange(1000)),
+        StoppingParams(max_tokens=source.randint(10, 100), ignore_eos=True),
+    )
+
+
+def collect(results: dict[str, Update], updates: list[Update]) -> None:
+    for update in updates:
+        known = results.get(update.request_id)
+        assert known is None or known.finish is None, "an update after the end"
+        results[update.request_id] = update if known is None else known + update
+
+
+def play(
+    engine: Engine, source: random.Random, abort_share: float
+) -> tuple[list[GenerationRequest], dict[str, Update]]:
+    """Add requests at random moments, abort some, step until all have ended."""
+    requests = [random_request(source, str(i)) for i in range(source.randint(5, 9))]
+    results: dict[str, Update] = {}
+    for request in requests:
+        engine.validate(request)
+        engine.add(request)
+        for _ in range(source.randint(0, 25)):
+            if engine.has_work:
+                collect(results, engine.step())
+            if source.random() < abort_share:
+                update = engine.abort(source.choice(requests).request_id)
+                collect(results, [update] if update else [])
+    steps = 0
+    while engine.has_work:
+        collect(results, engine.step())
+        steps += 1
+        assert steps < 5000
+    assert engine.used_blocks == engine.num_running == engine.num_waiting == 0
+    assert all(results[r.request_id].finish is not None for r in requests)
+    return requests, results
+
+
+@pytest.fixture
+def small_pool(tiny_engine, tiny_model):
+    """An engine with so many KV blocks and a budget of few tokens a step."""
+
+    def build(blocks: int, max_running: int, max_batched_tokens: int) -> Engine:
+        size = bytes_per_block(tiny_model.config, tiny_model.weights.dtype)
+        return tiny_engine(
+            kv_cache_gib=(blocks + 0.5) * size / 2**30,
+            max_running=max_running,
+            max_batched_tokens=max_batched_tokens,
+            max_context=CONTEXT,
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_requests_equal_themselves_alone(small_pool, seed, monkeypatch):
+    source = random.Random(seed)
+    max_running = source.choice([3, 4, 6])
+    blocks = source.choice([blocks_for(CONTEXT), 9, 10, 12])
+    engine = small_pool(blocks, max_running, max_running + source.choice([0, 1, 3, 20]))
+    requests, results = play(engine, source, abort_share=0.02)
+    alone = small_pool(blocks_for(CONTEXT), 1, 64)
+    for request in requests:
+        result = results[request.request_id]
+        assert result.finish.reason is not FinishReason.ERROR
+        alone.add(request)
+        expected: dict[str, Update] = {}
+        while alone.has_work:
+            collect(expected, alone.step())
+        made = len(result.tokens)
+        assert result.tokens == expected[request.request_id].tokens[:made]
+        if result.finish.reason is not FinishReason.CANCELLED:
+            assert made == len(expected[request.request_id].tokens)
+
+
+def test_a_sequence_preempted_again_while_it_recomputes_comes_back(small_pool, monkeypatch):
+    again = []
+    real = Scheduler._preempt
+
+    def preempt(self, sequence, plan):
+        if sequence.resume_at is not None and sequence.resume_at % 16 == 0:
+            again.append(sequence)
+        return real(self, sequence, plan)
+
+    monkeypatch.setattr(Scheduler, "_preempt", preempt)
+    for seed in (35, 212, *range(300, 340)):
+        source = random.Random(seed)
+        max_running = source.choice([3, 4, 6])
+        engine = small_pool(
+            source.choice([8, 9, 10]), max_running, max_running + source.choice([0, 1, 3])
+        )
+        _, results = play(engine, source, abort_share=0.0)
+        assert all(r.finish.reason is not FinishReason.ERROR for r in results.values())
+        if again:
+            return
+    pytest.fail("no workload preempted a recomputing sequence at a block's end")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_failing_steps_lose_nobody(small_pool, seed, monkeypatch):
+    source = random.Random(seed)
+    engine = small_pool(9, 4, 12)
+    for name in ("forward", "read_blocks", "write_blocks"):
+        real = getattr(engine.backend, name)
+
+        def failing(*args, real=real):
+            if source.random() < 0.04:
+                raise RuntimeError("planted")
+            return real(*args)
+
+        monkeypatch.setattr(engine.backend, name, failing)
+    monkeypatch.setattr("sparserve.engine.engine.MAX_CONSECUTIVE_FAILURES", 1000)
+    _, results = play(engine, source, abort_share=0.02)
+    reasons = {result.finish.reason for result in results.values()}
+    assert FinishReason.ERROR in reasons

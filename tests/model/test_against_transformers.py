@@ -1,0 +1,304 @@
+"""The reference backend against transformers, which reads the same files on its own."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM
+
+from sparserve.model import catalog
+from sparserve.model.backend import (
+    BLOCK_SIZE,
+    Backend,
+    ForwardBatch,
+    ForwardOutput,
+    Phase,
+    SequenceInput,
+)
+from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.weights import HF_NAMES
+
+TOLERANCE = 1e-4  # largest difference of a logit
+# Frequencies of a head of 16 at theta 10000 have wavelengths 6 … 19869: of an original context of 64
+# some are kept, one or two interpolated, the rest divided.
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CHECKPOINTS = {
+    "untied embeddings": {},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "one KV head": {"num_key_value_heads": 1},
+    "as many KV heads as heads": {"num_key_value_heads": 4},
+    "KV heads not named": {"num_key_value_heads": None},
+    "head_dim above hidden / heads": {"head_dim": 24},
+    "head_dim below hidden / heads": {"head_dim": 10},
+    "odd widths": {"intermediate_size": 101, "hidden_size": 68, "head_dim": 34},
+    "large epsilon": {"rms_norm_eps": 0.5},
+    "rope theta in rope_parameters": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    "old rope theta": {"rope_theta": 500.0},
+    "old linear rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "new linear rope": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    },
+    "old llama3 rope": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "new llama3 rope": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3},
+    },
+    "llama3 rope of an original context not named": {
+        "max_position_embeddings": 256,
+        "rope_scaling": {
+            key: value for key, value in LLAMA3.items() if not key.startswith("original")
+        }
+        | {"rope_type": "llama3"},
+    },
+}
+NUM_TOKENS = 150
+PREFILLED = 130  # the other tokens are decoded
+
+
+@pytest.fixture
+def tokens() -> list[int]:
+    return torch.randint(0, 259, (NUM_TOKENS,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def their_logits(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].float()
+
+
+def read_by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+
+@dataclass
+class Ours:
+    """A model run on a fresh backend: prompt in two chunks, then several decoded tokens at once."""
+
+    make_backend: Callable[[LoadedModel], Backend]
+    all_logits: Callable[[ForwardOutput], torch.Tensor]
+
+    def __call__(self, model: LoadedModel, tokens: list[int]) -> torch.Tensor:
+        backend = self.make_backend(model)
+        table = list(range(len(tokens) // BLOCK_SIZE + 1))
+        rows = []
+        for first, last, phase in [
+            (0, 70, Phase.PREFILL),
+            (70, PREFILLED, Phase.PREFILL),
+            (PREFILLED, len(tokens), Phase.DECODE),
+        ]:
+            offsets = tuple(range(last - first))
+            part = SequenceInput(tokens[first:last], first, table, phase, output_offsets=offsets)
+            rows.append(self.all_logits(backend.forward(ForwardBatch([part]))))
+        return torch.cat(rows)
+
+
+@pytest.fixture
+def our_logits(make_backend, all_logits) -> Ours:
+    return Ours(make_backend, all_logits)
+
+
+@pytest.mark.parametrize("overrides", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_logits_equal_those_of_transformers(
+    overrides, write_tiny_checkpoint, tmp_path, tokens, our_logits
+):
+    overrides = {"rms_norm_eps": 1e-5, **overrides}
+    folder = write_tiny_checkpoint(tmp_path, **overrides)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    model = load_model(str(folder))
+    expected = their_logits(read_by_transformers(folder), tokens)
+    torch.testing.assert_close(our_logits(model, tokens), expected, atol=TOLERANCE, rtol=0)
+
+
+def shard(folder: Path, parts: int) -> None:
+    """Cut the weights of a folder into shards with an index, as large checkpoints come."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(parts):
+        name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        names = sorted(tensors)[part::parts]
+        save_file({n: tensors[n] for n in names}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_sharded_weights_give_the_logits_of_transformers(
+    write_tiny_checkpoint, tmp_path, tokens, our_logits
+):
+    folder = write_tiny_checkpoint(tmp_path)
+    whole = our_logits(load_model(str(folder)), tokens)
+    shard(folder, 3)
+    sharded = our_logits(load_model(str(folder)), tokens)
+    assert torch.equal(sharded, whole)
+    expected = their_logits(read_by_transformers(folder), tokens)
+    torch.testing.assert_close(sharded, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_no_further_from_the_exact_logits_than_transformers(
+    dtype, write_tiny_checkpoint, tmp_path, tokens, our_logits
+):
+    folder = write_tiny_checkpoint(tmp_path, dtype=dtype)
+    exact = their_logits(read_by_transformers(folder), tokens)  # same weights, float32 arithmetic
+    theirs = their_logits(read_by_transformers(folder, dtype), tokens)
+    ours = our_logits(load_model(str(folder)), tokens)
+    assert (ours - exact).abs().max() > 0, "16-bit arithmetic was asked for"
+    assert (ours - exact).norm() < (theirs - exact).norm()
+    assert (ours - exact).abs().max() < {torch.bfloat16: 0.5, torch.float16: 0.05}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_computed_in_float32_give_the_logits_of_transformers(
+    dtype, write_tiny_checkpoint, tmp_path, tokens, our_logits
+):
+    folder = write_tiny_checkpoint(tmp_path, dtype=dtype)
+    ours = our_logits(load_model(str(folder), dtype="float32"), tokens)
+    expected = their_logits(read_by_transformers(folder), tokens)
+    torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_statistics_are_griffins_norm_of_the_activations_that_transformers_computes(
+    write_tiny_checkpoint, tmp_path, tokens, make_backend
+):
+    folder = write_tiny_checkpoint(tmp_path)
+    theirs, seen = read_by_transformers(folder), []
+    for layer in theirs.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    their_logits(theirs, tokens)
+    activations = torch.stack(seen).double()[:, 1:]  # without the attention sink
+    expected = (activations / activations.norm(dim=2, keepdim=True)).square().sum(dim=1)
+
+    backend = make_backend(load_model(str(folder)))
+    prompt = SequenceInput(tokens, 0, list(range(10)), Phase.PREFILL, collect_statistics=True)
+    (statistics,) = backend.forward(ForwardBatch([prompt])).statistics
+    assert statistics.tokens == NUM_TOKENS - 1
+    torch.testing.assert_close(statistics.scores(), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- the demo model ---
+
+# Published as HuggingFaceTB/SmolLM2-135M-Instruct, config.json
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+}
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at 100 degrees Celsius, that is, at",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "The three laws of thermodynamics are",
+    "SELECT name, COUNT(*) FROM",
+    "In 1969, the first human beings",
+    "Der schnelle braune Fuchs springt über",
+    "To make a good omelette, first",
+    "Q: What is photosynthesis?\nA:",
+    '{"name": "Ada", "born": 1815, "field": "',
+    "The rain in Spain stays mainly",
+    "A list of the planets, from the Sun outwards:\n1.",
+    "import numpy as np\n\nx = np.",
+    "No man is an island, entire of itself;",
+    "She opened the letter slowly. It said:",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nName three rivers in Africa.<|im_end|>\n<|im_start|>assistant\n",
+]
+GREEDY_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def their_demo_model(demo_model: LoadedModel) -> LlamaForCausalLM:
+    # demo_model is asked for because it fetches the file
+    path = catalog.CATALOG[catalog.DEMO_MODEL].path
+    return LlamaForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        config=LlamaConfig(**SMOLLM2_135M),
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    ).eval()
+
+
+def test_demo_weights_equal_those_that_transformers_reads(demo_model, their_demo_model):
+    theirs = dict(their_demo_model.named_parameters())
+    weights = demo_model.weights
+    assert torch.equal(weights.embedding, theirs["model.embed_tokens.weight"])
+    assert weights.lm_head is weights.embedding
+    assert torch.equal(weights.norm, theirs["model.norm.weight"])
+    for i, layer in enumerate(weights.layers):
+        for field, name in HF_NAMES.layer.items():
+            assert torch.equal(getattr(layer, field), theirs[name.format(i=i)]), name
+
+
+def test_demo_logits_equal_those_of_transformers_in_float64(
+    demo_model, their_demo_model, our_logits
+):
+    text = " ".join(PROMPTS[:14])
+    tokens = demo_model.tokenizer.encode(text).ids[: PREFILLED + 10]
+    assert len(tokens) == PREFILLED + 10
+    try:
+        expected = their_logits(their_demo_model.double(), tokens)
+    finally:
+        their_demo_model.float()  # exact: the weights were float32
+    torch.testing.assert_close(our_logits(demo_model, tokens), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_demo_model_gives_64_greedy_tokens_and_logits_of_transformers_on_20_prompts(
+    demo_model, their_demo_model, make_backend
+):
+    prompts = [demo_model.tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    blocks = (max(map(len, prompts)) + GREEDY_TOKENS) // BLOCK_SIZE + 1
+    tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(len(prompts))]
+    backend = make_backend(demo_model, num_blocks=blocks * len(prompts))
+    texts = [list(prompt) for prompt in prompts]
+    ids, logits = [], []
+    for _ in range(GREEDY_TOKENS):
+        spans = []
+        for text, table in zip(texts, tables, strict=True):
+            start, phase = (0, Phase.PREFILL) if not ids else (len(text) - 1, Phase.DECODE)
+            part = text[start:]
+            spans.append(SequenceInput(part, start, table, phase, output_offsets=(len(part) - 1,)))
+        candidates = backend.forward(ForwardBatch(spans)).candidates
+        ids.append(candidates.token_ids)
+        logits.append(candidates.logits)
+        for text, token in zip(texts, candidates.token_ids[:, 0].tolist(), strict=True):
+            text.append(token)
+
+    # This is also transformers' greedy text, by induction: each token is the likeliest one after the
+    # text before it. In float32 its logits are themselves up to 1.1e-4 from those in float64.
+    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        expected = their_logits(their_demo_model, text[:-1])[len(prompt) - 1 :]
+        assert text[len(prompt) :] == expected.argmax(dim=-1).tolist(), PROMPTS[row]
+        our_ids = torch.stack([step[row] for step in ids])
+        ours = torch.stack([step[row] for step in logits])
+        torch.testing.assert_close(ours, expected.gather(1, our_ids), atol=2 * TOLERANCE, rtol=0)

@@ -1,0 +1,314 @@
+"""What config.json and GGUF metadata may say, and what is refused by name."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparserve.errors import CorruptCheckpoint, ModelError, UnsupportedModel
+from sparserve.model.config import ModelConfig, RopeConfig
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 4096,
+}
+GGUF = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 512,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 96,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 5e5,
+    "tokenizer.ggml.tokens": ["a"] * 300,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def from_hf(generation: dict | None = None, **changes: object) -> ModelConfig:
+    return ModelConfig.from_hf({**LLAMA, **changes}, generation or {})
+
+
+def from_gguf(**changes: object) -> ModelConfig:
+    fields = {**GGUF, **{key.replace("__", "."): value for key, value in changes.items()}}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    return ModelConfig.from_gguf(fields, tie_word_embeddings=True)
+
+
+def test_what_config_json_leaves_out_takes_transformers_defaults():
+    config = ModelConfig.from_hf(
+        {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps")}, {}
+    )
+    assert config.num_kv_heads == 4
+    assert config.head_dim == 16
+    assert config.rms_norm_eps == 1e-6
+    assert config.max_position_embeddings == 2048
+    assert config.rope == RopeConfig(theta=10000.0)
+    assert not config.tie_word_embeddings
+    assert config.eos_token_ids == ()
+    assert config.bos_token_id is None
+
+
+def test_null_counts_as_left_out():
+    config = from_hf(head_dim=None, num_key_value_heads=None, rope_scaling=None, bos_token_id=None)
+    assert (config.head_dim, config.num_kv_heads, config.rope.kind) == (16, 4, "default")
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "expected"),
+    [
+        (2, {}, (2,)),
+        ([2, 5], {}, (2, 5)),
+        (2, {"eos_token_id": 7}, (7,)),
+        (2, {"eos_token_id": [7, 8]}, (7, 8)),
+        (2, {"eos_token_id": None}, ()),
+        (None, {}, ()),
+    ],
+)
+def test_eos_ids_come_from_generation_config_before_config(in_config, in_generation, expected):
+    assert from_hf(in_generation, eos_token_id=in_config).eos_token_ids == expected
+
+
+def test_old_and_new_forms_of_rope_mean_the_same():
+    old = from_hf(rope_theta=5e5, rope_scaling=LLAMA3)
+    new = from_hf(rope_parameters={"rope_theta": 5e5, **LLAMA3})
+    assert old.rope == new.rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 4096)
+    typed = from_hf(rope_scaling={"type": "linear", "factor": 2})
+    assert typed.rope == RopeConfig(kind="linear", factor=2.0)
+
+
+def test_num_parameters_counts_every_weight_once():
+    tied, untied = from_hf(tie_word_embeddings=True), from_hf()
+    layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 96 + 2 * 64
+    assert tied.num_parameters == 1000 * 64 + 2 * layer + 64
+    assert untied.num_parameters == tied.num_parameters + 1000 * 64
+
+
+NUMBERS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+]
+NAMES = {  # as errors call them once read
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [0, -1, 2**31, 2**40, 10**30])
+def test_sizes_out_of_range_are_refused_by_name_and_value(key, value):
+    with pytest.raises(CorruptCheckpoint, match=f"{NAMES.get(key, key)} is {value};"):
+        from_hf(**{key: value})
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", ["64", 2.5, True, [64], {}, float("nan"), float("inf")], ids=repr)
+def test_sizes_that_are_no_integers_are_refused_by_name_and_value(key, value):
+    with pytest.raises(CorruptCheckpoint) as refused:
+        from_hf(**{key: value})
+    assert str(refused.value) == f"{key} is {value!r}, expected an integer"
+
+
+@pytest.mark.parametrize("key", [k for k in NUMBERS if k in LLAMA and k != "num_key_value_heads"])
+def test_a_size_that_is_missing_is_named(key):
+    with pytest.raises(CorruptCheckpoint, match=f"{key} is missing"):
+        ModelConfig.from_hf({k: v for k, v in LLAMA.items() if k != key}, {})
+
+
+def test_a_whole_number_written_as_a_float_is_an_integer():
+    assert from_hf(max_position_embeddings=4096.0).max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rope_theta": -1.0}, "theta is -1.0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"rope_theta": [1]}, r"rope_theta is \[1\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"hidden_size": 60}, "head_dim 15 is odd"),
+        ({"eos_token_id": 1000}, "id 1000 is outside the vocabulary of 1000"),
+        ({"eos_token_id": [2, -1]}, "id -1 is outside the vocabulary"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ({"eos_token_id": [2.5]}, r"eos_token_id is \[2.5\]"),
+        ({"bos_token_id": 5000}, "id 5000 is outside the vocabulary"),
+        ({"bos_token_id": 1.5}, "bos_token_id is 1.5"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor is missing"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": None}}, "high_freq_factor is missing"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor 1.0 must exceed"),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": -4}},
+            "original_max_position_embeddings is -4",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 10**400}},
+            "original_max_position_embeddings is 1000",
+        ),
+    ],
+    ids=lambda value: str(value)[:80],
+)
+def test_values_that_cannot_be_are_refused_by_name_and_value(changes, named):
+    with pytest.raises(CorruptCheckpoint, match=named):
+        from_hf(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+        ({"architectures": []}, "none named"),
+        ({"architectures": None}, "none named"),
+        ({"architectures": 5}, "5"),
+        ({"architectures": [["LlamaForCausalLM"], {}]}, "LlamaForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": None}, "hidden_act None"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'.*default, linear, llama3"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, "linear"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_unsupported_and_named(changes, named):
+    with pytest.raises(UnsupportedModel, match=named):
+        from_hf(**changes)
+
+
+def test_gguf_metadata_is_read_under_its_own_names():
+    config = from_gguf(
+        llama__attention__key_length=24,
+        llama__rope__dimension_count=24,
+        llama__rope__scaling__type="linear",
+        llama__rope__scaling__factor=2.0,
+    )
+    assert config == ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(5e5, "linear", 2.0),
+        tie_word_embeddings=True,
+        eos_token_ids=(2,),
+        bos_token_id=None,
+    )
+    assert from_gguf(llama__attention__head_count_kv=None).num_kv_heads == 4
+    assert from_gguf(llama__rope__freq_base=None).rope.theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "named"),
+    [
+        ("general__architecture", "gpt2", UnsupportedModel, "'gpt2'.*supported: llama"),
+        ("general__architecture", None, UnsupportedModel, "None"),
+        ("llama__rope__scaling__type", "yarn", UnsupportedModel, "'yarn'"),
+        ("llama__rope__dimension_count", 8, UnsupportedModel, "dimension_count is 8.* 16 "),
+        ("llama__block_count", None, CorruptCheckpoint, "llama.block_count is missing"),
+        ("llama__block_count", 0, CorruptCheckpoint, "num_layers is 0"),
+        ("llama__embedding_length", 2**40, CorruptCheckpoint, "hidden_size is 1099511627776"),
+        ("llama__attention__head_count", [4, 4], CorruptCheckpoint, r"head_count is \[4, 4\]"),
+        ("llama__context_length", float("inf"), CorruptCheckpoint, "context_length is inf"),
+        ("llama__feed_forward_length", "x", CorruptCheckpoint, "feed_forward_length is 'x'"),
+        ("llama__rope__freq_base", float("nan"), CorruptCheckpoint, "freq_base is nan"),
+        ("tokenizer__ggml__tokens", 5, CorruptCheckpoint, "tokens is 5"),
+        ("tokenizer__ggml__tokens", None, CorruptCheckpoint, "tokens is missing"),
+        ("tokenizer__ggml__eos_token_id", 300, CorruptCheckpoint, "id 300 is outside"),
+        ("tokenizer__ggml__eos_token_id", "a", CorruptCheckpoint, "eos_token_id is 'a'"),
+    ],
+)
+def test_gguf_metadata_that_cannot_be_is_refused_by_name_and_value(key, value, error, named):
+    with pytest.raises(error, match=named):
+        from_gguf(**{key: value})
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["default", "linear", "llama3", "silu", "LlamaForCausalLM"])
+    | st.sampled_from([10**999, -(10**999), "long" * 999, ["long"] * 999]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["rope_type", "type", "factor", "rope_theta", *LLAMA3]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(
+            [
+                *LLAMA,
+                "rope_parameters",
+                "rope_scaling",
+                "rope_theta",
+                "head_dim",
+                "eos_token_id",
+                "bos_token_id",
+                "tie_word_embeddings",
+                "hidden_act",
+            ]
+        ),
+        JSON_VALUES,
+        min_size=1,
+        max_size=3,
+    ),
+    generation=st.dictionaries(st.just("eos_token_id"), JSON_VALUES, max_size=1),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_json_gives_a_config_or_a_model_error_of_bounded_length(changes, generation):
+    raw = json.loads(json.dumps({**LLAMA, **changes}))
+    try:
+        config = ModelConfig.from_hf(raw, generation)
+    except ModelError as error:
+        assert len(str(error)) < 500, "names the value, however long it is"  # noqa: PT017
+    else:
+        assert config.num_parameters > 0
