@@ -1,12 +1,13 @@
 """grpc.health.v1, readiness over HTTP, and what a drain looks like from outside."""
 
 import asyncio
+import socket
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from sparserve.client import make_request
+from sparserve.client import AsyncClient, make_request
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -173,3 +174,15 @@ async def test_a_server_that_cannot_warm_up_leaves_nothing_behind(tiny_model, se
     monkeypatch.undo()
     async with serving() as server:
         assert server.is_ready
+
+
+async def test_a_server_can_listen_on_ipv6(serving):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    async with (
+        serving(host="::1") as server,
+        AsyncClient(f"[::1]:{server.port}") as client,
+    ):
+        assert (await client.generate("hello", max_tokens=1)).result.completion_tokens == 1

@@ -79,7 +79,8 @@ def test_generate_tells_what_is_wrong_in_one_line(run_main, tiny_folder, flags, 
     assert told in line
 
 
-def test_generate_tells_of_a_server_that_is_not_there(run_main):
+def test_generate_tells_of_a_server_that_is_not_there(run_main, monkeypatch):
+    monkeypatch.setenv("SPARSERVE_THREADS", "2")  # for other commands, and no contradiction here
     status, _, err = run_main("generate", "hello", "--server", "127.0.0.1:1")
     assert status == 1
     (line,) = err.splitlines()

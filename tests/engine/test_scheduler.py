@@ -109,6 +109,29 @@ def test_the_latest_arrival_gives_way_and_keeps_what_it_decoded(tiny_model):
     assert second.resume_at == second.prompt_len + len(second.output_token_ids) - 1
 
 
+def test_a_sequence_preempted_again_while_it_recomputes_swaps_what_was_written(tiny_model):
+    scheduler = Scheduler(BlockManager(5), max_running=2, max_batched_tokens=4)
+    first, second = sequence_of(tiny_model, 14, 40), sequence_of(tiny_model, 40, 30)
+    scheduler.add(first)
+    while first.phase is Phase.PREFILL:
+        step(scheduler)
+    # Preempted before, with 8 decoded positions that end with block 2.
+    second.output_token_ids = [1] * 9
+    second.resume_at, second.prefill_target = 48, 32
+    second.host_blocks = torch.zeros(1)
+    scheduler.add(second)
+    plans = [step(scheduler)]
+    assert len(second.block_table) == 4, "three with KV, one for the next token"
+    while not plans[-1].preempted:
+        assert second.num_computed < 32
+        plans.append(step(scheduler))
+    assert [len(swap.blocks) for swap in plans[-1].swaps_out] == [1]
+    assert (second.resume_at, second.prefill_target) == (48, 32)
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+    assert len(second.output_token_ids) == 30
+
+
 def test_a_prompt_shares_the_budget_with_running_decodes(tiny_model):
     scheduler = Scheduler(BlockManager(100), max_running=4, max_batched_tokens=40)
     running = [sequence_of(tiny_model, 4, 50) for _ in range(2)]

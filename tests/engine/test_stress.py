@@ -13,7 +13,6 @@ from sparserve.engine.request import (
     StoppingParams,
     Update,
 )
-from sparserve.engine.scheduler import Scheduler
 from sparserve.model.kv_cache import bytes_per_block
 
 CONTEXT = 128
@@ -78,7 +77,7 @@ def small_pool(tiny_engine, tiny_model):
 
 
 @pytest.mark.parametrize("seed", range(14))
-def test_requests_equal_themselves_alone(small_pool, seed, monkeypatch):
+def test_requests_equal_themselves_alone(small_pool, seed):
     source = random.Random(seed)
     max_running = source.choice([3, 4, 6])
     blocks = source.choice([blocks_for(CONTEXT), 9, 10, 12])
@@ -96,29 +95,6 @@ def test_requests_equal_themselves_alone(small_pool, seed, monkeypatch):
         assert result.tokens == expected[request.request_id].tokens[:made]
         if result.finish.reason is not FinishReason.CANCELLED:
             assert made == len(expected[request.request_id].tokens)
-
-
-def test_a_sequence_preempted_again_while_it_recomputes_comes_back(small_pool, monkeypatch):
-    again = []
-    real = Scheduler._preempt
-
-    def preempt(self, sequence, plan):
-        if sequence.resume_at is not None and sequence.resume_at % 16 == 0:
-            again.append(sequence)
-        return real(self, sequence, plan)
-
-    monkeypatch.setattr(Scheduler, "_preempt", preempt)
-    for seed in (35, 212, *range(300, 340)):
-        source = random.Random(seed)
-        max_running = source.choice([3, 4, 6])
-        engine = small_pool(
-            source.choice([8, 9, 10]), max_running, max_running + source.choice([0, 1, 3])
-        )
-        _, results = play(engine, source, abort_share=0.0)
-        assert all(r.finish.reason is not FinishReason.ERROR for r in results.values())
-        if again:
-            return
-    pytest.fail("no workload preempted a recomputing sequence at a block's end")
 
 
 @pytest.mark.parametrize("seed", range(4))

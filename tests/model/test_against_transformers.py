@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,32 +274,39 @@ def test_demo_logits_equal_those_of_transformers_in_float64(
     torch.testing.assert_close(our_logits(demo_model, tokens), expected, atol=TOLERANCE, rtol=0)
 
 
+def greedy(backend: Backend, prompts: list[list[int]]) -> list[tuple[list[int], torch.Tensor]]:
+    """GREEDY_TOKENS tokens after each prompt, decoded together -> (prompt and text, logits)."""
+    blocks = backend.num_blocks // len(prompts)
+    texts, rows = [list(prompt) for prompt in prompts], [[] for _ in prompts]
+    for step in range(GREEDY_TOKENS):
+        spans = []
+        for i, text in enumerate(texts):
+            start, phase = (0, Phase.PREFILL) if step == 0 else (len(text) - 1, Phase.DECODE)
+            table = range(i * blocks, (i + 1) * blocks)
+            last = len(text) - start - 1
+            spans.append(SequenceInput(text[start:], start, table, phase, output_offsets=(last,)))
+        candidates = backend.forward(ForwardBatch(spans)).candidates
+        for i, text in enumerate(texts):
+            text.append(int(candidates.token_ids[i, 0]))
+            rows[i].append(candidates.full_logits(i).clone())
+    return [(text, torch.stack(logits)) for text, logits in zip(texts, rows, strict=True)]
+
+
 def test_demo_model_gives_64_greedy_tokens_and_logits_of_transformers_on_20_prompts(
     demo_model, their_demo_model, make_backend
 ):
     prompts = [demo_model.tokenizer.encode(prompt).ids for prompt in PROMPTS]
-    blocks = (max(map(len, prompts)) + GREEDY_TOKENS) // BLOCK_SIZE + 1
-    tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(len(prompts))]
-    backend = make_backend(demo_model, num_blocks=blocks * len(prompts))
-    texts = [list(prompt) for prompt in prompts]
-    ids, logits = [], []
-    for _ in range(GREEDY_TOKENS):
-        spans = []
-        for text, table in zip(texts, tables, strict=True):
-            start, phase = (0, Phase.PREFILL) if not ids else (len(text) - 1, Phase.DECODE)
-            part = text[start:]
-            spans.append(SequenceInput(part, start, table, phase, output_offsets=(len(part) - 1,)))
-        candidates = backend.forward(ForwardBatch(spans)).candidates
-        ids.append(candidates.token_ids)
-        logits.append(candidates.logits)
-        for text, token in zip(texts, candidates.token_ids[:, 0].tolist(), strict=True):
-            text.append(token)
+    backends = [make_backend(demo_model, num_blocks=10 * 8) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:  # half of the prompts on each core
+        halves = pool.map(greedy, backends, (prompts[::2], prompts[1::2]))
+        ours = [result for pair in zip(*halves, strict=True) for result in pair]
+        texts = [text[:-1] for text, _ in ours]
+        theirs = list(pool.map(their_logits, [their_demo_model] * len(texts), texts))
 
     # This is also transformers' greedy text, by induction: each token is the likeliest one after the
     # text before it. In float32 its logits are themselves up to 1.1e-4 from those in float64.
-    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-        expected = their_logits(their_demo_model, text[:-1])[len(prompt) - 1 :]
-        assert text[len(prompt) :] == expected.argmax(dim=-1).tolist(), PROMPTS[row]
-        our_ids = torch.stack([step[row] for step in ids])
-        ours = torch.stack([step[row] for step in logits])
-        torch.testing.assert_close(ours, expected.gather(1, our_ids), atol=2 * TOLERANCE, rtol=0)
+    for prompt, (text, logits), their_rows in zip(prompts, ours, theirs, strict=True):
+        expected = their_rows[len(prompt) - 1 :]
+        assert text[: len(prompt)] == prompt
+        assert text[len(prompt) :] == expected.argmax(dim=-1).tolist()
+        torch.testing.assert_close(logits, expected, atol=2 * TOLERANCE, rtol=0)
