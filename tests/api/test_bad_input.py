@@ -37,7 +37,7 @@ def refusal(wire):
 
 def with_fields(**groups: dict[str, object]) -> pb.GenerateRequest:
     """A good request with some fields set: `with_fields(sampling={"top_k": 3})`."""
-    request = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=2))
+    request = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=2, ignore_eos=True))
     kinds = {"sampling": pb.Sampling, "stopping": pb.Stopping, "response": pb.ResponseOptions}
     for group, fields in groups.items():
         if isinstance(fields, dict):

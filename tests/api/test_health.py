@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 
 import grpc
 import pytest
@@ -9,6 +10,7 @@ from grpc_health.v1 import health_pb2
 
 from sparserve.client import AsyncClient, make_request
 
+SHORT = make_request("hi", max_tokens=3, temperature=0, ignore_eos=True)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ["", "sparserve.v1.InferenceService", "sparserve.v1.ControlService"]
@@ -47,7 +49,7 @@ async def test_watch_tells_of_a_drain_before_the_requests_in_flight_are_done(
         assert await next_status(watch) == SERVING
         with controlled(server) as forward:
             forward.hold()
-            call = asyncio.ensure_future(wire.inference.Generate(make_request("hi", max_tokens=3)))
+            call = asyncio.ensure_future(wire.inference.Generate(SHORT))
             await until(lambda: forward.calls == 1)
             draining = asyncio.ensure_future(server.drain_and_stop())
             assert await next_status(watch) == NOT_SERVING
@@ -86,7 +88,7 @@ async def test_a_draining_server_refuses_new_requests_and_says_to_come_back(
         assert await readiness() == [200, 200]
         with controlled(server) as forward:
             forward.hold()
-            call = asyncio.ensure_future(wire.inference.Generate(make_request("hi", max_tokens=3)))
+            call = asyncio.ensure_future(wire.inference.Generate(SHORT))
             await until(lambda: forward.calls == 1)
             draining = asyncio.ensure_future(server.drain_and_stop())
             await asyncio.sleep(0)
@@ -154,7 +156,7 @@ async def test_a_step_that_does_not_end_does_not_keep_the_server_from_stopping(
         wire = connect(server)
         with controlled(server) as forward:
             forward.hold()
-            call = asyncio.ensure_future(wire.inference.Generate(make_request("hi", max_tokens=3)))
+            call = asyncio.ensure_future(wire.inference.Generate(SHORT))
             await until(lambda: forward.calls == 1)
             await asyncio.wait_for(server.drain_and_stop(), 30)
             assert not server.ended  # so that the process can exit by other means
@@ -163,16 +165,23 @@ async def test_a_step_that_does_not_end_does_not_keep_the_server_from_stopping(
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_server_that_cannot_warm_up_leaves_nothing_behind(tiny_model, serving, monkeypatch):
+async def test_a_server_that_cannot_warm_up_leaves_nothing_behind(serving, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("no warm-up")
 
-    monkeypatch.setattr("sparserve.model.reference.ReferenceBackend.forward", fail)
-    with pytest.raises(RuntimeError, match="no warm-up"):
-        async with serving():
-            pass
-    monkeypatch.undo()
-    async with serving() as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+    ):
+        ports = {"port": one.getsockname()[1], "metrics_port": two.getsockname()[1]}
+    threads = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr("sparserve.model.reference.ReferenceBackend.forward", fail)
+        with pytest.raises(RuntimeError, match="no warm-up"):
+            async with serving(**ports):
+                pass
+    assert threading.active_count() == threads
+    async with serving(**ports) as server:  # the ports are free again
         assert server.is_ready
 
 

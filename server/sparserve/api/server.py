@@ -78,7 +78,7 @@ class Server:
         return self._warm and self.engine.state is EngineState.READY
 
     async def start(self) -> None:
-        """Listen, warm up, then turn SERVING. Raises ConfigError where a port is taken."""
+        """Warm up, listen, then turn SERVING. Raises ConfigError where a port is taken."""
         settings = self._settings
         try:
             self._http = HttpServer(
@@ -89,8 +89,8 @@ class Server:
                 is_ready=lambda: self.is_ready,
             )
             self.metrics_port = self._http.port
-            self.port = self._listen()
             await self.engine.warm_up()
+            self.port = self._listen()
             await self._grpc.start()
         except BaseException:
             await self._close(grace=0)

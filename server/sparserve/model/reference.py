@@ -32,9 +32,11 @@ from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics, norm_score
 
 PREFILL_TILE = 64
-# Rows a decode product is padded to. Measured: a float32 product of 2 rows (MKL) costs what one row
-# costs, of 4 rows half as much again; 16-bit ones (oneDNN) cost the same up to 16.
-DECODE_TILE = {torch.float32: 2, torch.bfloat16: 16, torch.float16: 16}
+# Rows of a decode product. Measured: in float32 (MKL) one row at a time is fastest alone, and rows after
+# the first find the weights in cache; 16-bit products (oneDNN) cost the same up to 16 rows.
+DECODE_TILE = {torch.float32: 1, torch.bfloat16: 16, torch.float16: 16}
+# Weights go through the rows of a batch in such pieces, which stay in a core's cache meanwhile.
+DECODE_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ class ReferenceBackend:
         q = linear(normed, layer.wq).view(rows, config.num_heads, config.head_dim)
         k = linear(normed, layer.wk).view(rows, config.num_kv_heads, config.head_dim)
         v = linear(normed, layer.wv).view(rows, config.num_kv_heads, config.head_dim)
-        q, k = llama.apply_rope(q, cos, sin), llama.apply_rope(k, cos, sin)
+        rotated = llama.apply_rope(torch.cat((q, k), dim=1), cos, sin)
+        q, k = torch.split(rotated, [config.num_heads, config.num_kv_heads], dim=1)
         out = torch.zeros(rows, config.num_heads * config.head_dim)
         for span in layout.spans:
             self._kv.write(index, span.slots, k[span.rows], v[span.rows])
@@ -169,16 +172,25 @@ class ReferenceBackend:
 
     def _tiled_linear(self, rows: int, prefill_rows: int) -> llama.Linear:
         """Products over `rows` rows whose shapes, so whose bits, do not depend on their number."""
-        prefill_tiles, decode_rows = prefill_rows // PREFILL_TILE, rows - prefill_rows
-        sizes = [PREFILL_TILE] * prefill_tiles + [self._decode_tile] * (
-            decode_rows // self._decode_tile
-        )
+        prefill = [slice(i, i + PREFILL_TILE) for i in range(0, prefill_rows, PREFILL_TILE)]
+        decode = [
+            slice(i, i + self._decode_tile) for i in range(prefill_rows, rows, self._decode_tile)
+        ]
 
         def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             x = x.to(weight.dtype)
-            if len(sizes) == 1:
+            features, row_bytes = weight.shape[0], weight.shape[1] * weight.element_size()
+            chunk = max(1, DECODE_CHUNK_BYTES // row_bytes)
+            if chunk >= features and len(prefill) + len(decode) == 1:
                 return F.linear(x, weight).float()
-            return torch.cat([F.linear(tile, weight) for tile in torch.split(x, sizes)]).float()
+            out = torch.empty(rows, features, dtype=weight.dtype)
+            for tile in prefill:
+                out[tile] = F.linear(x[tile], weight)
+            for start in range(0, features if decode else 0, chunk):
+                part = weight[start : start + chunk]
+                for tile in decode:
+                    out[tile, start : start + chunk] = F.linear(x[tile], part)
+            return out.float()
 
         return linear
 
