@@ -24,12 +24,16 @@ def page() -> str:
         "|---|---|---|---|",
     ]
     for spec in TABLE:
-        labels = ", ".join(spec.labels) or "–"
-        lines.append(f"| `{spec.exported}` | {spec.kind.__name__.lower()} | {labels} | {spec.help} |")
+        labels = ", ".join(spec.labels) or "none"
+        lines.append(
+            f"| `{spec.exported}` | {spec.kind.__name__.lower()} | {labels} | {spec.help} |"
+        )
     lines += ["", "## Buckets", ""]
     for spec in TABLE:
         if spec.buckets:
-            lines.append(f"- `{spec.exported}`: {' '.join(f'{bucket:g}' for bucket in spec.buckets)}")
+            lines.append(
+                f"- `{spec.exported}`: {' '.join(f'{bucket:g}' for bucket in spec.buckets)}"
+            )
     return "\n".join(lines) + "\n"
 
 
