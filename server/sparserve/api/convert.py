@@ -146,7 +146,7 @@ def _prompt(message: pb.GenerateRequest, tokenizer: TextTokenizer, limit: int) -
             if len(ids) > limit:  # before a look at each of them: there can be millions
                 text = f"the prompt has {len(ids)} tokens, the limit is {limit}"
                 raise PromptTooLong("token_ids", text, limit)
-            return tokenizer.check(ids)
+            return tuple(ids)
     raise InvalidRequest("prompt", "the request has no prompt; set text or token_ids")
 
 

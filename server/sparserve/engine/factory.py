@@ -83,15 +83,16 @@ def _max_context(settings: EngineSettings, trained: int) -> int:
 def _num_blocks(settings: EngineSettings, model: LoadedModel, max_context: int) -> int:
     block_bytes = bytes_per_block(model.config, model.weights.dtype)
     one_context = blocks_for(max_context)
-    if settings.kv_cache_gib * GIB > memory_room():
+    free = memory_room()
+    if settings.kv_cache_gib * GIB > free:
         raise ConfigError(
-            f"kv_cache_gib {settings.kv_cache_gib:g} is more than the {memory_room() / GIB:.1f} GiB of free memory"
+            f"kv_cache_gib {settings.kv_cache_gib:g} is more than the {free / GIB:.1f} GiB of free memory"
         )
     if settings.kv_cache_gib:
         blocks = int(settings.kv_cache_gib * GIB) // block_bytes
         source = f"kv_cache_gib {settings.kv_cache_gib:g}"
     else:
-        wanted, room = settings.max_running * one_context, memory_room() // 4
+        wanted, room = settings.max_running * one_context, free // 4
         blocks = min(wanted, room // block_bytes)
         source = f"a quarter of the free memory ({room / GIB:.2f} GiB)"
     if blocks < one_context:

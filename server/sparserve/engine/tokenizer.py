@@ -48,7 +48,7 @@ class TextTokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text", "the prompt is not valid UTF-8 text") from error
 
-    def check(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+    def check(self, token_ids: Sequence[int]) -> None:
         """Raises InvalidRequest where an id is outside the vocabulary."""
         for index, token_id in enumerate(token_ids):
             if not 0 <= token_id < self.vocab_size:
@@ -56,7 +56,6 @@ class TextTokenizer:
                     f"token_ids.ids[{index}]",
                     f"token id {token_id} is outside the vocabulary of {self.vocab_size}",
                 )
-        return tuple(token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids)))
