@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-# An unfinished character has at most 3 bytes, so at most 3 tokens. Before those, the replacement
-# character stands for bytes that no later token can complete.
-_MAX_UNFINISHED_TOKENS = 3
 _REPLACEMENT = "\ufffd"
+# Invalid bytes in a row that are waited for, in tokens; bounds the work on a stream of nothing else.
+_MAX_UNFINISHED_TOKENS = 64
 
 
 class Detokenizer:
@@ -55,13 +54,25 @@ class Detokenizer:
             self._window.pop()
             return ""
         upto = len(self._window)
-        if text.endswith(_REPLACEMENT):
-            upto -= _MAX_UNFINISHED_TOKENS
+        if text.endswith(_REPLACEMENT) and upto - self._read <= _MAX_UNFINISHED_TOKENS:
+            upto, text = self._before_the_unfinished(text)
             if upto <= self._read:
                 return ""
-            text = self._tokenizer.decode(self._window[:upto])
         self._window, self._read = self._window[self._read :], upto - self._read
         return str(text[len(known) :])
+
+    def _before_the_unfinished(self, text: str) -> tuple[int, str]:
+        """-> (tokens of the window whose text no later token can change, that text).
+
+        The replacement character at the end of `text` may stand for the beginning of a character or
+        for bytes that nothing completes. Where both sides of a cut decode to the whole, no character
+        lies across it.
+        """
+        for upto in range(len(self._window) - 1, self._read, -1):
+            head = str(self._tokenizer.decode(self._window[:upto]))
+            if head + self._tokenizer.decode(self._window[upto:]) == text:
+                return upto, head
+        return self._read, ""
 
     def _possible_stop_length(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
