@@ -316,7 +316,8 @@ NOT_BUILT = [
     ("stopping.stop_token_ids", [1], []),
     ("stopping.include_stop", True, False),
     ("response.top_logprobs", 1, 0),
-    ("response.prompt_logprobs", 1, 0),
+    ("response.prompt_logprobs", 0, None),
+    ("response.skip_special_tokens", False, True),
     ("sparsity.refresh_interval", 16, 0),
 ]
 

@@ -51,7 +51,7 @@ async def test_deltas_join_to_the_unary_text_and_to_the_decoded_ids(server, wire
     assert len(choice.tokens) == 80
     decoded = server.engine.engine.tokenizer.decode(ids_of(stream))
     # A character that the last token leaves unfinished is not sent.
-    assert choice.text == decoded.rstrip("\N{REPLACEMENT CHARACTER}")
+    assert decoded in (choice.text, choice.text + "\N{REPLACEMENT CHARACTER}")
     assert len(choice.text) > 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -10,7 +11,7 @@ import sparserve
 from sparserve.api.convert import POLICY_NUMBERS
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
-from sparserve.errors import InvalidRequest, UnknownModel
+from sparserve.errors import InvalidRequest, NotBuiltYet, UnknownModel
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.sparsity.policy import DENSE
 from sparserve.v1 import control_pb2 as pb
@@ -103,3 +104,25 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             aborted = self._engine.abort(request_id)
             (response.aborted if aborted else response.not_found).append(request_id)
         return response
+
+    async def GetTokenizer(
+        self, request: pb.GetTokenizerRequest, context: Any
+    ) -> AsyncIterator[pb.GetTokenizerResponse]:
+        raise NotBuiltYet("GetTokenizer", "GetTokenizer is not built yet")
+        yield
+
+    async def Drain(
+        self, request: pb.DrainRequest, context: Any
+    ) -> AsyncIterator[pb.DrainResponse]:
+        raise NotBuiltYet("Drain", "Drain is not built yet; send SIGTERM")
+        yield
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: Any
+    ) -> pb.LoadAdapterResponse:
+        raise NotBuiltYet("LoadAdapter", "LoRA adapters are not served; merge them into the model")
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: Any
+    ) -> pb.UnloadAdapterResponse:
+        raise NotBuiltYet("UnloadAdapter", "LoRA adapters are not served")

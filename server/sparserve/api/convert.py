@@ -9,7 +9,6 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from sparserve.engine.request import (
-    MAX_REQUEST_ID_LENGTH,
     Finish,
     FinishReason,
     GeneratedToken,
@@ -35,6 +34,7 @@ POLICY_NUMBERS = {kind: number for number, kind in POLICIES.items()}
 
 REASONS = {
     FinishReason.STOP_EOS: pb.FINISH_REASON_STOP_EOS,
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CONTEXT: pb.FINISH_REASON_CONTEXT,
@@ -51,7 +51,7 @@ _NOT_BUILT: dict[str, dict[str, object]] = {
         "frequency_penalty": 0.0, "n": 1, "logit_bias": {}, "allowed_token_ids": [],
     },
     "stopping": {"min_tokens": 0, "stop_token_ids": [], "include_stop": False},
-    "response": {"top_logprobs": 0, "prompt_logprobs": 0},
+    "response": {"top_logprobs": 0, "prompt_logprobs": None, "skip_special_tokens": True},
     "sparsity": {"refresh_interval": 0},
 }  # fmt: skip
 
@@ -70,11 +70,6 @@ def parse_request(
     """
     for prefix, neutral in _NOT_BUILT.items():
         _refuse_not_built(getattr(message, prefix) if prefix else message, prefix, neutral)
-    if len(message.request_id) > MAX_REQUEST_ID_LENGTH:
-        raise InvalidRequest(
-            "request_id",
-            f"request_id has {len(message.request_id)} characters, the limit is {MAX_REQUEST_ID_LENGTH}",
-        )
     sampling, stopping = message.sampling, message.stopping
     return GenerationRequest(
         request_id=message.request_id or uuid.uuid4().hex,

@@ -10,7 +10,7 @@ from typing import Any
 from sparserve.api import convert
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.request import GeneratedToken, GenerationRequest
-from sparserve.errors import RequestError, UnknownModel
+from sparserve.errors import NotBuiltYet, RequestError, UnknownModel
 from sparserve.v1 import inference_pb2 as pb
 from sparserve.v1 import inference_pb2_grpc
 
@@ -73,6 +73,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         sparsity=convert.sparsity_report(generation.policy, update.finish),
                     )
                     yield pb.GenerateStreamResponse(summary=summary)
+
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.GenerateResponse:
+        raise NotBuiltYet("Chat", "Chat is not built yet; use Generate")
+
+    async def ChatStream(
+        self, request: pb.ChatRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        raise NotBuiltYet("ChatStream", "ChatStream is not built yet; use GenerateStream")
+        yield
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        raise NotBuiltYet("Tokenize", "Tokenize is not built yet")
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Any
+    ) -> pb.DetokenizeResponse:
+        raise NotBuiltYet("Detokenize", "Detokenize is not built yet")
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        raise NotBuiltYet("Embed", "this server generates text only; it makes no embeddings")
 
     async def _parse(self, request: pb.GenerateRequest, context: Any) -> GenerationRequest:
         arrival = time.monotonic()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from sparserve.engine.block_manager import BlockManager, blocks_for
 from sparserve.engine.request import (
+    MAX_REQUEST_ID_LENGTH,
     Finish,
     FinishReason,
     GeneratedToken,
@@ -103,6 +104,11 @@ class Engine:
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest or PromptTooLong; touches no state, so any thread may call it."""
+        if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
+            raise InvalidRequest(
+                "request_id",
+                f"request_id has {len(request.request_id)} characters, the limit is {MAX_REQUEST_ID_LENGTH}",
+            )
         self.tokenizer.check(request.prompt_token_ids)
         prompt_len, limit = len(request.prompt_token_ids), self.limits.max_context - 1
         if prompt_len == 0:
@@ -191,7 +197,7 @@ class Engine:
             text, stop = sequence.detokenizer.push(token.id)
         finish = self._finish_of(sequence, token.id if ends else None, stop)
         if finish is None:
-            return Update(sequence.request.request_id, text, (token,))
+            return Update(sequence.request.request_id, text=text, tokens=(token,))
         if stop is None:
             text += sequence.detokenizer.flush()
         return self._end(sequence, finish, text, (token,))
@@ -227,7 +233,7 @@ class Engine:
         self.metrics.e2e_latency.observe(time.monotonic() - sequence.arrival)
         if sequence.first_scheduled is not None:
             self.metrics.queue_time.observe(finish.timings.queue)
-        return Update(sequence.request.request_id, text, tokens, finish)
+        return Update(sequence.request.request_id, text=text, tokens=tokens, finish=finish)
 
     def _expire(self, now: float) -> list[Update]:
         late = [

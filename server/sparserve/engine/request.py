@@ -4,32 +4,71 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from sparserve.engine.constraint import CompiledConstraint
 from sparserve.errors import InvalidRequest, SparserveError
 from sparserve.sparsity.policy import DENSE, Policy
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 256
 MAX_REQUEST_ID_LENGTH = 256
+MAX_CACHE_SALT_LENGTH = 256
+MAX_LOGIT_BIASES = 1024
+MAX_TOP_LOGPROBS = 64
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. Raises InvalidRequest on values out of range."""
+    """How the next token is drawn. Raises InvalidRequest on values out of range.
+
+    In this order: penalties, bias, allowed tokens, constraint; temperature; top_k, top_p over what it
+    left, min_p, typical_p over what they left. Penalties are those of CTRL (repetition, arXiv
+    1909.05858, over prompt and output) and of OpenAI's API (presence and frequency, over the output).
+    """
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # over what top_k left
+    top_p: float = 1.0
+    min_p: float = 0.0  # times the likeliest token's probability
+    typical_p: float = 1.0  # arXiv 2202.00666
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None  # None: random
+    n: int = 1  # choices
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    allowed_token_ids: tuple[int, ...] = ()  # (): all
 
     def __post_init__(self) -> None:
         _check(0 <= self.temperature <= 2, "sampling.temperature", self.temperature, "in [0, 2]")
         _check(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
         _check(0 <= self.top_k < 2**31, "sampling.top_k", self.top_k, ">= 1, or 0 for all tokens")
+        _check(0 <= self.min_p <= 1, "sampling.min_p", self.min_p, "in [0, 1]")
+        _check(0 < self.typical_p <= 1, "sampling.typical_p", self.typical_p, "in (0, 1]")
+        repetition = self.repetition_penalty
+        _check(0 < repetition <= 10, "sampling.repetition_penalty", repetition, "in (0, 10]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            penalty = getattr(self, name)
+            _check(-2 <= penalty <= 2, f"sampling.{name}", penalty, "in [-2, 2]")
         if self.seed is not None:
             _check(0 <= self.seed < 2**64, "sampling.seed", self.seed, "in [0, 2^64)")
+        _check(self.n >= 1, "sampling.n", self.n, ">= 1")
+        _check_count("sampling.logit_bias", "biases", len(self.logit_bias), MAX_LOGIT_BIASES)
+        for token_id, bias in self.logit_bias:
+            _check(-100 <= bias <= 100, f"sampling.logit_bias[{token_id}]", bias, "in [-100, 100]")
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.has_output_penalties
+
+    @property
+    def has_output_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +76,44 @@ class StoppingParams:
     """When generation ends. Raises InvalidRequest on values out of range."""
 
     max_tokens: int | None = None  # None: the engine's default
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop: bool = False  # keep the matched stop in the text
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             _check(self.max_tokens >= 1, "stopping.max_tokens", self.max_tokens, ">= 1")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(
-                "stopping.stop",
-                f"{len(self.stop)} stop strings given, the limit is {MAX_STOP_STRINGS}",
-            )
+        _check(self.min_tokens >= 0, "stopping.min_tokens", self.min_tokens, ">= 0")
+        _check_count("stopping.stop", "stop strings", len(self.stop), MAX_STOP_STRINGS)
         for stop in self.stop:
             if not 1 <= len(stop) <= MAX_STOP_LENGTH:
                 raise InvalidRequest(
                     "stopping.stop",
                     f"a stop string has {len(stop)} characters; 1 to {MAX_STOP_LENGTH} are allowed",
                 )
+        _check_count(
+            "stopping.stop_token_ids", "stop tokens", len(self.stop_token_ids), MAX_STOP_TOKENS
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParams:
+    """What comes back beside the text. Raises InvalidRequest on values out of range."""
+
+    top_logprobs: int = 0  # likeliest tokens told beside each generated one
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens; None: nothing of them
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        allowed = f"in [0, {MAX_TOP_LOGPROBS}]"
+        for name, value in (
+            ("response.top_logprobs", self.top_logprobs),
+            ("response.prompt_logprobs", self.prompt_logprobs),
+        ):
+            if value is not None:
+                _check(0 <= value <= MAX_TOP_LOGPROBS, name, value, allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +124,30 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stopping: StoppingParams = field(default_factory=StoppingParams)
+    output: OutputParams = field(default_factory=OutputParams)
+    constraint: CompiledConstraint | None = None
     policy: Policy = DENSE
     report_statistics: bool = False
+    cache_salt: str = ""  # prompts share cached KV only under the same salt
+    priority: int = 0  # among waiting requests the higher goes first
     deadline: float | None = None
     arrival: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        if len(self.cache_salt) > MAX_CACHE_SALT_LENGTH:
+            raise InvalidRequest(
+                "cache_salt",
+                f"cache_salt has {len(self.cache_salt)} characters, the limit is {MAX_CACHE_SALT_LENGTH}",
+            )
+        allowed = f"in [-{MAX_PRIORITY}, {MAX_PRIORITY}]"
+        _check(abs(self.priority) <= MAX_PRIORITY, "priority", self.priority, allowed)
+
 
 class FinishReason(Enum):
-    """Why a request's text ended."""
+    """Why a choice's text ended."""
 
     STOP_EOS = "stop_eos"
+    STOP_TOKEN = "stop_token"
     STOP_STRING = "stop_string"
     LENGTH = "length"
     CONTEXT = "context"
@@ -83,9 +157,23 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TopToken:
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratedToken:
     id: int
-    logprob: float  # under the model at temperature 1, before truncation
+    logprob: float  # under the model at temperature 1, before penalties, bias and truncation
+    top: tuple[TopToken, ...] = ()  # the likeliest, best first
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    id: int
+    logprob: float | None  # None for the first
+    top: tuple[TopToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +188,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a request: its reason, or the error that every later step would meet too."""
+    """The end of a choice: its reason, or the error that every later step would meet too."""
 
     reason: FinishReason
     timings: Timings
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, whose KV was there already
     stop_string: str | None = None
     stop_token_id: int | None = None
     core_share: float | None = None
@@ -114,20 +203,57 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one step adds to a request."""
+    """What one step adds to a choice of a request.
+
+    `prompt` comes once a request, before its first tokens, where prompt log-probabilities were asked for.
+    """
 
     request_id: str
+    index: int = 0  # of the choice
     text: str = ""
     tokens: tuple[GeneratedToken, ...] = ()
     finish: Finish | None = None
+    prompt: tuple[PromptToken, ...] = ()
 
     def __add__(self, later: Update) -> Update:
+        assert self.index == later.index
         return Update(
-            self.request_id, self.text + later.text, self.tokens + later.tokens, later.finish
+            self.request_id,
+            self.index,
+            self.text + later.text,
+            self.tokens + later.tokens,
+            later.finish,
+            self.prompt + later.prompt,
         )
+
+
+def merge_finishes(finishes: Sequence[Finish]) -> Finish:
+    """One account of a request's choices, in the order of their index: tokens are summed, times are
+    those of the whole; everything else is the first choice's."""
+    first = finishes[0]
+    times = [finish.timings for finish in finishes]
+    timings = Timings(
+        queue=min(t.queue for t in times),
+        ttft=min(t.ttft for t in times),
+        prefill=first.timings.prefill,
+        decode=max(t.ttft + t.decode for t in times) - min(t.ttft for t in times),
+    )
+    return Finish(
+        reason=first.reason,
+        timings=timings,
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=sum(finish.completion_tokens for finish in finishes),
+        cached_tokens=first.cached_tokens,
+        core_share=first.core_share,
+    )
 
 
 def _check(valid: bool, name: str, value: float, allowed: str) -> None:
     # A NaN fails every comparison, so `valid` is False for it.
     if not valid or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidRequest(name, f"{name} is {value:g}; it must be {allowed}")
+
+
+def _check_count(name: str, what: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidRequest(name, f"{count} {what} given, the limit is {limit}")

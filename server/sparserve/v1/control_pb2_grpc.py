@@ -60,6 +60,26 @@ class ControlServiceStub:
                 request_serializer=sparserve_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=sparserve_dot_v1_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.GetTokenizer = channel.unary_stream(
+                '/sparserve.v1.ControlService/GetTokenizer',
+                request_serializer=sparserve_dot_v1_dot_control__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=sparserve_dot_v1_dot_control__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/sparserve.v1.ControlService/Drain',
+                request_serializer=sparserve_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=sparserve_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/sparserve.v1.ControlService/LoadAdapter',
+                request_serializer=sparserve_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=sparserve_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/sparserve.v1.ControlService/UnloadAdapter',
+                request_serializer=sparserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=sparserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -97,6 +117,34 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTokenizer(self, request, context):
+        """The tokenizer's files as a zip archive, for gateways that tokenize themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Take no new requests; tells how many are left until none is or the timeout ends the rest. The process goes on
+        until it gets SIGTERM.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Out of scope for now: answer UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +172,26 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=sparserve_dot_v1_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=sparserve_dot_v1_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=sparserve_dot_v1_dot_control__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=sparserve_dot_v1_dot_control__pb2.GetTokenizerResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=sparserve_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=sparserve_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=sparserve_dot_v1_dot_control__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=sparserve_dot_v1_dot_control__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=sparserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=sparserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +330,114 @@ class ControlService:
             '/sparserve.v1.ControlService/Abort',
             sparserve_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
             sparserve_dot_v1_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sparserve.v1.ControlService/GetTokenizer',
+            sparserve_dot_v1_dot_control__pb2.GetTokenizerRequest.SerializeToString,
+            sparserve_dot_v1_dot_control__pb2.GetTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sparserve.v1.ControlService/Drain',
+            sparserve_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            sparserve_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparserve.v1.ControlService/LoadAdapter',
+            sparserve_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+            sparserve_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparserve.v1.ControlService/UnloadAdapter',
+            sparserve_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+            sparserve_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

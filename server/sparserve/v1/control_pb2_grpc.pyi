@@ -39,6 +39,15 @@ class ControlServiceStub:
     GetLoad: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetLoadRequest, _control_pb2.GetLoadResponse]
     Abort: _grpc.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]
     """Ends requests with FINISH_REASON_CANCELLED and frees their KV blocks within one engine step."""
+    GetTokenizer: _grpc.UnaryStreamMultiCallable[_control_pb2.GetTokenizerRequest, _control_pb2.GetTokenizerResponse]
+    """The tokenizer's files as a zip archive, for gateways that tokenize themselves."""
+    Drain: _grpc.UnaryStreamMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """Take no new requests; tells how many are left until none is or the timeout ends the rest. The process goes on
+    until it gets SIGTERM.
+    """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.LoadAdapterRequest, _control_pb2.LoadAdapterResponse]
+    """Out of scope for now: answer UNIMPLEMENTED."""
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.UnloadAdapterRequest, _control_pb2.UnloadAdapterResponse]
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
@@ -51,6 +60,15 @@ class ControlServiceAsyncStub(ControlServiceStub):
     GetLoad: _aio.UnaryUnaryMultiCallable[_control_pb2.GetLoadRequest, _control_pb2.GetLoadResponse]  # type: ignore[assignment]
     Abort: _aio.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends requests with FINISH_REASON_CANCELLED and frees their KV blocks within one engine step."""
+    GetTokenizer: _aio.UnaryStreamMultiCallable[_control_pb2.GetTokenizerRequest, _control_pb2.GetTokenizerResponse]  # type: ignore[assignment]
+    """The tokenizer's files as a zip archive, for gateways that tokenize themselves."""
+    Drain: _aio.UnaryStreamMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """Take no new requests; tells how many are left until none is or the timeout ends the rest. The process goes on
+    until it gets SIGTERM.
+    """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.LoadAdapterRequest, _control_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Out of scope for now: answer UNIMPLEMENTED."""
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.UnloadAdapterRequest, _control_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an operator, a balancer or a gateway asks of a server."""
@@ -90,5 +108,38 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.AbortResponse, _abc.Awaitable[_control_pb2.AbortResponse]]:
         """Ends requests with FINISH_REASON_CANCELLED and frees their KV blocks within one engine step."""
+
+    @_abc_1.abstractmethod
+    def GetTokenizer(
+        self,
+        request: _control_pb2.GetTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.GetTokenizerResponse], _abc.AsyncIterator[_control_pb2.GetTokenizerResponse]]:
+        """The tokenizer's files as a zip archive, for gateways that tokenize themselves."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.DrainResponse], _abc.AsyncIterator[_control_pb2.DrainResponse]]:
+        """Take no new requests; tells how many are left until none is or the timeout ends the rest. The process goes on
+        until it gets SIGTERM.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _control_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.LoadAdapterResponse, _abc.Awaitable[_control_pb2.LoadAdapterResponse]]:
+        """Out of scope for now: answer UNIMPLEMENTED."""
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _control_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.UnloadAdapterResponse, _abc.Awaitable[_control_pb2.UnloadAdapterResponse]]: ...
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -39,6 +39,14 @@ class InferenceServiceStub:
     """One request, one response with the whole text."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateStreamResponse]
     """started -> delta* -> finished (per choice) -> summary. After `started` a stream ends with `summary` or a status."""
+    Chat: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.GenerateResponse]
+    """The model's answer to a conversation: its chat template makes the prompt, here on the server."""
+    ChatStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.GenerateStreamResponse]
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """The token ids that a prompt would have."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Out of scope for now: answers UNIMPLEMENTED."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -51,6 +59,14 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """One request, one response with the whole text."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """started -> delta* -> finished (per choice) -> summary. After `started` a stream ends with `summary` or a status."""
+    Chat: _aio.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """The model's answer to a conversation: its chat template makes the prompt, here on the server."""
+    ChatStream: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
+    Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """The token ids that a prompt would have."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Out of scope for now: answers UNIMPLEMENTED."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text generation. Scalars are `optional` where absence means "the server's default"; a field or value that this server
@@ -72,5 +88,43 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
         """started -> delta* -> finished (per choice) -> summary. After `started` a stream ends with `summary` or a status."""
+
+    @_abc_1.abstractmethod
+    def Chat(
+        self,
+        request: _inference_pb2.ChatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
+        """The model's answer to a conversation: its chat template makes the prompt, here on the server."""
+
+    @_abc_1.abstractmethod
+    def ChatStream(
+        self,
+        request: _inference_pb2.ChatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _inference_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """The token ids that a prompt would have."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Out of scope for now: answers UNIMPLEMENTED."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
