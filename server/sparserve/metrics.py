@@ -50,6 +50,9 @@ TABLE = (
     Spec("kv_blocks_used", Gauge, "kv_blocks_used", "KV cache blocks in use."),
     Spec("kv_blocks_total", Gauge, "kv_blocks", "KV cache blocks in all; usage is used / all."),
     Spec("preemptions", Counter, "num_preemptions", "Times that a request lost its KV blocks to an earlier one."),
+    Spec("prefix_cache_queries", Counter, "prefix_cache_queries",
+         "Prompt tokens looked for in the prefix cache, in whole blocks."),
+    Spec("prefix_cache_hits", Counter, "prefix_cache_hits", "Prompt tokens found there."),
     Spec("step_failures", Counter, "engine_step_failures", "Engine steps that failed."),
     Spec("ttft", Histogram, "time_to_first_token_seconds", "Arrival to first token (TTFT).", buckets=TTFT_BUCKETS),
     Spec("itl", Histogram, "inter_token_latency_seconds", "Between two tokens of a request (ITL).",
@@ -76,6 +79,8 @@ class Metrics:
     kv_blocks_used: Gauge
     kv_blocks_total: Gauge
     preemptions: Counter
+    prefix_cache_queries: Counter
+    prefix_cache_hits: Counter
     step_failures: Counter
     ttft: Histogram
     itl: Histogram

@@ -355,6 +355,8 @@ class Engine:
 
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.preemptions.inc(plan.preempted)
+        self.metrics.prefix_cache_queries.inc(plan.prefix_queries)
+        self.metrics.prefix_cache_hits.inc(plan.prefix_hits)
         if plan.scheduled:
             self.metrics.step_time.observe(seconds)
             self.metrics.step_tokens.observe(sum(item.count for item in plan.scheduled))
