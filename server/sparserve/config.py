@@ -130,6 +130,13 @@ class ServerSettings(EngineSettings):
         Field(description="Least severe log lines to print."),
     ] = "info"
 
+    metrics_compat: Annotated[
+        Literal["none", "vllm"],
+        Field(
+            description="vllm: /metrics shows vLLM's metric names and labels beside our own, for its dashboards and autoscalers."
+        ),
+    ] = "none"
+
     @property
     def max_message_bytes(self) -> int:
         return self.max_message_mib << 20

@@ -79,12 +79,12 @@ class Server:
 
     async def start(self) -> None:
         """Warm up, listen, then turn SERVING. Raises ConfigError where a port is taken."""
-        settings = self._settings
+        settings, engine_metrics = self._settings, self.engine.engine.metrics
         try:
             self._http = HttpServer(
                 settings.host,
                 settings.metrics_port,
-                self.engine.engine.metrics,
+                engine_metrics.exposition(vllm=settings.metrics_compat == "vllm"),
                 is_alive=lambda: self.engine.state is not EngineState.BROKEN,
                 is_ready=lambda: self.is_ready,
             )

@@ -67,7 +67,9 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
         max_batched_tokens=settings.max_batched_tokens,
         default_max_tokens=settings.default_max_tokens,
     )
-    return BuiltEngine(Engine(backend, tokenizer, limits, Metrics()), model.name)
+    return BuiltEngine(
+        Engine(backend, tokenizer, limits, Metrics(model.name, max_context)), model.name
+    )
 
 
 def _max_context(settings: EngineSettings, trained: int) -> int:
