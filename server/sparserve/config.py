@@ -130,6 +130,10 @@ class ServerSettings(EngineSettings):
         Field(description="Least severe log lines to print."),
     ] = "info"
 
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(description="Log lines as text, or as one JSON object a line."),
+    ] = "text"
     metrics_compat: Annotated[
         Literal["none", "vllm"],
         Field(

@@ -14,7 +14,7 @@ from sparserve.api.control import ControlService
 from sparserve.api.health import HealthService
 from sparserve.api.http import HttpServer, address_family
 from sparserve.api.inference import InferenceService
-from sparserve.api.interceptors import ErrorInterceptor
+from sparserve.api.interceptors import AccessLogInterceptor, ErrorInterceptor
 from sparserve.api.reflection import add_reflection
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, EngineState
@@ -59,7 +59,8 @@ class Server:
         self._warm = False
         self.engine = AsyncEngine(engine, max_waiting=settings.max_waiting, on_state=self._on_state)
         self._grpc = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=grpc_options(settings)
+            interceptors=[AccessLogInterceptor(), ErrorInterceptor()],
+            options=grpc_options(settings),
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceService(self.engine, model_name), self._grpc
