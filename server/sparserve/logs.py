@@ -18,6 +18,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 Format = Literal["text", "json"]
 
+_MAX_LENGTH = 256  # of what a client says of itself, in characters
 _PLAIN = re.compile(r"[\w.:/@%+\[\]-]+", re.ASCII)  # a field's value that needs no quotes
 
 
@@ -33,10 +34,20 @@ class CallRecord:
 
     def context(self) -> dict[str, str]:
         """The fields of every line that is written during the call."""
-        known = {"request_id": self.request_id} if self.request_id else {}
+        known = {"request_id": self.request_id[:_MAX_LENGTH]} if self.request_id else {}
         if self.span.is_valid:
             known["trace_id"] = format_trace_id(self.span.trace_id)
             known["span_id"] = format_span_id(self.span.span_id)
+        return known
+
+    def summary(self) -> dict[str, object]:
+        """The fields of the line that ends the call."""
+        known: dict[str, object] = {**self.context()}
+        if self.user:
+            known["user"] = self.user[:_MAX_LENGTH]
+        if self.prompt_tokens is not None:
+            known["prompt_tokens"] = self.prompt_tokens
+            known["completion_tokens"] = self.completion_tokens
         return known
 
 

@@ -20,7 +20,6 @@ log = logging.getLogger("sparserve.access")
 
 # Asked every few seconds by probes and tools.
 _QUIET = ("/grpc.health.", "/grpc.reflection.")
-_MAX_FIELD = 256  # characters of what a client sent
 
 Wrap = Callable[[Any], Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic only in its stubs
@@ -94,21 +93,15 @@ def _logged(method: str, context: Any) -> Iterator[None]:
         raise
     finally:
         set_current_call(call)  # a stream may be closed from another task
-        fields: dict[str, object] = {
+        fields = {
             "method": method,
             "code": code.name,
             "duration_ms": round((time.monotonic() - began) * 1000, 1),
             "peer": peer,
-            **call.context(),
+            **call.summary(),
         }
-        if call.user:
-            fields["user"] = call.user
-        if call.prompt_tokens is not None:
-            fields["prompt_tokens"] = call.prompt_tokens
-            fields["completion_tokens"] = call.completion_tokens
-        clipped = {k: v[:_MAX_FIELD] if isinstance(v, str) else v for k, v in fields.items()}
         level = logging.DEBUG if method.startswith(_QUIET) else logging.INFO
-        log.log(level, "call ended", extra=clipped)
+        log.log(level, "call ended", extra=fields)
 
 
 def caller_span(metadata: Any) -> SpanContext:
