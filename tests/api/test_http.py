@@ -136,14 +136,18 @@ async def test_refused_requests_are_counted_by_reason(serving, connect, scrape, 
 async def test_gauges_show_the_load_and_are_zero_again_after_it(
     serving, connect, scrape, controlled, until
 ):
-    request = make_request("x" * 40, max_tokens=5, **GREEDY)
     async with serving(max_running=2) as server:
         wire = connect(server)
+
+        def start(letter: str) -> asyncio.Future:  # prompts that share no block
+            request = make_request(letter * 40, max_tokens=5, **GREEDY)
+            return asyncio.ensure_future(wire.inference.Generate(request))
+
         with controlled(server) as forward:
             forward.hold()
-            calls = [asyncio.ensure_future(wire.inference.Generate(request))]
+            calls = [start("a")]
             await until(lambda: forward.calls == 1)
-            calls += [asyncio.ensure_future(wire.inference.Generate(request)) for _ in range(4)]
+            calls += [start(letter) for letter in "bcde"]
             await until(lambda: server.engine.in_flight == 5)
             for step in (2, 3):
                 forward.allow_one()
