@@ -92,16 +92,15 @@ TABLE = (
          vllm="num_preemptions"),
     Spec("prompt_tokens", Counter, "prompt_tokens", "Prompt tokens of accepted requests.", vllm="prompt_tokens"),
     Spec("prompt_tokens_cached", Counter, "prompt_tokens_cached",
-         "Prompt tokens whose KV was there already.", vllm="prompt_tokens_cached"),
+         "Prompt tokens whose KV was there already, once a request.", vllm="prompt_tokens_cached"),
     Spec("generation_tokens", Counter, "generation_tokens", "Tokens generated.", vllm="generation_tokens"),
     Spec("requests_finished", Counter, "requests_finished", "Choices of requests that ended, by reason.",
          label="reason", values=tuple(VLLM_FINISHED_REASONS), vllm="request_success"),
     Spec("requests_rejected", Counter, "requests_rejected", "Requests refused before they ran, by reason.",
          label="reason", values=("invalid", "queue_full", "unavailable")),
     Spec("prefix_cache_queries", Counter, "prefix_cache_queries",
-         "Prompt tokens looked up in the prefix cache.", vllm="prefix_cache_queries"),
-    Spec("prefix_cache_hits", Counter, "prefix_cache_hits",
-         "Prompt tokens found in the prefix cache.", vllm="prefix_cache_hits"),
+         "Prompt tokens looked for in the prefix cache, in whole blocks.", vllm="prefix_cache_queries"),
+    Spec("prefix_cache_hits", Counter, "prefix_cache_hits", "Prompt tokens found there.", vllm="prefix_cache_hits"),
     Spec("step_failures", Counter, "engine_step_failures", "Engine steps that failed."),
     Spec("slow_readers", Counter, "slow_readers_ended", "Streams ended because their reader fell too far behind."),
     Spec("ttft", Histogram, "time_to_first_token_seconds", "Arrival to first token (TTFT).", buckets=TTFT_BUCKETS,
@@ -212,13 +211,9 @@ class Metrics:
         self.running.set_function(num_running)
         self.waiting.set_function(num_waiting)
 
-    def observe_scheduled(
-        self, *, queue_seconds: float, prompt_tokens: int, cached_tokens: int
-    ) -> None:
+    def observe_scheduled(self, *, queue_seconds: float, cached_tokens: int) -> None:
         """Once a request, when it is scheduled for the first time; `cached_tokens` of its prompt had KV."""
         self.queue_time.observe(queue_seconds)
-        self.prefix_cache_queries.inc(prompt_tokens)
-        self.prefix_cache_hits.inc(cached_tokens)
         self.prompt_tokens_cached.inc(cached_tokens)
 
     def observe_first_token(self, seconds: float) -> None:
@@ -262,9 +257,22 @@ class Metrics:
         if longest:
             self.request_prefill_computed.observe(prompt_tokens - cached_tokens)
 
-    def observe_step(self, *, seconds: float, tokens: int, preempted: int) -> None:
-        """One engine step; one without tokens only waited."""
+    def observe_step(
+        self,
+        *,
+        seconds: float,
+        tokens: int,
+        preempted: int,
+        prefix_queries: int,
+        prefix_hits: int,
+    ) -> None:
+        """One engine step, in which tokens of prompts were looked for in the prefix cache and found.
+
+        One that ran no tokens only waited: its time says nothing.
+        """
         self.preemptions.inc(preempted)
+        self.prefix_cache_queries.inc(prefix_queries)
+        self.prefix_cache_hits.inc(prefix_hits)
         if tokens:
             self.step_time.observe(seconds)
             self.step_tokens.observe(tokens)
