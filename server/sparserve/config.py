@@ -66,6 +66,28 @@ class EngineSettings(BaseSettings):
             description="Tokens in one engine step at most; long prompts are cut into such chunks.",
         ),
     ] = 512
+    max_mixed_prefill_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=65536,
+            description="Prompt tokens in a step that also decodes, at most: fewer keep streams smooth, more start new ones sooner.",
+        ),
+    ] = 128
+    prefix_cache: Annotated[
+        bool, Field(description="Keep the KV of prompts for requests that begin alike.")
+    ] = True
+    max_new_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            lt=2**31,
+            description="Largest max_tokens that a request may ask for; 0: any.",
+        ),
+    ] = 0
+    max_choices: Annotated[
+        int, Field(ge=1, le=1024, description="Largest n (choices) that a request may ask for.")
+    ] = 16
     default_max_tokens: Annotated[
         int,
         Field(ge=1, lt=2**31, description="New tokens for a request that names no max_tokens."),
@@ -77,6 +99,11 @@ class EngineSettings(BaseSettings):
             raise ValueError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_running {self.max_running}: "
                 "every running request decodes one token in every step"
+            )
+        if 0 < self.max_new_tokens < self.default_max_tokens:
+            raise ValueError(
+                f"default_max_tokens {self.default_max_tokens} is above max_new_tokens "
+                f"{self.max_new_tokens}, the most that a request may ask for"
             )
         return self
 
@@ -106,6 +133,22 @@ class ServerSettings(EngineSettings):
             description="Requests that may wait; one more is refused with RESOURCE_EXHAUSTED.",
         ),
     ] = 256
+    max_waiting_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=2**62,
+            description="Prompt tokens that may wait for their first answer; more are refused with RESOURCE_EXHAUSTED.",
+        ),
+    ] = 1_000_000
+    max_stream_backlog: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Tokens a client may lag behind its stream; then its request is ended.",
+        ),
+    ] = 4096
     max_message_mib: Annotated[
         int, Field(ge=1, le=1024, description="Largest gRPC message accepted, in MiB.")
     ] = 16

@@ -13,7 +13,8 @@
         NotBuiltYet               a documented field that this server does not serve yet
         UnknownModel              another model than the one served
         DuplicateRequest          the request id is in flight already
-      QueueFull                   too many requests wait
+      QueueFull                   too many requests or prompt tokens wait
+      SlowReader                  a stream was not read
       Unavailable                 draining, stopped or broken
       DeadlineExceeded            the request's own deadline passed
       EngineFailure               a step failed; carries an id that the log has too
@@ -99,13 +100,21 @@ class DuplicateRequest(RequestError):
 
 
 class QueueFull(SparserveError):
-    """Too many requests wait; try again after `retry_after` seconds."""
+    """Too much waits; try again after `retry_after` seconds."""
 
-    def __init__(self, in_flight: int, limit: int, retry_after: float) -> None:
-        super().__init__(
-            f"{in_flight} requests are in flight, the limit is {limit}; retry in {retry_after:g} s"
-        )
+    def __init__(self, what: str, count: int, limit: int, retry_after: float) -> None:
+        super().__init__(f"{count} {what}, the limit is {limit}; retry in {retry_after:g} s")
+        self.what = what
         self.retry_after = retry_after
+
+
+class SlowReader(SparserveError):
+    """The client did not read its stream, and more was generated than is kept for it."""
+
+    def __init__(self, backlog: int, limit: int) -> None:
+        super().__init__(
+            f"{backlog} tokens were generated and not read, the limit is {limit}; the request was ended"
+        )
 
 
 class Unavailable(SparserveError):

@@ -57,7 +57,10 @@ async def test_server_info_tells_backend_limits_and_policies(serving, connect):
 
 
 async def test_load_counts_requests_tokens_and_blocks(serving, connect, controlled, until):
-    request = make_request("x" * 40, max_tokens=2, temperature=0, ignore_eos=True)
+    requests = [
+        make_request(letter * 40, max_tokens=2, temperature=0, ignore_eos=True)
+        for letter in "abcde"
+    ]
     async with serving(max_running=2) as server:
         wire = connect(server)
 
@@ -67,13 +70,13 @@ async def test_load_counts_requests_tokens_and_blocks(serving, connect, controll
         total = server.engine.engine.backend.num_blocks
         with controlled(server) as forward:
             forward.hold()
-            calls = [asyncio.ensure_future(wire.inference.Generate(request))]
+            calls = [asyncio.ensure_future(wire.inference.Generate(requests[0]))]
             await until(lambda: forward.calls == 1)
             # 40 tokens of prompt and one more are three blocks of 16.
             assert await load() == pb.GetLoadResponse(
                 running_requests=1, waiting_tokens=40, used_kv_blocks=3, num_kv_blocks=total
             )
-            calls += [asyncio.ensure_future(wire.inference.Generate(request)) for _ in range(4)]
+            calls += [asyncio.ensure_future(wire.inference.Generate(r)) for r in requests[1:]]
             await until(lambda: server.engine.in_flight == 5)
             forward.allow_one()
             await until(lambda: forward.calls == 2)
@@ -86,7 +89,8 @@ async def test_load_counts_requests_tokens_and_blocks(serving, connect, controll
                 num_kv_blocks=total,
             )
         await asyncio.gather(*calls)
-        assert await load() == pb.GetLoadResponse(num_kv_blocks=total)
+        # Two whole blocks of each prompt stay in the prefix cache.
+        assert await load() == pb.GetLoadResponse(num_kv_blocks=total, cached_kv_blocks=10)
 
 
 async def test_load_can_be_asked_at_any_moment_of_a_busy_server(wire, connect, server):

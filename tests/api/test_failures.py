@@ -36,7 +36,7 @@ async def test_one_request_too_many_is_told_to_come_back_and_the_others_finish(
                     async for _ in client.stream("hello"):
                         pass
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"{limit} requests are in flight, the limit is {limit}" in error.value.details()
+        assert f"{limit} requests in flight, the limit is {limit}" in error.value.details()
         details = details_of(error.value)
         assert details["RetryInfo"].retry_delay.ToMilliseconds() == 1000
         (violation,) = details["QuotaFailure"].violations

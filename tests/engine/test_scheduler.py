@@ -1,14 +1,16 @@
 """The scheduler's invariants, over random workloads on a backend that only keeps count."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserve.engine.block_manager import PREFILLED, BlockManager, blocks_for
+from sparserve.engine.block_manager import PREFILLED, BlockManager, blocks_for, prefix_keys
 from sparserve.engine.detokenizer import Detokenizer
+from sparserve.engine.logits import LogitAdjuster
 from sparserve.engine.request import GenerationRequest
 from sparserve.engine.scheduler import Plan, Scheduler
 from sparserve.engine.sequence import Sequence, Status
@@ -18,17 +20,42 @@ from sparserve.model.loader import LoadedModel
 _ids = itertools.count()
 
 
-def sequence_of(model: LoadedModel, prompt: int, output: int) -> Sequence:
-    request = GenerationRequest(str(next(_ids)), tuple(i % 256 for i in range(prompt)))
-    return Sequence(request, output, Detokenizer(model.tokenizer))
+def sequence_of(
+    model: LoadedModel,
+    prompt: int,
+    output: int,
+    *,
+    alike: int = 0,
+    cached: bool = False,
+    priority: int = 0,
+) -> Sequence:
+    """A prompt whose first `alike` tokens are those of every other one."""
+    key = next(_ids)
+    tokens = tuple(i % 256 if i < alike else (i + key) % 256 for i in range(prompt))
+    request = GenerationRequest(str(key), tokens, priority=priority)
+    return Sequence(
+        request,
+        max_tokens=output,
+        detokenizer=Detokenizer(model.tokenizer),
+        adjuster=LogitAdjuster(request, 259, ()),
+        keys=prefix_keys(tokens, "") if cached else (),
+    )
 
 
 def check_invariants(scheduler: Scheduler, plan: Plan) -> None:
-    held = [block for s in scheduler.running for block in s.block_table]
-    assert len(held) == len(set(held)) == scheduler.blocks.num_used
+    held = Counter(block for s in scheduler.running for block in s.block_table)
+    blocks = scheduler.blocks
+    assert len(held) == blocks.num_used
+    assert blocks.num_used + blocks.num_free == blocks.num_blocks
+    assert blocks.num_idle <= blocks.num_free
+    for sequence in scheduler.running:
+        shared = [index for index, block in enumerate(sequence.block_table) if held[block] > 1]
+        assert all((index + 1) * BLOCK_SIZE <= sequence.prompt_len for index in shared)
+        for index in shared:
+            assert blocks.provenance(sequence.block_table[index]) == PREFILLED
     assert all(not s.block_table for s in scheduler.waiting)
-    assert [s.arrival for s in scheduler.running] == sorted(s.arrival for s in scheduler.running)
-    assert [s.arrival for s in scheduler.waiting] == sorted(s.arrival for s in scheduler.waiting)
+    assert [s.order for s in scheduler.running] == sorted(s.order for s in scheduler.running)
+    assert [s.order for s in scheduler.waiting] == sorted(s.order for s in scheduler.waiting)
     assert len(scheduler.running) <= scheduler.max_running
     assert sum(item.count for item in plan.scheduled) <= scheduler.max_batched_tokens
     assert len({item.sequence for item in plan.scheduled}) == len(plan.scheduled)
@@ -64,18 +91,29 @@ def step(scheduler: Scheduler) -> Plan:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    shapes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 60)), min_size=1, max_size=8),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 90), st.integers(1, 60), st.integers(0, 90), st.integers(-1, 1)),
+        min_size=1,
+        max_size=8,
+    ),
     max_running=st.integers(1, 5),
     budget=st.integers(5, 70),
+    mixed_budget=st.integers(1, 70),
     extra_blocks=st.integers(0, 12),
     late=st.integers(0, 7),
+    cached=st.booleans(),
 )
 def test_every_sequence_finishes_and_every_block_comes_back(
-    tiny_model, shapes, max_running, budget, extra_blocks, late
+    tiny_model, shapes, max_running, budget, mixed_budget, extra_blocks, late, cached
 ):
-    longest = max(blocks_for(prompt + output) for prompt, output in shapes)
-    scheduler = Scheduler(BlockManager(longest + extra_blocks), max_running, budget)
-    sequences = [sequence_of(tiny_model, *shape) for shape in shapes]
+    longest = max(blocks_for(prompt + output) for prompt, output, _, _ in shapes)
+    scheduler = Scheduler(
+        BlockManager(longest + extra_blocks), max_running, budget, min(mixed_budget, budget)
+    )
+    sequences = [
+        sequence_of(tiny_model, prompt, output, alike=alike, cached=cached, priority=priority)
+        for prompt, output, alike, priority in shapes
+    ]
     for sequence in sequences[late:]:
         scheduler.add(sequence)
     steps = 0
@@ -141,6 +179,99 @@ def test_a_prompt_shares_the_budget_with_running_decodes(tiny_model):
     scheduler.add(sequence_of(tiny_model, 90, 2))
     counts = [sorted(item.count for item in step(scheduler).scheduled) for _ in range(3)]
     assert counts == [[1, 1, 32], [1, 1, 32], [1, 1, 26]], "chunks end with a block"
+
+
+def test_a_long_prompt_beside_decodes_takes_small_steps(tiny_model):
+    scheduler = Scheduler(BlockManager(100), 4, 400, max_mixed_prefill_tokens=32)
+    scheduler.add(sequence_of(tiny_model, 300, 50))
+    assert [item.count for item in step(scheduler).scheduled] == [300], "nobody else waits"
+    scheduler.add(sequence_of(tiny_model, 300, 50))
+    assert [item.count for item in step(scheduler).scheduled] == [1, 32]
+
+
+def test_short_prompts_pass_a_long_one_that_still_gets_half(tiny_model):
+    scheduler = Scheduler(BlockManager(200), 8, 64)
+    long, *short = (sequence_of(tiny_model, length, 2) for length in (1000, 64, 32, 48))
+    for sequence in (long, *short):
+        scheduler.add(sequence)
+    counts = {item.sequence: item.count for item in step(scheduler).scheduled}
+    assert counts == {long: 32, short[1]: 32}
+    step(scheduler)  # the shortest decodes
+    assert [s.phase for s in short] == [Phase.PREFILL, Phase.DECODE, Phase.PREFILL]
+    while any(s.phase is Phase.PREFILL and s.status is not Status.FINISHED for s in short):
+        step(scheduler)
+    assert long.phase is Phase.PREFILL
+
+
+def test_a_higher_priority_is_seated_first(tiny_model):
+    scheduler = Scheduler(BlockManager(50), max_running=1, max_batched_tokens=64)
+    low, high = sequence_of(tiny_model, 4, 2), sequence_of(tiny_model, 4, 2, priority=1)
+    scheduler.add(low)
+    scheduler.add(high)
+    assert [item.sequence for item in step(scheduler).scheduled] == [high]
+
+
+def finish_all(scheduler: Scheduler) -> None:
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+
+
+def test_a_prompt_that_begins_alike_computes_only_the_rest(tiny_model):
+    scheduler = Scheduler(BlockManager(50), max_running=2, max_batched_tokens=200)
+    scheduler.add(sequence_of(tiny_model, 70, 2, alike=70, cached=True))
+    finish_all(scheduler)
+    assert scheduler.blocks.num_used == 0
+    assert scheduler.blocks.num_idle == 4, "four whole blocks of the prompt are kept"
+    scheduler.add(second := sequence_of(tiny_model, 70, 2, alike=40, cached=True))
+    plan = step(scheduler)
+    assert [item.count for item in plan.scheduled] == [70 - 32]
+    assert (plan.prefix_queries, plan.prefix_hits, second.cached_tokens) == (64, 32, 32)
+
+
+def test_the_last_token_of_a_prompt_is_always_computed(tiny_model):
+    scheduler = Scheduler(BlockManager(50), max_running=2, max_batched_tokens=200)
+    for _ in range(2):
+        scheduler.add(sequence_of(tiny_model, 64, 2, alike=64, cached=True))
+        plan = step(scheduler)
+        finish_all(scheduler)
+    assert [item.count for item in plan.scheduled] == [16]
+
+
+def test_the_least_recently_used_prompt_is_forgotten_first_from_its_end(tiny_model):
+    scheduler = Scheduler(BlockManager(9), max_running=1, max_batched_tokens=200)
+    first, second = (sequence_of(tiny_model, 49, 1, cached=True) for _ in range(2))
+    for sequence in (first, second):
+        scheduler.add(sequence)
+        finish_all(scheduler)
+    blocks = scheduler.blocks
+    assert (blocks.num_idle, blocks.num_free) == (6, 9)
+    blocks.free(blocks.allocate(4))  # one more than were free
+    held = [len(found := blocks.share(s.keys, with_statistics=False)) for s in (first, second)]
+    assert held == [2, 3]
+    assert found
+
+
+def test_a_request_for_statistics_shares_only_blocks_that_have_them():
+    blocks = BlockManager(4)
+    keys = prefix_keys(range(48), "")
+    table = blocks.allocate(3)
+    statistics = torch.zeros(1, 2, dtype=torch.float16)
+    for block, key, known in zip(table, keys, (statistics, None, statistics), strict=True):
+        blocks.publish(block, key, known)
+    assert len(blocks.share(keys, with_statistics=False)) == 3
+    assert len(blocks.share(keys, with_statistics=True)) == 1
+    blocks.publish(table[1], keys[1], statistics)  # known, and now with statistics
+    assert len(blocks.share(keys, with_statistics=True)) == 3
+
+
+def test_keys_tell_tokens_their_past_and_their_salt_apart():
+    base = prefix_keys(range(40), "")
+    assert len(base) == 2, "whole blocks only"
+    assert prefix_keys(range(32), "") == base
+    assert prefix_keys([*range(16), 99, *range(17, 32)], "")[0] == base[0]
+    assert prefix_keys([*range(16), 99, *range(17, 32)], "")[1] != base[1]
+    assert prefix_keys([99, *range(1, 32)], "")[1] != base[1], "an earlier block counts"
+    assert not set(prefix_keys(range(32), "tenant")) & set(base)
 
 
 def test_a_block_cannot_be_freed_twice():

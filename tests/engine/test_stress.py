@@ -48,8 +48,7 @@ def play(
             if engine.has_work:
                 collect(results, engine.step())
             if source.random() < abort_share:
-                update = engine.abort(source.choice(requests).request_id)
-                collect(results, [update] if update else [])
+                collect(results, engine.abort(source.choice(requests).request_id))
     steps = 0
     while engine.has_work:
         collect(results, engine.step())

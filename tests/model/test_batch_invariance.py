@@ -53,10 +53,11 @@ class Run:
         for row in range(first_row, first_row + count):
             parts = (c.token_ids, c.logits, c.log_normalizer, c.log_normalizer_1)
             self.rows.append((*(part[row] for part in parts), c.full_logits(row).clone()))
-        if self.statistics is None:
-            self.statistics = output.statistics[index]
-        else:
-            self.statistics += output.statistics[index]
+        for part in output.statistics[index]:  # one for each block
+            if self.statistics is None:
+                self.statistics = part
+            else:
+                self.statistics += part
         self.done += count
 
 
@@ -267,7 +268,7 @@ def test_statistics_come_only_for_those_who_asked(bench):
     ]
     output = bench.crowded.forward(ForwardBatch(spans))
     assert output.statistics[0] is None
-    assert output.statistics[1].tokens == 19
+    assert [part.tokens for part in output.statistics[1]] == [15, 4]
     assert len(output.candidates.token_ids) == 0, "no row was asked for"
 
 

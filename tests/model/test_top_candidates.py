@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparserve.model.backend import NUM_CANDIDATES
-from sparserve.model.reference import top_candidates
+from sparserve.model.candidates import top_candidates
 
 
 def defined_ids(row: torch.Tensor) -> list[int]:

@@ -78,6 +78,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 kv_block_size=BLOCK_SIZE,
                 num_kv_blocks=engine.backend.num_blocks,
                 default_max_tokens=limits.default_max_tokens,
+                max_tokens=limits.max_tokens,
+                max_choices=limits.max_choices,
+                max_waiting_tokens=settings.max_waiting_tokens,
+                max_stream_backlog=settings.max_stream_backlog,
             ),
             policies=[POLICY_NUMBERS[kind] for kind in info.policies],
             default_policy=POLICY_NUMBERS[DENSE.kind],
@@ -91,6 +95,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             waiting_tokens=engine.waiting_tokens,
             used_kv_blocks=engine.used_blocks,
             num_kv_blocks=engine.backend.num_blocks,
+            cached_kv_blocks=engine.cached_blocks,
         )
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:

@@ -83,13 +83,13 @@ def _logged(method: str, context: Any) -> Iterator[None]:
     try:
         yield
         code = context.code() or grpc.StatusCode.OK
-    except grpc.aio.AbortError:
-        code = context.code()
-        raise
     # A stream that is cancelled while it writes is not told but closed.
     except (asyncio.CancelledError, GeneratorExit):
         late = context.time_remaining() == 0
         code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        raise
+    except Exception:  # aborted; not always an AbortError where the client was gone already
+        code = context.code() or code
         raise
     finally:
         set_current_call(call)  # a stream may be closed from another task

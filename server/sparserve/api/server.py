@@ -57,7 +57,13 @@ class Server:
         self._health = HealthService(SERVICES)
         self._http: HttpServer | None = None
         self._warm = False
-        self.engine = AsyncEngine(engine, max_waiting=settings.max_waiting, on_state=self._on_state)
+        self.engine = AsyncEngine(
+            engine,
+            max_waiting=settings.max_waiting,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            max_stream_backlog=settings.max_stream_backlog,
+            on_state=self._on_state,
+        )
         self._grpc = grpc.aio.server(
             interceptors=[AccessLogInterceptor(), ErrorInterceptor()],
             options=grpc_options(settings),

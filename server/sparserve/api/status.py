@@ -44,15 +44,15 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
         case errors.RequestError():
             return grpc.StatusCode.INVALID_ARGUMENT, message, [_violation(error)]
         case errors.QueueFull():
-            quota = details.QuotaFailure.Violation(
-                subject="requests in flight", description=message
-            )
+            quota = details.QuotaFailure.Violation(subject=error.what, description=message)
             retry = _retry(error.retry_after)
             return (
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 message,
                 [retry, details.QuotaFailure(violations=[quota])],
             )
+        case errors.SlowReader():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_info("SLOW_READER")]
         case errors.Unavailable():
             retry_after = error.retry_after
             return (

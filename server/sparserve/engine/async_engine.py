@@ -15,12 +15,13 @@ from enum import Enum
 from functools import partial
 
 from sparserve.engine.engine import Engine
-from sparserve.engine.request import Finish, FinishReason, GenerationRequest, Timings, Update
+from sparserve.engine.request import GenerationRequest, Update
 from sparserve.errors import (
     DuplicateRequest,
     EngineFailure,
     QueueFull,
     RequestError,
+    SlowReader,
     SparserveError,
     Unavailable,
 )
@@ -44,43 +45,72 @@ class EngineState(Enum):
 class RequestStream:
     """Updates of one request; iterate inside `with`, which aborts it when left early.
 
-    Updates that pile up while nobody reads are merged into one.
+    Updates of a choice that pile up while nobody reads are merged into one. More than `max_backlog`
+    tokens are not kept: the request ends with SlowReader.
     """
 
-    def __init__(self, request_id: str, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, request_id: str, choices: int, max_backlog: int, on_close: Callable[[], None]
+    ) -> None:
         self.request_id = request_id
         self._on_close = on_close
-        self._pending: Update | None = None
+        self._max_backlog = max_backlog
+        self._pending: dict[int, Update] = {}  # by choice, in the order of arrival
+        self._backlog = 0  # tokens in them
+        self._error: SparserveError | None = None  # raised once they are read
+        self._unfinished = choices
         self._arrived = asyncio.Event()
-        self._finished = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing more will be put, read or not."""
+        return self._unfinished == 0
+
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
 
     def put(self, update: Update) -> None:
-        """Called by the engine's owner on the event loop; nothing follows an update with `finish`."""
-        if self._pending is None:
-            self._pending = update
-        elif self._pending.finish is None:
-            self._pending = self._pending + update
+        """Called by the engine's owner on the event loop."""
+        if self.is_complete:
+            return
+        if update.finish is not None:
+            self._unfinished -= 1
+            if update.finish.error is not None:
+                self._fail(update.finish.error)
+                update = replace(update, finish=None)
+        if update.text or update.tokens or update.prompt or update.finish:
+            earlier = self._pending.get(update.index)
+            self._pending[update.index] = earlier + update if earlier else update
+            self._backlog += len(update.tokens)
+        if self._backlog > self._max_backlog and not self.is_complete:
+            self._fail(SlowReader(self._backlog, self._max_backlog))
         self._arrived.set()
+
+    def fail(self, error: SparserveError) -> None:
+        """The end of all choices."""
+        self._fail(error)
+        self._arrived.set()
+
+    def _fail(self, error: SparserveError) -> None:
+        self._error, self._unfinished = self._error or error, 0
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> Update:
-        """Raises the request's own error (EngineFailure, DeadlineExceeded, Unavailable) at its end."""
-        if self._finished:
-            raise StopAsyncIteration
-        await self._arrived.wait()
-        update, self._pending = self._pending, None
-        assert update is not None
-        finish = update.finish
-        if finish is not None and finish.error is not None and update.tokens:
-            # What was generated goes out first; the error is met at the next call.
-            self._pending = Update(update.request_id, finish=finish)
-            return replace(update, finish=None)
-        self._arrived.clear()
-        self._finished = finish is not None
-        if finish is not None and finish.error is not None:
-            raise finish.error
+        """Raises the request's own error (EngineFailure, DeadlineExceeded, Unavailable, SlowReader) at its
+        end, after what was generated.
+        """
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self.is_complete:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        update = self._pending.pop(next(iter(self._pending)))
+        self._backlog -= len(update.tokens)
         return update
 
     def __enter__(self) -> RequestStream:
@@ -101,19 +131,25 @@ class AsyncEngine:
         engine: Engine,
         *,
         max_waiting: int,
+        max_waiting_tokens: int = 2**62,
+        max_stream_backlog: int = 4096,
         on_state: Callable[[EngineState], None] = lambda state: None,
     ) -> None:
         self.engine = engine
         self.max_waiting = max_waiting
+        self.max_waiting_tokens = max_waiting_tokens
+        self.max_stream_backlog = max_stream_backlog
         self.state = EngineState.READY
         self._on_state = on_state
         self._loop = asyncio.get_running_loop()
         self._counter = itertools.count()
         self._streams: dict[str, RequestStream] = {}  # by the engine's key
+        self._unstarted: dict[str, int] = {}  # by the engine's key: prompt tokens, no answer yet
+        self._choices: dict[str, int] = {}  # by the engine's key
         self._keys: dict[str, str] = {}  # request id -> the engine's key
         self._idle = asyncio.Event()
         self._idle.set()
-        self._commands: list[Callable[[], Update | None]] = []
+        self._commands: list[Callable[[], list[Update] | None]] = []
         self._wake = threading.Condition()
         self._stopping = False
         sys.setswitchinterval(min(sys.getswitchinterval(), _GIL_SWITCH_INTERVAL))
@@ -139,7 +175,11 @@ class AsyncEngine:
                 self._command(partial(self._abort_silently, key))
                 self._forget(key)
 
-        stream = self._streams[key] = RequestStream(request.request_id, close)
+        choices = request.sampling.n
+        stream = RequestStream(request.request_id, choices, self.max_stream_backlog, close)
+        self._streams[key] = stream
+        self._unstarted[key] = len(request.prompt_token_ids)
+        self._choices[key] = choices
         self._keys[request.request_id] = key
         self._idle.clear()
         self._command(lambda: self.engine.add(replace(request, request_id=key)))
@@ -203,7 +243,7 @@ class AsyncEngine:
         self.engine.abort(key)
 
     def _check_admission(self, request: GenerationRequest) -> None:
-        self.check_room()
+        self.check_room(request.sampling.n, len(request.prompt_token_ids))
         try:
             self.engine.validate(request)
             if request.request_id in self._keys:
@@ -212,7 +252,7 @@ class AsyncEngine:
             self.engine.metrics.requests_rejected.labels(reason="invalid").inc()
             raise
 
-    def check_room(self) -> None:
+    def check_room(self, choices: int = 1, prompt_tokens: int = 0) -> None:
         """Raises QueueFull or Unavailable where `submit` would, before work goes into a request."""
         rejected = self.engine.metrics.requests_rejected
         if self.state is not EngineState.READY:
@@ -222,11 +262,17 @@ class AsyncEngine:
                 retry_after=1.0 if self.state is EngineState.DRAINING else None,
             )
         limit = self.engine.limits.max_running + self.max_waiting
-        if self.in_flight >= limit:
+        in_flight, waiting = sum(self._choices.values()), sum(self._unstarted.values())
+        # A request larger than either limit still gets its turn, alone.
+        if in_flight and in_flight + choices > limit:
             rejected.labels(reason="queue_full").inc()
-            raise QueueFull(self.in_flight, limit, retry_after=1.0)
+            raise QueueFull("requests in flight", in_flight, limit, retry_after=1.0)
+        if waiting and waiting + prompt_tokens > self.max_waiting_tokens:
+            rejected.labels(reason="queue_full").inc()
+            what = "prompt tokens waiting"
+            raise QueueFull(what, waiting, self.max_waiting_tokens, retry_after=1.0)
 
-    def _command(self, command: Callable[[], Update | None]) -> None:
+    def _command(self, command: Callable[[], list[Update] | None]) -> None:
         """Run `command` on the engine thread before its next step."""
         with self._wake:
             self._commands.append(command)
@@ -248,7 +294,7 @@ class AsyncEngine:
                 self._wake.wait()
             commands, self._commands = self._commands, []
             stopping = self._stopping
-        updates = [update for command in commands if (update := command()) is not None]
+        updates = [update for command in commands for update in command() or ()]
         if stopping:
             return False
         if self.engine.has_work:
@@ -269,14 +315,19 @@ class AsyncEngine:
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:
             stream = self._streams.get(update.request_id)
-            if stream is not None:
-                stream.put(update)
-                if update.finish is not None:
-                    self._forget(update.request_id)
+            if stream is None:
+                continue
+            self._unstarted.pop(update.request_id, None)
+            stream.put(update)
+            if stream.is_complete:
+                if stream.has_failed:  # others of its choices may still run
+                    self._command(partial(self._abort_silently, update.request_id))
+                self._forget(update.request_id)
 
     def _forget(self, key: str) -> None:
         """The request has ended, read or not: its id and its place are free."""
-        del self._keys[self._streams.pop(key).request_id]
+        del self._keys[self._streams.pop(key).request_id], self._choices[key]
+        self._unstarted.pop(key, None)
         if not self._streams:
             self._idle.set()
 
@@ -285,8 +336,9 @@ class AsyncEngine:
         self._fail_all(EngineFailure(error_id))
 
     def _fail_all(self, error: SparserveError) -> None:
-        finish = Finish(FinishReason.ERROR, Timings(0, 0, 0, 0), 0, 0, error=error)
-        self._deliver([Update(key, finish=finish) for key in self._streams])
+        for key, stream in list(self._streams.items()):
+            stream.fail(error)
+            self._forget(key)
 
     def _set_state(self, state: EngineState) -> None:
         if state is not self.state:

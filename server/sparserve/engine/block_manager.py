@@ -1,10 +1,14 @@
-"""Which KV blocks are free, and who wrote the others."""
+"""Which KV blocks are free, who wrote the others, and which hold a prompt that may come again."""
 
 from __future__ import annotations
 
-from collections import deque
+import hashlib
+from array import array
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from sparserve.model.backend import BLOCK_SIZE, Phase
 
@@ -31,36 +35,112 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
 
 
-class BlockManager:
-    """A fixed pool; every block is free or in exactly one block table."""
+def prefix_keys(token_ids: Sequence[int], salt: str) -> list[bytes]:
+    """A key for each whole block of a prompt: it names the block's tokens, all before them, and the salt.
 
-    def __init__(self, num_blocks: int) -> None:
+    A chain of hashes. They are cryptographic: equal keys let one request read what another wrote.
+    """
+    key = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+    keys = []
+    for start in range(0, len(token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        block = array("q", token_ids[start : start + BLOCK_SIZE]).tobytes()
+        key = hashlib.blake2b(key + block, digest_size=32).digest()
+        keys.append(key)
+    return keys
+
+
+@dataclass(slots=True)
+class CachedBlock:
+    """A whole block of some prompt, written by prefill, all neurons read (PREFILLED)."""
+
+    key: bytes
+    block: int
+    statistics: torch.Tensor | None  # [num_layers, intermediate] fp16, where they were collected
+
+
+class BlockManager:
+    """A fixed pool. A block is in use by as many sequences as share it, or idle: nobody's, but still
+    holding a cached prompt; or free. Idle ones are taken when the free ones are gone, least recently used
+    first.
+    """
+
+    def __init__(self, num_blocks: int, *, prefix_cache: bool = True) -> None:
         self.num_blocks = num_blocks
+        self._prefix_cache = prefix_cache
         self._free: deque[int] = deque(range(num_blocks))
-        self._provenance: dict[int, Provenance] = {}
+        self._users: dict[int, int] = {}  # block -> sequences that hold it, >= 1
+        self._provenance: dict[int, Provenance] = {}  # of the blocks in use
+        self._cached: dict[bytes, CachedBlock] = {}
+        self._cached_in: dict[int, CachedBlock] = {}  # by block
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that `allocate` can give, idle ones among them."""
+        return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return len(self._users)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
 
     def allocate(self, count: int) -> list[int]:
-        assert count <= len(self._free), "the scheduler asks before it allocates"
-        blocks = [self._free.popleft() for _ in range(count)]
-        self._provenance.update(dict.fromkeys(blocks, PREFILLED))
+        assert count <= self.num_free, "the scheduler asks before it allocates"
+        blocks = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
+        for block in blocks:
+            self._users[block] = 1
+            self._provenance[block] = PREFILLED
         return blocks
 
     def free(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            del self._provenance[block]  # KeyError: freed twice
-        self._free.extend(blocks)
+        """One sequence less holds these blocks of its table."""
+        # Backwards, so that of a prompt nobody uses the end is forgotten first.
+        for block in reversed(blocks):
+            self._users[block] -= 1  # KeyError: freed twice
+            if self._users[block] == 0:
+                del self._users[block], self._provenance[block]
+                if block in self._cached_in:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
 
     def mark(self, block: int, provenance: Provenance) -> None:
-        assert block in self._provenance, "only blocks in use have a provenance"
+        assert self._users[block] == 1, "shared blocks are whole and stay as they are"
+        assert block not in self._cached_in, "cached blocks stay as they are"
         self._provenance[block] = provenance
 
     def provenance(self, block: int) -> Provenance:
         return self._provenance[block]
+
+    def share(self, keys: Sequence[bytes], *, with_statistics: bool) -> list[CachedBlock]:
+        """The cached blocks of a prompt's beginning, now in use by one sequence more; `free` them later."""
+        found = []
+        for key in keys:
+            cached = self._cached.get(key)
+            if cached is None or (with_statistics and cached.statistics is None):
+                break
+            found.append(cached)
+        for cached in found:
+            self._users[cached.block] = self._users.get(cached.block, 0) + 1
+            self._provenance[cached.block] = PREFILLED
+            self._idle.pop(cached.block, None)
+        return found
+
+    def publish(self, block: int, key: bytes, statistics: torch.Tensor | None) -> None:
+        """`block`, in use and whole, holds the KV that `key` names; prompts to come may share it."""
+        assert self._provenance[block] == PREFILLED
+        if not self._prefix_cache:
+            return
+        known = self._cached.get(key)
+        if known is None:
+            self._cached[key] = self._cached_in[block] = CachedBlock(key, block, statistics)
+        elif known.statistics is None:  # equal KV; only this may be new
+            known.statistics = statistics
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        del self._cached[self._cached_in.pop(block).key]
+        return block

@@ -33,6 +33,11 @@ class Matcher(Protocol):
         """Bit `id % 32` of word `id // 32` is set where the token may come next; None: all may."""
         ...
 
+    @property
+    def is_finished(self) -> bool:
+        """The text fits, and nothing but the end may follow."""
+        ...
+
     def accept(self, token_id: int) -> None:
         """The token that was generated, one of those allowed."""
         ...

@@ -18,22 +18,35 @@ class Detokenizer:
     an unfinished character are never released: a text cut inside one ends before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """`include_stop`: the text ends with the stop string instead of before it."""
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         # The last tokens: those before `_read` are context (decoders treat the first word and word
         # pieces by their neighbours), their text is out already.
         self._window: list[int] = []
         self._read = 0
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._held = ""
 
-    def push(self, token_id: int) -> tuple[str, str | None]:
-        """-> (text to send now, the stop string that ends it or None)."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """-> (text to send now, the stop string that ends it or None).
+
+        Without `may_stop` a stop string is text like any other.
+        """
         self._held += self._decode_next(token_id)
         found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        if found and may_stop:
             at, stop = min(found, key=lambda match: match[0])
-            text, self._held = self._held[:at], ""
+            text, self._held = self._held[: at + len(stop) * self._include_stop], ""
             return text, stop
         keep = self._possible_stop_length()
         cut = len(self._held) - keep
@@ -48,8 +61,8 @@ class Detokenizer:
     def _decode_next(self, token_id: int) -> str:
         """Text that `token_id` completes; none while it may be inside a character."""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        known = self._tokenizer.decode(self._window[: self._read])
+        text = self._decode(self._window)
+        known = self._decode(self._window[: self._read])
         if text == known:  # a special token
             self._window.pop()
             return ""
@@ -59,7 +72,7 @@ class Detokenizer:
             if upto <= self._read:
                 return ""
         self._window, self._read = self._window[self._read :], upto - self._read
-        return str(text[len(known) :])
+        return text[len(known) :]
 
     def _before_the_unfinished(self, text: str) -> tuple[int, str]:
         """-> (tokens of the window whose text no later token can change, that text).
@@ -69,10 +82,13 @@ class Detokenizer:
         lies across it.
         """
         for upto in range(len(self._window) - 1, self._read, -1):
-            head = str(self._tokenizer.decode(self._window[:upto]))
-            if head + self._tokenizer.decode(self._window[upto:]) == text:
+            head = self._decode(self._window[:upto])
+            if head + self._decode(self._window[upto:]) == text:
                 return upto, head
         return self._read, ""
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, self._skip_special_tokens))
 
     def _possible_stop_length(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

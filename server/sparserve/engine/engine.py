@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
+import secrets
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from sparserve.engine.block_manager import BlockManager, blocks_for
+from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
+from sparserve.engine.limits import EngineLimits, validate
+from sparserve.engine.logits import LogitAdjuster
 from sparserve.engine.request import (
-    MAX_REQUEST_ID_LENGTH,
     Finish,
     FinishReason,
     GeneratedToken,
     GenerationRequest,
+    PromptToken,
     Update,
 )
-from sparserve.engine.sampler import Row, rows_of, sample
+from sparserve.engine.sampler import Row, adjusted_row, generated_token, rows_of, sample
 from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap
 from sparserve.engine.sequence import Sequence
 from sparserve.engine.tokenizer import TextTokenizer
@@ -25,11 +29,9 @@ from sparserve.errors import (
     DeadlineExceeded,
     EngineFailure,
     InvalidRequest,
-    PromptTooLong,
 )
 from sparserve.metrics import Metrics
 from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
-from sparserve.sparsity.statistics import NeuronStatistics
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +39,13 @@ log = logging.getLogger(__name__)
 MAX_CONSECUTIVE_FAILURES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    max_context: int  # positions, prompt and new tokens together
-    max_running: int = 16
-    max_batched_tokens: int = 512
-    default_max_tokens: int = 256
+@dataclass(slots=True)
+class _Request:
+    """The choices of one request: those in the scheduler, and those that wait for the first one's
+    prefill, to share its blocks."""
+
+    sequences: list[Sequence]
+    held_back: list[Sequence] = field(default_factory=list)
 
 
 class Engine:
@@ -62,10 +65,14 @@ class Engine:
         self.limits = limits
         self.metrics = metrics
         self.broken: str | None = None  # the error id that ended it
+        self._blocks = BlockManager(backend.num_blocks, prefix_cache=limits.prefix_cache)
         self._scheduler = Scheduler(
-            BlockManager(backend.num_blocks), limits.max_running, limits.max_batched_tokens
+            self._blocks,
+            limits.max_running,
+            limits.max_batched_tokens,
+            limits.max_mixed_prefill_tokens,
         )
-        self._sequences: dict[str, Sequence] = {}
+        self._requests: dict[str, _Request] = {}
         self._failures = 0
         metrics.kv_blocks_total.set(backend.num_blocks)
         metrics.running.set_function(lambda: self.num_running)
@@ -74,7 +81,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._requests)
 
     @property
     def num_running(self) -> int:
@@ -86,13 +93,18 @@ class Engine:
 
     @property
     def used_blocks(self) -> int:
-        return self._scheduler.blocks.num_used
+        return self._blocks.num_used
+
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks that nobody uses and that hold a cached prompt."""
+        return self._blocks.num_idle
 
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens in flight that have no KV yet."""
         # list() first: other threads ask while the engine thread adds and removes.
-        in_flight = list(self._sequences.values())
+        in_flight = [s for request in list(self._requests.values()) for s in request.sequences]
         return sum(s.prefill_target - s.num_computed for s in in_flight if s.phase is Phase.PREFILL)
 
     def warm_up(self) -> None:
@@ -104,40 +116,50 @@ class Engine:
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest or PromptTooLong; touches no state, so any thread may call it."""
-        if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
-            raise InvalidRequest(
-                "request_id",
-                f"request_id has {len(request.request_id)} characters, the limit is {MAX_REQUEST_ID_LENGTH}",
-            )
-        self.tokenizer.check(request.prompt_token_ids)
-        prompt_len, limit = len(request.prompt_token_ids), self.limits.max_context - 1
-        if prompt_len == 0:
-            raise InvalidRequest("prompt", "the prompt is empty; at least one token is needed")
-        if prompt_len > limit:
-            raise PromptTooLong(
-                "prompt",
-                f"the prompt has {prompt_len} tokens, the limit is {limit} "
-                f"(a context of {self.limits.max_context} less one new token)",
-                limit,
-            )
+        validate(request, self.limits, self.backend.config.vocab_size)
 
     def add(self, request: GenerationRequest) -> None:
         """Take a validated request whose id is not in flight."""
-        asked = request.stopping.max_tokens or self.limits.default_max_tokens
-        detokenizer = self.tokenizer.detokenizer(request.stopping.stop)
-        sequence = Sequence(request, asked, detokenizer)
-        self._sequences[request.request_id] = sequence
-        self._scheduler.add(sequence)
-        self.metrics.prompt_tokens.inc(sequence.prompt_len)
-
-    def abort(self, request_id: str) -> Update | None:
-        """End a request now, its blocks free at once; None where it is not in flight."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return None
-        return self._end(
-            sequence, sequence.finish(FinishReason.CANCELLED), sequence.detokenizer.flush()
+        keys: tuple[bytes, ...] = ()
+        if self.limits.prefix_cache:
+            keys = tuple(prefix_keys(request.prompt_token_ids, request.cache_salt))
+        seed = request.sampling.seed
+        seed = secrets.randbits(64) if seed is None else seed
+        first, *others = (
+            self._new_sequence(request, keys, seed, choice) for choice in range(request.sampling.n)
         )
+        shares = bool(others) and len(keys) > 0
+        entry = _Request([first] if shares else [first, *others], others if shares else [])
+        self._requests[request.request_id] = entry
+        for sequence in entry.sequences:
+            self._scheduler.add(sequence)
+        self.metrics.prompt_tokens.inc(first.prompt_len)
+
+    def _new_sequence(
+        self, request: GenerationRequest, keys: tuple[bytes, ...], seed: int, choice: int
+    ) -> Sequence:
+        config, stopping = self.backend.config, request.stopping
+        detokenizer = self.tokenizer.detokenizer(
+            stopping.stop,
+            include_stop=stopping.include_stop,
+            skip_special_tokens=request.output.skip_special_tokens,
+        )
+        return Sequence(
+            request,
+            max_tokens=stopping.max_tokens or self.limits.default_max_tokens,
+            detokenizer=detokenizer,
+            adjuster=LogitAdjuster(request, config.vocab_size, config.eos_token_ids),
+            keys=keys,
+            seed=seed,
+            choice=choice,
+        )
+
+    def abort(self, request_id: str) -> list[Update]:
+        """End a request now, its blocks free at once; [] where it is not in flight."""
+        return [
+            self._end(s, s.finish(FinishReason.CANCELLED), s.detokenizer.flush())
+            for s in self._choices(request_id)
+        ]
 
     def step(self) -> list[Update]:
         """Run one batch. A failure ends the requests of that batch with EngineFailure, nobody else's."""
@@ -164,61 +186,103 @@ class Engine:
             swap.sequence.host_blocks = None
         output = self.backend.forward(ForwardBatch([_input(item) for item in plan.scheduled]))
         rows = iter(rows_of(output.candidates, self.backend.config.vocab_size))
-        for item, statistics in zip(plan.scheduled, output.statistics, strict=True):
-            sequence = item.sequence
-            sequence.first_scheduled = sequence.first_scheduled or now
-            _add_statistics(sequence, statistics)
+        parts = zip(plan.scheduled, output.statistics, output.scores, strict=True)
+        for item, statistics, scores in parts:
+            item.sequence.first_scheduled = item.sequence.first_scheduled or now
+            item.sequence.take_prompt_output(statistics, scores)
         wanting = [(item.sequence, next(rows)) for item in plan.scheduled if item.wants_token]
         self._scheduler.update(plan)
         for sequence, row in wanting:
             try:
                 updates.append(self._take_token(sequence, row))
+            except InvalidRequest as error:
+                updates.append(
+                    self._end(sequence, sequence.finish(FinishReason.ERROR, error=error))
+                )
             except Exception:  # the step is done: nobody else is touched
                 updates.append(
                     self._end_failed(sequence, self._log_failure("a request's own step"))
                 )
 
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
-        token = sample(
-            row, sequence.request.sampling, sequence.seed, step=len(sequence.output_token_ids)
-        )
+        token = self._draw(sequence, row)
         now = time.monotonic()
+        prompt: tuple[PromptToken, ...] = ()
         if sequence.last_token is None:
             sequence.first_token = now
-            self.metrics.ttft.observe(now - sequence.arrival)
+            self.metrics.ttft.observe(now - sequence.request.arrival)
+            prompt = tuple(sequence.prompt_tokens)
+            self._release_choices(sequence)
         else:
             self.metrics.itl.observe(now - sequence.last_token)
         sequence.last_token = now
         sequence.output_token_ids.append(token.id)
         self.metrics.generation_tokens.inc()
-        text, stop = "", None
-        ends = self._is_eos(sequence, token.id)
-        if not ends:
-            text, stop = sequence.detokenizer.push(token.id)
-        finish = self._finish_of(sequence, token.id if ends else None, stop)
+        text, finish = self._advance_text(sequence, token.id)
         if finish is None:
-            return Update(sequence.request.request_id, text=text, tokens=(token,))
-        if stop is None:
-            text += sequence.detokenizer.flush()
-        return self._end(sequence, finish, text, (token,))
+            return Update(
+                sequence.request.request_id, sequence.choice, text, (token,), prompt=prompt
+            )
+        return self._end(sequence, finish, text, (token,), prompt)
 
-    def _is_eos(self, sequence: Sequence, token_id: int) -> bool:
-        known = token_id in self.backend.config.eos_token_ids
-        return known and not sequence.request.stopping.ignore_eos
+    def _draw(self, sequence: Sequence, row: Row) -> GeneratedToken:
+        """The next token. Raises InvalidRequest where the request forbids every token."""
+        if not math.isfinite(row.log_normalizer_1):
+            raise FloatingPointError("the model's logits are not finite")
+        sampling, adjuster = sequence.request.sampling, sequence.adjuster
+        chosen_from = row
+        if not adjuster.is_idle:
+            chosen_from = adjusted_row(adjuster.adjust(row.full_logits()), sampling.temperature)
+            if not math.isfinite(chosen_from.log_normalizer):
+                raise InvalidRequest(
+                    "sampling",
+                    f"no token is left to choose from after {len(sequence.output_token_ids)} tokens: "
+                    "allowed_token_ids, min_tokens and the constraint exclude each other here",
+                )
+        step = len(sequence.output_token_ids)
+        token_id = sample(chosen_from, sampling, sequence.seed, sequence.choice, step)
+        adjuster.accept(token_id)
+        return generated_token(row, token_id, sequence.request.output.top_logprobs)
 
-    def _finish_of(
-        self, sequence: Sequence, eos_token_id: int | None, stop: str | None
-    ) -> Finish | None:
-        if eos_token_id is not None:
-            return sequence.finish(FinishReason.STOP_EOS, stop_token_id=eos_token_id)
+    def _advance_text(self, sequence: Sequence, token_id: int) -> tuple[str, Finish | None]:
+        """The text that a new token completes, and the choice's end where this is it."""
+        stopping, adjuster = sequence.request.stopping, sequence.adjuster
+        is_eos = token_id in self.backend.config.eos_token_ids and not stopping.ignore_eos
+        if adjuster.may_end and (is_eos or token_id in stopping.stop_token_ids):
+            text = sequence.detokenizer.push(token_id)[0] if stopping.include_stop else ""
+            reason = FinishReason.STOP_EOS if is_eos else FinishReason.STOP_TOKEN
+            finish = sequence.finish(reason, stop_token_id=token_id)
+            return text + sequence.detokenizer.flush(), finish
+        text, stop = sequence.detokenizer.push(token_id, may_stop=adjuster.may_end)
         if stop is not None:
-            return sequence.finish(FinishReason.STOP_STRING, stop_string=stop)
+            return text, sequence.finish(FinishReason.STOP_STRING, stop_string=stop)
+        end = self._end_after(sequence)
+        if end is None:
+            return text, None
+        return text + sequence.detokenizer.flush(), sequence.finish(end)
+
+    def _end_after(self, sequence: Sequence) -> FinishReason | None:
+        """Why no token follows the one just taken, if none does."""
+        if sequence.adjuster.is_finished:
+            return FinishReason.STOP_EOS
         generated = len(sequence.output_token_ids)
         if generated >= sequence.max_tokens:
-            return sequence.finish(FinishReason.LENGTH)
+            return FinishReason.LENGTH
         if sequence.prompt_len + generated >= self.limits.max_context:
-            return sequence.finish(FinishReason.CONTEXT)
+            return FinishReason.CONTEXT
         return None
+
+    def _release_choices(self, sequence: Sequence) -> None:
+        """A request's first choice has its prompt's KV: the others find it in the prefix cache."""
+        request = self._requests[sequence.request.request_id]
+        for held_back in request.held_back:
+            request.sequences.append(held_back)
+            self._scheduler.add(held_back)
+        request.held_back = []
+
+    def _choices(self, request_id: str) -> list[Sequence]:
+        request = self._requests.get(request_id)
+        return [] if request is None else [*request.sequences, *request.held_back]
 
     def _end(
         self,
@@ -226,20 +290,31 @@ class Engine:
         finish: Finish,
         text: str = "",
         tokens: tuple[GeneratedToken, ...] = (),
+        prompt: tuple[PromptToken, ...] = (),
     ) -> Update:
-        self._scheduler.remove(sequence)
-        del self._sequences[sequence.request.request_id]
+        request_id = sequence.request.request_id
+        request = self._requests[request_id]
+        if sequence in request.held_back:
+            request.held_back.remove(sequence)
+        else:
+            self._scheduler.remove(sequence)
+            request.sequences.remove(sequence)
+            if sequence.first_token is None:
+                self._release_choices(sequence)  # the first choice failed; theirs is another fate
+        if not request.sequences and not request.held_back:
+            del self._requests[request_id]
         self.metrics.requests_finished.labels(reason=finish.reason.value).inc()
-        self.metrics.e2e_latency.observe(time.monotonic() - sequence.arrival)
+        self.metrics.e2e_latency.observe(time.monotonic() - sequence.request.arrival)
         if sequence.first_scheduled is not None:
             self.metrics.queue_time.observe(finish.timings.queue)
-        return Update(sequence.request.request_id, text=text, tokens=tokens, finish=finish)
+        return Update(request_id, sequence.choice, text, tokens, finish, prompt)
 
     def _expire(self, now: float) -> list[Update]:
         late = [
             s
-            for s in self._sequences.values()
-            if s.request.deadline is not None and s.request.deadline <= now
+            for request_id, request in self._requests.items()
+            if (deadline := request.sequences[0].request.deadline) is not None and deadline <= now
+            for s in self._choices(request_id)
         ]
         return [
             self._end(
@@ -264,8 +339,9 @@ class Engine:
         parts: list[Scheduled | Swap] = [*plan.scheduled, *plan.swaps_out, *plan.swaps_in]
         involved = {id(part.sequence): part.sequence for part in parts}
         if self.broken or not involved:
-            involved = {id(sequence): sequence for sequence in self._sequences.values()}
-        in_flight = [s for s in involved.values() if s.request.request_id in self._sequences]
+            everything = [s for request_id in self._requests for s in self._choices(request_id)]
+            involved = {id(sequence): sequence for sequence in everything}
+        in_flight = [s for s in involved.values() if s in self._choices(s.request.request_id)]
         return [self._end_failed(sequence, error) for sequence in in_flight]
 
     def _log_failure(self, what: str) -> EngineFailure:
@@ -279,6 +355,8 @@ class Engine:
 
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.preemptions.inc(plan.preempted)
+        self.metrics.prefix_cache_queries.inc(plan.prefix_queries)
+        self.metrics.prefix_cache_hits.inc(plan.prefix_hits)
         if plan.scheduled:
             self.metrics.step_time.observe(seconds)
             self.metrics.step_tokens.observe(sum(item.count for item in plan.scheduled))
@@ -286,23 +364,20 @@ class Engine:
 
 def _input(item: Scheduled) -> SequenceInput:
     sequence = item.sequence
-    first_prefill = item.phase is Phase.PREFILL and sequence.in_first_prefill
+    start, count = sequence.num_computed, item.count
+    in_prompt = item.phase is Phase.PREFILL
+    targets: tuple[int, ...] = ()
+    if in_prompt and sequence.wants_prompt_logprobs:
+        targets = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
     return SequenceInput(
-        token_ids=sequence.tokens(sequence.num_computed, item.count),
-        start=sequence.num_computed,
+        token_ids=sequence.tokens(start, count),
+        start=start,
         block_table=sequence.block_table,
         phase=item.phase,
         policy=sequence.request.policy,
-        output_offsets=(item.count - 1,) if item.wants_token else (),
+        output_offsets=(count - 1,) if item.wants_token else (),
         temperature=sequence.request.sampling.temperature or 1.0,
-        collect_statistics=first_prefill and sequence.request.report_statistics,
+        collect_statistics=in_prompt and sequence.wants_statistics,
+        targets=targets,
+        num_top=sequence.request.output.prompt_logprobs or 0,
     )
-
-
-def _add_statistics(sequence: Sequence, statistics: NeuronStatistics | None) -> None:
-    if statistics is None:
-        return
-    if sequence.statistics is None:
-        sequence.statistics = statistics
-    else:
-        sequence.statistics += statistics

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sparse_kernels.native import memory_room, usable_cpus
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
-from sparserve.engine.engine import Engine, EngineLimits
+from sparserve.engine.engine import Engine
+from sparserve.engine.limits import EngineLimits
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import ConfigError
 from sparserve.metrics import Metrics
@@ -65,7 +66,11 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
         max_context=max_context,
         max_running=settings.max_running,
         max_batched_tokens=settings.max_batched_tokens,
+        max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
         default_max_tokens=settings.default_max_tokens,
+        max_tokens=settings.max_new_tokens or 2**31 - 1,
+        max_choices=settings.max_choices,
+        prefix_cache=settings.prefix_cache,
     )
     return BuiltEngine(
         Engine(backend, tokenizer, limits, Metrics(model.name, max_context)), model.name

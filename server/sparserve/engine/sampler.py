@@ -1,8 +1,9 @@
-"""One next token from the candidates of a row.
+"""One next token from a row of logits.
 
 The distribution is softmax(logits / temperature), cut to the top_k likeliest, then to the fewest of
-those that hold top_p of what is left. A step hands out only the likeliest tokens; where a choice may
-lie outside of them the whole row is looked at, which gives the same token as looking at it at once.
+those that hold top_p of what is left, then to those within min_p of the likeliest, then to the
+locally typical ones (arXiv 2202.00666). A step hands out only the likeliest tokens of each row; where
+a choice may lie outside of them, the whole row is looked at, without sorting it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from sparserve.engine.request import GeneratedToken, SamplingParams
+from sparserve.engine.request import GeneratedToken, SamplingParams, TopToken
 from sparserve.model.backend import Candidates
+from sparserve.model.candidates import top_candidates
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+_BINS = 4096  # of a selection by weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class Row:
     logits: Array
     log_normalizer: float  # of the whole row, relative to logits[0], at the request's temperature
     log_normalizer_1: float  # at temperature 1
-    full_logits: Callable[[], Array]  # [vocab]
+    full_logits: Callable[[], npt.NDArray[np.float32]]  # [vocab]
     vocab_size: int
 
 
@@ -38,8 +44,8 @@ def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
     normalizers = candidates.log_normalizer.tolist()
     normalizers_1 = candidates.log_normalizer_1.tolist()
 
-    def full(row: int) -> Callable[[], Array]:
-        return lambda: candidates.full_logits(row).cpu().double().numpy()
+    def full(row: int) -> Callable[[], npt.NDArray[np.float32]]:
+        return lambda: candidates.full_logits(row).cpu().numpy()
 
     return [
         Row(ids[i], logits[i], normalizers[i], normalizers_1[i], full(i), vocab_size)
@@ -47,41 +53,60 @@ def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
     ]
 
 
-def sample(row: Row, params: SamplingParams, seed: int, step: int) -> GeneratedToken:
-    """The `step`-th token of a request; equal (row, params, seed, step) give the equal token.
+def adjusted_row(logits: npt.NDArray[np.float32], temperature: float) -> Row:
+    """The row of logits that a request changed, [vocab]; -inf is a token that must not come."""
+    candidates = top_candidates(torch.from_numpy(logits)[None], torch.tensor([temperature or 1.0]))
+    return rows_of(candidates, len(logits))[0]
 
-    Raises FloatingPointError where the model's output is not finite (float16 overflows, damaged weights).
+
+def sample(row: Row, params: SamplingParams, seed: int, choice: int, step: int) -> int:
+    """Id of the `step`-th token of a choice; equal arguments give the equal token.
+
+    Raises FloatingPointError where no token has a finite probability: the model's output overflowed,
+    or all of its tokens are forbidden.
     """
-    if not math.isfinite(row.log_normalizer_1):
-        raise FloatingPointError("the model's logits are not finite")
+    if not math.isfinite(row.log_normalizer):
+        raise FloatingPointError("no token has a finite probability")
     if params.temperature == 0:
-        return _token(row, int(row.ids[0]), float(row.logits[0]))
-    uniform = float(np.random.Generator(np.random.Philox(key=seed, counter=step)).random())
+        return int(row.ids[0])
+    generator = np.random.Generator(np.random.Philox(key=seed + (choice << 64), counter=step))
+    uniform = float(generator.random())
     top_k = params.top_k if 0 < params.top_k < row.vocab_size else row.vocab_size
-    if top_k == row.vocab_size and params.top_p == 1:
+    if top_k == row.vocab_size and params.top_p == params.typical_p == 1 and params.min_p == 0:
         return _sample_whole(row, params.temperature, uniform)
-    for size in (len(row.ids), 16 * len(row.ids), row.vocab_size):
-        ids, logits = _head(row, min(size, row.vocab_size))
-        probabilities = _probabilities(row, logits, params.temperature)
-        kept = _truncate(probabilities, top_k, params.top_p, row.vocab_size)
-        if kept is not None:
-            chosen = _draw(np.cumsum(kept), uniform * float(kept.sum()))
-            return _token(row, int(ids[chosen]), float(logits[chosen]))
-    raise AssertionError("the complete row always holds what is kept of it")
+    probabilities = _probabilities(row, row.logits, params.temperature)
+    kept = _truncate_head(probabilities, top_k, params, row.vocab_size)
+    if kept is not None:
+        return int(row.ids[_draw(kept, uniform)])
+    whole = _probabilities(row, row.full_logits().astype(np.float64), params.temperature)
+    return _draw(_truncate_whole(whole, top_k, params), uniform)
 
 
-def _sample_whole(row: Row, temperature: float, uniform: float) -> GeneratedToken:
+def generated_token(row: Row, token_id: int, num_top: int) -> GeneratedToken:
+    """A token with its log-probability, and those of the `num_top` likeliest, in the model's own row."""
+    at = np.flatnonzero(row.ids == token_id)
+    logit = float(row.logits[at[0]] if len(at) else row.full_logits()[token_id])
+    top = zip(row.ids[:num_top].tolist(), row.logits[:num_top].tolist(), strict=True)
+    return GeneratedToken(
+        token_id,
+        _logprob(row, logit),
+        tuple(TopToken(i, _logprob(row, top_logit)) for i, top_logit in top),
+    )
+
+
+def _logprob(row: Row, logit: float) -> float:
+    return logit - float(row.logits[0]) - row.log_normalizer_1
+
+
+def _sample_whole(row: Row, temperature: float, uniform: float) -> int:
     """Draw from the untruncated distribution: the candidates first, then the rest in id order."""
     head = np.cumsum(_probabilities(row, row.logits, temperature))
-    if uniform < head[-1] or len(row.ids) == row.vocab_size:
-        chosen = _draw(head, uniform)
-        return _token(row, int(row.ids[chosen]), float(row.logits[chosen]))
-    logits = row.full_logits()
-    rest = _probabilities(row, logits, temperature)
+    mass = float(head[-1])
+    if uniform < mass or len(row.ids) == row.vocab_size:
+        return int(row.ids[_index_at(head, uniform)])
+    rest = _probabilities(row, row.full_logits().astype(np.float64), temperature)
     rest[row.ids] = 0.0
-    below = (uniform - float(head[-1])) / (1 - float(head[-1]))  # uniform in [0, 1) again
-    chosen = _draw(np.cumsum(rest), below * float(rest.sum()))
-    return _token(row, chosen, float(logits[chosen]))
+    return _draw(rest, (uniform - mass) / (1 - mass))  # uniform in [0, 1) again
 
 
 def _probabilities(row: Row, logits: Array, temperature: float) -> Array:
@@ -90,36 +115,90 @@ def _probabilities(row: Row, logits: Array, temperature: float) -> Array:
     return np.exp(exponents)
 
 
-def _truncate(probabilities: Array, top_k: int, top_p: float, vocab_size: int) -> Array | None:
-    """What top_k and top_p keep of a row's sorted head; None where they keep more than the head."""
-    complete = len(probabilities) == vocab_size
-    if top_k > len(probabilities) and top_k < vocab_size and not complete:
-        return None
-    kept = probabilities[:top_k]
-    holds_all = complete or top_k <= len(probabilities)
-    if top_p < 1:
-        total = float(kept.sum()) if holds_all else 1.0
-        last = int(np.searchsorted(np.cumsum(kept), top_p * total))
-        if last < len(kept):
-            return kept[: last + 1]
-    return kept if holds_all else None
+def _truncate_head(
+    probabilities: Array, top_k: int, params: SamplingParams, vocab_size: int
+) -> Array | None:
+    """What is kept of a row's sorted head; None where more than the head may be kept.
+
+    All but typical_p keep the likeliest so many, so the fewest of these wins.
+    """
+    size = len(probabilities)
+    known = size == vocab_size or top_k <= size  # nothing outside the head can be kept by top_k
+    count = min(top_k, size) if known else vocab_size
+    if params.top_p < 1:
+        if not known and top_k < vocab_size:
+            return None  # a share of what top_k keeps, which is not known here
+        total = float(probabilities[:top_k].sum()) if known else 1.0
+        holding = int(np.searchsorted(np.cumsum(probabilities), params.top_p * total)) + 1
+        count = min(count, holding if holding <= size else vocab_size)
+    if params.min_p > 0:
+        likely = int((probabilities >= params.min_p * probabilities[0]).sum())
+        count = min(count, likely if likely < size else vocab_size)
+    if count > size:
+        if not known:
+            return None
+        count = size
+    kept = probabilities[:count]
+    return kept if params.typical_p == 1 else kept * _typical(kept, params.typical_p)
 
 
-def _draw(cumulative: Array, target: float) -> int:
+def _truncate_whole(probabilities: Array, top_k: int, params: SamplingParams) -> Array:
+    """The same for a whole row in id order: what is not kept becomes 0."""
+    kept = probabilities.copy()
+    if top_k < len(kept):
+        least = np.partition(kept, len(kept) - top_k)[len(kept) - top_k]
+        equal = np.flatnonzero(kept == least)
+        too_many = int((kept >= least).sum()) - top_k
+        kept[kept < least] = 0
+        kept[equal[len(equal) - too_many :]] = 0
+    if params.top_p < 1:
+        kept *= _least_holding(-kept, kept, params.top_p * float(kept.sum()))
+    kept[kept < params.min_p * probabilities.max()] = 0
+    return kept if params.typical_p == 1 else kept * _typical(kept, params.typical_p)
+
+
+def _typical(probabilities: Array, share: float) -> Mask:
+    """The tokens nearest to the expected information that hold `share` of the probability."""
+    total = float(probabilities.sum())
+    with np.errstate(divide="ignore"):
+        information = -np.log(probabilities / total)
+    possible = probabilities > 0
+    entropy = float((probabilities[possible] / total) @ information[possible])
+    return _least_holding(np.abs(information - entropy), probabilities, share * total)
+
+
+def _least_holding(keys: Array, weights: Array, target: float) -> Mask:
+    """The fewest items, smallest keys first and then in order, whose weights reach `target`.
+
+    By bins that narrow around the last one kept: only what is left in one bin is sorted.
+    """
+    kept = np.zeros(len(keys), dtype=np.bool_)
+    left = np.flatnonzero(weights > 0)
+    while len(left) > _BINS:
+        low, high = float(keys[left].min()), float(keys[left].max())
+        if low == high:
+            break
+        bins = ((keys[left] - low) * (_BINS / (high - low))).astype(np.int64).clip(0, _BINS - 1)
+        reached = np.cumsum(np.bincount(bins, weights[left], minlength=_BINS))
+        at = int(np.searchsorted(reached, target))
+        kept[left[bins < at]] = True
+        if at == _BINS:  # rounding: all together are just short of the target
+            return kept
+        target -= float(reached[at - 1]) if at else 0.0
+        left = left[bins == at]
+    left = left[np.argsort(keys[left], kind="stable")]
+    last = int(np.searchsorted(np.cumsum(weights[left]), target))
+    kept[left[: last + 1]] = True
+    return kept
+
+
+def _draw(weights: Array, uniform: float) -> int:
+    """Index drawn in proportion to `weights`."""
+    cumulative = np.cumsum(weights)
+    return _index_at(cumulative, uniform * float(cumulative[-1]))
+
+
+def _index_at(cumulative: Array, target: float) -> int:
     """Index whose cumulative weight first exceeds `target`; rounding cannot lead past the end."""
     index = int(np.searchsorted(cumulative, target, side="right"))
     return min(index, int(np.searchsorted(cumulative, cumulative[-1])))
-
-
-def _head(row: Row, size: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """The `size` likeliest tokens, sorted as the candidates are."""
-    if size <= len(row.ids):
-        return row.ids, row.logits
-    logits = row.full_logits()
-    ids = np.argpartition(-logits, size - 1)[:size]
-    ids = ids[np.lexsort((ids, -logits[ids]))]
-    return ids, logits[ids]
-
-
-def _token(row: Row, token_id: int, logit: float) -> GeneratedToken:
-    return GeneratedToken(token_id, logit - float(row.logits[0]) - row.log_normalizer_1)

@@ -2,15 +2,19 @@
 
 Invariants, true between any two calls:
 
-1. A block is free or in exactly one block table; only waiting sequences that never ran, finished
-   ones and preempted ones hold none.
-2. A running sequence holds blocks for every position it has computed. `running` is in order of
-   arrival; `waiting` too, so that a preempted sequence comes before all that never ran.
+1. A block in use is in as many block tables as the block manager counts, and in more than one only
+   where it holds a whole block of a prompt; only waiting sequences that never ran, finished ones and
+   preempted ones hold none.
+2. A running sequence holds blocks for every position it has computed. `running` and `waiting` are in
+   the order of `Sequence.order`: priority, then arrival.
 3. A step takes at most `max_batched_tokens` tokens of at most `max_running` sequences. Every running
-   sequence that decodes gets its token in every step; prompts share what is left, in chunks.
-4. Blocks are taken from the latest arrival only, so the earliest always goes on: with a pool that
+   sequence that decodes gets its token in every step; beside them prompts get at most
+   `max_mixed_prefill_tokens`, so that a long prompt does not hold up who is decoding.
+4. Half of the prompt tokens go to the first prompt in order, the others to the shortest first: a long
+   prompt neither starves nor holds up short ones.
+5. Blocks are taken from the last in order only, so the first always goes on: with a pool that
    holds one full context, every sequence finishes.
-5. Preemption loses nothing: prefilled blocks are computed again to the same bits, decoded ones,
+6. Preemption loses nothing: prefilled blocks are computed again to the same bits, decoded ones,
    which prefill could not reproduce, wait in host memory.
 """
 
@@ -57,45 +61,53 @@ class Plan:
     swaps_out: list[Swap] = field(default_factory=list)
     swaps_in: list[Swap] = field(default_factory=list)
     preempted: int = 0
+    prefix_queries: int = 0  # tokens looked for in the prefix cache by sequences that were admitted
+    prefix_hits: int = 0  # those found
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, first come first served."""
+    """Continuous batching with chunked prefill and shared prompt prefixes."""
 
-    def __init__(self, blocks: BlockManager, max_running: int, max_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_running: int,
+        max_batched_tokens: int,
+        max_mixed_prefill_tokens: int | None = None,
+    ) -> None:
         assert max_batched_tokens >= max_running, "every running sequence decodes in every step"
         self.blocks = blocks
         self.max_running = max_running
         self.max_batched_tokens = max_batched_tokens
+        self.max_mixed_prefill_tokens = max_mixed_prefill_tokens or max_batched_tokens
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=_arrival)
+        insort(self.waiting, sequence, key=_order)
 
     def schedule(self) -> Plan:
         plan = Plan()
-        decodes = sum(s.phase is Phase.DECODE for s in self.running)
-        prompt_budget = self.max_batched_tokens - decodes
         for sequence in list(self.running):
-            if sequence.status is not Status.RUNNING:  # preempted by one before it
-                continue
-            if sequence.phase is Phase.DECODE:
-                if self._make_room(sequence, plan):
-                    plan.scheduled.append(Scheduled(sequence, 1, Phase.DECODE))
-            elif prompt_budget > 0:
-                prompt_budget -= self._schedule_prompt(sequence, prompt_budget, plan)
+            # One before it may have preempted it.
+            if sequence.status is Status.RUNNING and sequence.phase is Phase.DECODE:
+                self._schedule_decode(sequence, plan)
         if not plan.preempted:
-            self._admit(prompt_budget, plan)
+            self._admit(plan)
+        budget = self.max_batched_tokens - len(plan.scheduled)
+        if plan.scheduled:
+            budget = min(budget, self.max_mixed_prefill_tokens)
+        self._schedule_prompts(budget, plan)
         return plan
 
     def update(self, plan: Plan) -> None:
         """The forward of `plan` is done: its tokens have KV."""
         for item in plan.scheduled:
-            sequence = item.sequence
+            sequence, before = item.sequence, item.sequence.num_computed
             if item.phase is Phase.DECODE:
-                block = sequence.block_table[sequence.num_computed // BLOCK_SIZE]
-                self.blocks.mark(block, DECODED)
+                self.blocks.mark(sequence.block_table[before // BLOCK_SIZE], DECODED)
+            else:
+                self._publish(sequence, before, before + item.count)
             sequence.advance(item.count)
 
     def remove(self, sequence: Sequence) -> None:
@@ -109,14 +121,40 @@ class Scheduler:
         sequence.host_blocks = None
         sequence.status = Status.FINISHED
 
-    def _schedule_prompt(self, sequence: Sequence, budget: int, plan: Plan) -> int:
-        """Add the next chunk of a prompt; returns its tokens."""
-        count = min(budget, sequence.prefill_target - sequence.num_computed)
+    def _publish(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Prefill wrote the positions [start, stop): what became whole may be shared."""
+        for index in range(start // BLOCK_SIZE, min(stop // BLOCK_SIZE, len(sequence.keys))):
+            statistics = None
+            if sequence.wants_statistics and sequence.statistics is not None:
+                statistics = sequence.statistics.block(index)
+            self.blocks.publish(sequence.block_table[index], sequence.keys[index], statistics)
+
+    def _schedule_decode(self, sequence: Sequence, plan: Plan) -> None:
+        if self._make_room(sequence, plan):
+            plan.scheduled.append(Scheduled(sequence, 1, Phase.DECODE))
+
+    def _schedule_prompts(self, budget: int, plan: Plan) -> None:
+        """Share `budget` tokens among the running prompts; see invariant 4."""
+        prompts = [s for s in self.running if s.phase is Phase.PREFILL]
+        left = {s: s.prefill_target - s.num_computed for s in prompts}
+        shares = dict.fromkeys(prompts, 0)
+        shortest = sorted(prompts, key=lambda s: (left[s], s.order))
+        for sequence, limit in [(s, -(-budget // 2)) for s in prompts[:1]] + [
+            (s, budget) for s in shortest
+        ]:
+            share = min(limit, budget, left[sequence] - shares[sequence])
+            shares[sequence] += share
+            budget -= share
+        for sequence in prompts:
+            if shares[sequence]:
+                self._schedule_prompt(sequence, shares[sequence], plan)
+
+    def _schedule_prompt(self, sequence: Sequence, count: int, plan: Plan) -> None:
+        """Add the next chunk of a prompt, of `count` tokens or a few less."""
         end = sequence.num_computed + count
         if end < sequence.prefill_target and end - end % BLOCK_SIZE > sequence.num_computed:
             count -= end % BLOCK_SIZE  # chunks end with a block where they can
         plan.scheduled.append(Scheduled(sequence, count, Phase.PREFILL))
-        return count
 
     def _make_room(self, sequence: Sequence, plan: Plan) -> bool:
         """A block for the sequence's next position, at the cost of later arrivals. False: it was
@@ -145,33 +183,40 @@ class Scheduler:
             sequence.prefill_target = decoded * BLOCK_SIZE
         else:
             sequence.prefill_target = sequence.prompt_len
-        if sequence.in_first_prefill:
-            sequence.statistics = None  # they start anew with the prompt
-        sequence.num_computed = 0
         self.blocks.free(table)
-        sequence.block_table = []
-        sequence.status = Status.WAITING
+        sequence.lose_blocks()
         self.running.remove(sequence)
-        insort(self.waiting, sequence, key=_arrival)
+        insort(self.waiting, sequence, key=_order)
         plan.preempted += 1
 
-    def _admit(self, prompt_budget: int, plan: Plan) -> None:
-        """Start waiting sequences while tokens, seats and blocks last, in order of arrival."""
-        while self.waiting and len(self.running) < self.max_running and prompt_budget > 0:
+    def _admit(self, plan: Plan) -> None:
+        """Start waiting sequences while seats and blocks last, in their order."""
+        while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0]
-            needed = blocks_for(sequence.positions_after_next_token)
-            if needed > self.blocks.num_free:
+            if not self._seat(sequence, plan):
                 return
             self.waiting.pop(0)
-            insort(self.running, sequence, key=_arrival)
+            insort(self.running, sequence, key=_order)
             sequence.status = Status.RUNNING
-            sequence.block_table = self.blocks.allocate(needed)
             self._restore(sequence, plan)
-            if sequence.phase is Phase.PREFILL:
-                prompt_budget -= self._schedule_prompt(sequence, prompt_budget, plan)
-            else:
+            if sequence.phase is Phase.DECODE:
                 plan.scheduled.append(Scheduled(sequence, 1, Phase.DECODE))
-                prompt_budget -= 1
+
+    def _seat(self, sequence: Sequence, plan: Plan) -> bool:
+        """Blocks for all positions up to its next token, those of the prefix cache first. False: too few."""
+        cached = self.blocks.share(
+            sequence.cacheable_keys, with_statistics=sequence.wants_statistics
+        )
+        shared = [c.block for c in cached]
+        needed = blocks_for(sequence.positions_after_next_token) - len(shared)
+        if needed > self.blocks.num_free:
+            self.blocks.free(shared)
+            return False
+        plan.prefix_queries += len(sequence.keys) * BLOCK_SIZE
+        plan.prefix_hits += len(shared) * BLOCK_SIZE
+        sequence.block_table = shared + self.blocks.allocate(needed)
+        sequence.take_cached(cached)
+        return True
 
     def _restore(self, sequence: Sequence, plan: Plan) -> None:
         """Bring a preempted sequence's decoded blocks back to the end of its new table."""
@@ -185,5 +230,5 @@ class Scheduler:
         sequence.finish_recompute()
 
 
-def _arrival(sequence: Sequence) -> float:
-    return sequence.arrival
+def _order(sequence: Sequence) -> tuple[int, float]:
+    return sequence.order

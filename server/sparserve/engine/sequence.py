@@ -1,23 +1,27 @@
-"""A request inside the engine: its tokens, its KV blocks, how far it has come."""
+"""A choice of a request inside the engine: its tokens, its KV blocks, how far it has come."""
 
 from __future__ import annotations
 
-import secrets
 import time
+from collections.abc import Sequence as Ordered
 from enum import Enum
 
 import torch
 
+from sparserve.engine.block_manager import CachedBlock
 from sparserve.engine.detokenizer import Detokenizer
+from sparserve.engine.logits import LogitAdjuster
 from sparserve.engine.request import (
     Finish,
     FinishReason,
     GenerationRequest,
+    PromptToken,
     Timings,
+    TopToken,
 )
 from sparserve.errors import SparserveError
-from sparserve.model.backend import Phase
-from sparserve.sparsity.statistics import NeuronStatistics
+from sparserve.model.backend import BLOCK_SIZE, Phase, TargetScores
+from sparserve.sparsity.statistics import NeuronStatistics, PromptStatistics
 
 
 class Status(Enum):
@@ -27,7 +31,7 @@ class Status(Enum):
 
 
 class Sequence:
-    """Mutable state of one request; only the engine thread touches it.
+    """Mutable state of one choice; only the engine thread touches it.
 
     KV exists for positions [0, num_computed). Positions up to `prefill_target` come from prefill.
     A preempted sequence keeps its decoded blocks in `host_blocks` (they belong at the end of its
@@ -35,12 +39,24 @@ class Sequence:
     """
 
     def __init__(
-        self, request: GenerationRequest, max_tokens: int, detokenizer: Detokenizer
+        self,
+        request: GenerationRequest,
+        *,
+        max_tokens: int,
+        detokenizer: Detokenizer,
+        adjuster: LogitAdjuster,
+        keys: Ordered[bytes] = (),
+        seed: int = 0,
+        choice: int = 0,
     ) -> None:
+        """`keys` name the prompt's whole blocks in the prefix cache; (): neither looked for nor kept there."""
         self.request = request
         self.max_tokens = max_tokens
         self.detokenizer = detokenizer
-        self.seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
+        self.adjuster = adjuster
+        self.keys = keys
+        self.seed = seed
+        self.choice = choice
         self.output_token_ids: list[int] = []
         self.status = Status.WAITING
         self.block_table: list[int] = []
@@ -48,10 +64,18 @@ class Sequence:
         self.prefill_target = self.prompt_len
         self.resume_at: int | None = None
         self.host_blocks: torch.Tensor | None = None
-        self.statistics: NeuronStatistics | None = None
+        self.statistics: PromptStatistics | None = None
+        self.prompt_tokens: list[PromptToken] = []
+        self.cached_tokens = 0  # of the prompt, found in the cache when this first ran
         self.first_scheduled: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
+        self._begin_prompt()
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Who goes first: the higher priority, then the earlier arrival."""
+        return -self.request.priority, self.request.arrival
 
     @property
     def arrival(self) -> float:
@@ -71,6 +95,26 @@ class Sequence:
         return not self.output_token_ids
 
     @property
+    def wants_statistics(self) -> bool:
+        """Of the prompt; one choice of a request collects them."""
+        return self.request.report_statistics and self.choice == 0 and self.in_first_prefill
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        asked = self.request.output.prompt_logprobs is not None
+        return asked and self.choice == 0 and self.in_first_prefill
+
+    @property
+    def cacheable_keys(self) -> Ordered[bytes]:
+        """Keys of the blocks that may come from the prefix cache. One token at least is computed, for its
+        logits; all are where prompt log-probabilities are wanted.
+        """
+        if self.wants_prompt_logprobs:
+            return ()
+        last = self.prompt_len - 1 if self.in_first_prefill else self.prefill_target
+        return self.keys[: last // BLOCK_SIZE]
+
+    @property
     def positions_after_next_token(self) -> int:
         """KV positions this sequence holds once it decodes its next token."""
         return self.prompt_len + max(len(self.output_token_ids), 1)
@@ -81,10 +125,56 @@ class Sequence:
         first = max(start - self.prompt_len, 0)
         return (*prompt, *self.output_token_ids[first : first + count - len(prompt)])
 
+    def take_cached(self, cached: Ordered[CachedBlock]) -> None:
+        """These blocks, from the cache, now begin this sequence; it has not computed anything yet."""
+        assert self.num_computed == 0
+        self.num_computed = len(cached) * BLOCK_SIZE
+        if self.first_scheduled is None:
+            self.cached_tokens = self.num_computed
+        if self.wants_statistics:
+            assert self.statistics is not None
+            for block in cached:
+                assert block.statistics is not None
+                self.statistics.append_block(block.statistics)
+
+    def take_prompt_output(
+        self, parts: Ordered[NeuronStatistics] | None, scores: TargetScores | None
+    ) -> None:
+        """What a forward told of prompt tokens from `num_computed` on; call it before `advance`."""
+        if parts is not None:
+            assert self.statistics is not None
+            self.statistics.extend(self.num_computed, parts)
+        if scores is not None:
+            first = self.num_computed + 1  # the first position scores the second token
+            rows = zip(
+                scores.logprobs.tolist(),
+                scores.top_ids.tolist(),
+                scores.top_logprobs.tolist(),
+                strict=True,
+            )
+            for position, (logprob, top_ids, top_logprobs) in enumerate(rows, first):
+                top = tuple(map(TopToken, top_ids, top_logprobs))
+                token_id = self.request.prompt_token_ids[position]
+                self.prompt_tokens.append(PromptToken(token_id, logprob, top))
+
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""
         self.num_computed += count
         self.finish_recompute()
+
+    def lose_blocks(self) -> None:
+        """Preempted: nothing is computed any more."""
+        self.num_computed = 0
+        self.block_table = []
+        self.status = Status.WAITING
+        if self.in_first_prefill:
+            self._begin_prompt()
+
+    def _begin_prompt(self) -> None:
+        if self.wants_statistics:
+            self.statistics = PromptStatistics(BLOCK_SIZE)
+        if self.wants_prompt_logprobs:
+            self.prompt_tokens = [PromptToken(self.request.prompt_token_ids[0], None)]
 
     def finish_recompute(self) -> None:
         """Prefill that reached its target hands over to the restored decoded blocks, if any."""
@@ -110,18 +200,15 @@ class Sequence:
         error: SparserveError | None = None,
     ) -> Finish:
         """The record of this sequence's end; freeing its blocks is the scheduler's."""
-        share = (
-            self.statistics.share_holding(0.9)
-            if self.statistics and self.statistics.tokens
-            else None
-        )
+        total = self.statistics.total() if self.statistics else None
         return Finish(
             reason=reason,
             timings=self.timings(),
             prompt_tokens=self.prompt_len,
             completion_tokens=len(self.output_token_ids),
+            cached_tokens=self.cached_tokens,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
-            core_share=share,
+            core_share=total.share_holding(0.9) if total and total.tokens else None,
             error=error,
         )

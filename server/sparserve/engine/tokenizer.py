@@ -48,20 +48,18 @@ class TextTokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text", "the prompt is not valid UTF-8 text") from error
 
-    def check(self, token_ids: Sequence[int]) -> None:
-        """Raises InvalidRequest where an id is outside the vocabulary."""
-        for index, token_id in enumerate(token_ids):
-            if not 0 <= token_id < self.vocab_size:
-                raise InvalidRequest(
-                    f"token_ids.ids[{index}]",
-                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}",
-                )
-
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids)))
 
-    def detokenizer(self, stop: Sequence[str]) -> Detokenizer:
-        return Detokenizer(self._tokenizer, stop)
+    def detokenizer(
+        self, stop: Sequence[str], *, include_stop: bool, skip_special_tokens: bool
+    ) -> Detokenizer:
+        return Detokenizer(
+            self._tokenizer,
+            stop,
+            include_stop=include_stop,
+            skip_special_tokens=skip_special_tokens,
+        )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt that asks the model to answer `messages` ({"role", "content"} each).

@@ -7,7 +7,7 @@ a ragged batch of sequences with q_len >= 1 tokens each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class SequenceInput:
     output_offsets: Sequence[int] = ()
     temperature: float = 1.0
     collect_statistics: bool = False
+    # Tokens that follow the first of `token_ids`, whose log-probabilities are wanted, each with those of
+    # the `num_top` likeliest tokens in its place.
+    targets: Sequence[int] = ()
+    num_top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,21 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetScores:
+    """Log-probabilities, at temperature 1, of the targets of one sequence and of the likeliest tokens."""
+
+    logprobs: torch.Tensor  # [targets] float32
+    top_ids: torch.Tensor  # [targets, num_top] int64, by (logit descending, id ascending)
+    top_logprobs: torch.Tensor  # same shape, float32
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardOutput:
     candidates: Candidates
-    # Per sequence, None where not asked for; position 0 (the attention sink) is left out.
-    statistics: Sequence[NeuronStatistics | None] = field(default_factory=tuple)
+    # Per sequence one for each KV block that its tokens touch, None where not asked for; position 0
+    # (the attention sink) is left out.
+    statistics: Sequence[Sequence[NeuronStatistics] | None]
+    scores: Sequence[TargetScores | None]  # per sequence, None where it has no targets
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 
 from sparserve.model import llama
 from sparserve.model.backend import (
-    NUM_CANDIDATES,
+    BLOCK_SIZE,
     BackendInfo,
     Candidates,
     ForwardBatch,
     ForwardOutput,
     Phase,
     SequenceInput,
+    TargetScores,
 )
+from sparserve.model.candidates import target_scores, top_candidates
 from sparserve.model.config import ModelConfig
 from sparserve.model.kv_cache import PagedKVCache
 from sparserve.model.weights import LayerWeights, ModelWeights
@@ -102,7 +104,8 @@ class ReferenceBackend:
         for index, layer in enumerate(self._weights.layers):
             x = x + self._attention(index, layer, x, cos, sin, layout)
             x = x + self._feed_forward(index, layer, x, layout, statistics)
-        return ForwardOutput(self._candidates(x, layout), statistics)
+        scores = [self._scores(x, span, layout) for span in layout.spans]
+        return ForwardOutput(self._candidates(x, layout), statistics, scores)
 
     def _attention(
         self,
@@ -142,17 +145,15 @@ class ReferenceBackend:
         layer: LayerWeights,
         x: torch.Tensor,
         layout: _Layout,
-        statistics: Sequence[NeuronStatistics | None],
+        statistics: Sequence[Sequence[NeuronStatistics] | None],
     ) -> torch.Tensor:
         normed = llama.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
         activations = llama.neuron_activations(layout.linear, normed, layer)
-        for span, statistic in zip(layout.spans, statistics, strict=True):
-            if statistic is not None:
-                skip = 1 if span.sequence.start == 0 else 0  # the attention sink
-                rows = activations[span.rows][skip:]
-                statistic.sums[index] += norm_score(rows).sum(dim=0)
-                if index == 0:
-                    statistic.tokens += rows.shape[0]
+        for span, parts in zip(layout.spans, statistics, strict=True):
+            if parts is not None:
+                scores = norm_score(activations[span.rows])
+                for part, rows in zip(parts, _rows_by_block(span.sequence), strict=True):
+                    part.sums[index] += scores[rows].sum(dim=0)
         return layout.linear(activations, layer.w_down)
 
     def _candidates(self, x: torch.Tensor, layout: _Layout) -> Candidates:
@@ -194,10 +195,37 @@ class ReferenceBackend:
 
         return linear
 
-    def _new_statistics(self, sequence: SequenceInput) -> NeuronStatistics | None:
+    def _scores(self, x: torch.Tensor, span: _Span, layout: _Layout) -> TargetScores | None:
+        """Log-probabilities of a sequence's targets, tile by tile: whole logits would be large."""
+        targets, parts = span.sequence.targets, []
+        first, stop = span.rows.start, span.rows.start + len(targets)
+        tiles = [t.rows for t in span.tiles] or [rows for rows, _ in span.decode_rows]
+        for tile in tiles:
+            rows = range(max(tile.start, first), min(tile.stop, stop))
+            if not rows:
+                continue
+            normed = llama.rms_norm(x[tile], self._weights.norm, self.config.rms_norm_eps)
+            padded = F.pad(normed, (0, 0, 0, -len(normed) % self._decode_tile))
+            linear = self._tiled_linear(len(padded), len(padded) if span.tiles else 0)
+            logits = linear(padded, self._weights.lm_head)[rows.start - tile.start :][: len(rows)]
+            wanted = targets[rows.start - first : rows.stop - first]
+            parts.append(target_scores(logits, wanted, span.sequence.num_top))
+        if not parts:
+            return None
+        return TargetScores(
+            torch.cat([p.logprobs for p in parts]),
+            torch.cat([p.top_ids for p in parts]),
+            torch.cat([p.top_logprobs for p in parts]),
+        )
+
+    def _new_statistics(self, sequence: SequenceInput) -> list[NeuronStatistics] | None:
         if not sequence.collect_statistics:
             return None
-        return NeuronStatistics.zeros(self.config.num_layers, self.config.intermediate_size)
+        layers, neurons = self.config.num_layers, self.config.intermediate_size
+        parts = [NeuronStatistics.zeros(layers, neurons) for _ in _rows_by_block(sequence)]
+        for part, rows in zip(parts, _rows_by_block(sequence), strict=True):
+            part.tokens = rows.stop - rows.start
+        return parts
 
     def _lay_out(self, batch: ForwardBatch) -> _Layout:
         token_ids: list[int] = []
@@ -261,29 +289,12 @@ class ReferenceBackend:
         return tuple(tiles)
 
 
-def top_candidates(logits: torch.Tensor, temperatures: torch.Tensor) -> Candidates:
-    """logits [rows, vocab] float32, temperatures [rows] -> the sorted head of each row."""
-    vocab = logits.shape[-1]
-    count = min(NUM_CANDIDATES, vocab)
-    top = logits.topk(min(count + 1, vocab), dim=-1)
-    ids, last = top.indices[:, :count], top.values[:, count - 1 : count]
-    # Of several logits that equal the last one topk takes any: take those of the lowest ids.
-    for row in (top.values[:, count:] == last).any(dim=-1).nonzero()[:, 0].tolist():
-        above, equal = ~(logits[row] <= last[row]), logits[row] == last[row]
-        ids[row] = torch.cat((above.nonzero()[:, 0], equal.nonzero()[:, 0]))[:count]
-    # It leaves the order of equal logits open as well: order them by id.
-    by_id = ids.sort(dim=-1).values
-    order = logits.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    below_top = logits - order.values[:, :1]
-    return Candidates(
-        token_ids=by_id.gather(-1, order.indices),
-        logits=order.values,
-        log_normalizer=_row_logsumexp(below_top / temperatures[:, None]),
-        log_normalizer_1=_row_logsumexp(below_top),
-        full_logits=lambda row: logits[row],
-    )
-
-
-def _row_logsumexp(values: torch.Tensor) -> torch.Tensor:
-    """values [rows, n] -> [rows]; row by row, for the bits of a reduction depend on the row count."""
-    return torch.tensor([float(row.logsumexp(dim=0)) for row in values])
+def _rows_by_block(sequence: SequenceInput) -> list[slice]:
+    """Which of a sequence's tokens stand in each KV block they touch; position 0, the attention sink,
+    is left out."""
+    start, stop = sequence.start, sequence.start + len(sequence.token_ids)
+    bounds = range(start - start % BLOCK_SIZE, stop, BLOCK_SIZE)
+    return [
+        slice(max(first, start, 1) - start, max(min(first + BLOCK_SIZE, stop), 1) - start)
+        for first in bounds
+    ]

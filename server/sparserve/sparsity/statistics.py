@@ -3,12 +3,14 @@
 The norm score of GRIFFIN (arXiv 2402.19427): with a_t = silu(gate_t) * up_t the input of the down
 projection at token t, a neuron's score is sum_t (a_tn / |a_t|_2)^2.
 
-Sums are kept as integers in units of 2^-32: integer addition is exact, so a prompt's statistics do
-not depend on how it was cut into chunks, batched, preempted or resumed.
+Sums are kept as integers in units of 2^-32: integer addition is exact, so a block's sums do not
+depend on how the prompt was cut into chunks, batched, preempted or resumed. A whole block is rounded
+to fp16 once, which is how the prefix cache keeps it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ UNIT = 2.0**-32
 
 @dataclass(slots=True)
 class NeuronStatistics:
-    """Norm-score sums over the tokens of one sequence; add with `+=`."""
+    """Norm-score sums over some tokens of one sequence; add with `+=`."""
 
     sums: torch.Tensor  # [num_layers, intermediate] int64, in units of UNIT
     tokens: int = 0
@@ -42,6 +44,69 @@ class NeuronStatistics:
         wanted = fraction * ordered[:, -1:]
         needed = (ordered < wanted).sum(dim=1) + 1
         return float((needed.double() / ordered.shape[1]).mean())
+
+
+class PromptStatistics:
+    """Statistics of one prompt, block by block, from its beginning on.
+
+    Each block's sums are rounded to fp16, those in a prompt's last, unfinished block too: blocks just
+    computed and blocks from the prefix cache add up to the same.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._whole: list[torch.Tensor] = []  # [num_layers, intermediate] fp16 each
+        self._open: NeuronStatistics | None = None  # of the block that `extend` may go on with
+        self._tokens = 0
+
+    def append_block(self, rounded: torch.Tensor) -> None:
+        """The next block, [num_layers, intermediate] fp16, as `block` returned it."""
+        assert self._open is None, "cached blocks come before computed ones"
+        # The first token of a prompt, the attention sink, counts nowhere.
+        self._tokens += self._block_size - (0 if self._whole else 1)
+        self._whole.append(rounded)
+
+    def extend(self, start: int, parts: Sequence[NeuronStatistics]) -> None:
+        """Tokens from position `start` on: one part for each block that they touch."""
+        for index, part in enumerate(parts):
+            if index > 0 or start % self._block_size == 0:
+                self._close()
+            if self._open is None:
+                self._open = part
+            else:
+                self._open += part
+            self._tokens += part.tokens
+
+    def block(self, index: int) -> torch.Tensor:
+        """Block `index`, all of whose tokens are in: [num_layers, intermediate] fp16."""
+        if index == len(self._whole):
+            assert self._open is not None
+            return _rounded(self._open)
+        return self._whole[index]
+
+    def total(self) -> NeuronStatistics | None:
+        """Over the whole prompt; None before its first token."""
+        deltas = [*self._whole, *([] if self._open is None else [_rounded(self._open)])]
+        if not deltas:
+            return None
+        # fp16 numbers are multiples of 2^-24, so UNIT holds them exactly.
+        total = _in_units(deltas[0])
+        for delta in deltas[1:]:
+            total = total + _in_units(delta)
+        return NeuronStatistics(total, self._tokens)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._whole.append(_rounded(self._open))
+            self._open = None
+
+
+def _rounded(statistics: NeuronStatistics) -> torch.Tensor:
+    return statistics.scores().half()
+
+
+def _in_units(rounded: torch.Tensor) -> torch.Tensor:
+    return (rounded.double() / UNIT).to(torch.int64)
 
 
 def norm_score(activations: torch.Tensor) -> torch.Tensor:

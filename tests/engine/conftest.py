@@ -1,0 +1,40 @@
+"""Running requests on an engine to their ends."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from sparserve.engine.engine import Engine
+from sparserve.engine.request import GenerationRequest, Update
+
+# (request id, choice) -> all its updates as one
+Results = dict[tuple[str, int], Update]
+
+
+def run_to_end(engine: Engine, requests: Sequence[GenerationRequest], stagger: int = 0) -> Results:
+    """One more request every `stagger` steps (0: all at once)."""
+    pending, steps = list(requests), 0
+    results = {
+        (r.request_id, i): Update(r.request_id, i) for r in requests for i in range(r.sampling.n)
+    }
+    while pending or engine.has_work:
+        while pending and (stagger == 0 or steps % stagger == 0):
+            engine.validate(pending[0])
+            engine.add(pending.pop(0))
+            if stagger:
+                break
+        for update in engine.step():
+            known = results[update.request_id, update.index]
+            assert known.finish is None, "an update after the end"
+            results[update.request_id, update.index] = known + update
+            assert update.finish is None or update.finish.error is None, update.finish
+        steps += 1
+    assert engine.used_blocks == engine.num_running == engine.num_waiting == 0
+    assert all(update.finish is not None for update in results.values())
+    return results
+
+
+@pytest.fixture(scope="session")
+def finish_all() -> Callable[..., Results]:
+    """`run_to_end` itself: test modules cannot import this one."""
+    return run_to_end
