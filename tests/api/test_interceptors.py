@@ -6,7 +6,8 @@ import json
 import logging
 import re
 import string
-from contextlib import suppress
+import time
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import pytest
@@ -112,6 +113,33 @@ async def test_a_call_that_its_client_cancels_is_logged_as_cancelled(
     assert 0 < line["completion_tokens"] < 400
 
 
+@asynccontextmanager
+async def serving_method(handler):
+    """A channel to a server of one method, `/test.Test/Method`, behind the access log alone."""
+    server = grpc.aio.server(interceptors=[AccessLogInterceptor()])
+    methods = {"Method": handler}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+async def test_an_abort_that_comes_too_late_is_logged_with_its_status(access):
+    async def late(request, context):
+        time.sleep(
+            context.time_remaining() + 0.05
+        )  # the loop is busy: nobody is told that it passed
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too late")
+
+    async with serving_method(grpc.unary_unary_rpc_method_handler(late)) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary("/test.Test/Method")(b"", timeout=0.1)
+        (line,) = await access()
+    assert line["code"] == "DEADLINE_EXCEEDED"
+
+
 async def test_a_stream_cancelled_while_it_waits_for_its_reader_is_logged_as_cancelled(access):
     sent = 0
 
@@ -122,13 +150,8 @@ async def test_a_stream_cancelled_while_it_waits_for_its_reader_is_logged_as_can
             yield bytes(1 << 20)
             sent += 1
 
-    handlers = {"Flood": grpc.unary_stream_rpc_method_handler(flood)}
-    server = grpc.aio.server(interceptors=[AccessLogInterceptor()])
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_stream("/test.Test/Flood")(b"")
+    async with serving_method(grpc.unary_stream_rpc_method_handler(flood)) as channel:
+        call = channel.unary_stream("/test.Test/Method")(b"")
         await call.read()
         before = -1
         while before != sent:  # until the connection takes no more
@@ -136,7 +159,6 @@ async def test_a_stream_cancelled_while_it_waits_for_its_reader_is_logged_as_can
             await asyncio.sleep(0.1)
         call.cancel()
         (line,) = await access()
-    await server.stop(0)
     assert (line["code"], line["request_id"]) == ("CANCELLED", "r1")
 
 
