@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,15 +172,24 @@ async def test_a_call_that_runs_out_of_time_is_logged_so(server, wire, access, c
     assert line["code"] == "DEADLINE_EXCEEDED"
 
 
-async def test_probes_leave_a_line_at_debug_only(wire, access, caplog):
-    await wire.health.Check(health_pb2.HealthCheckRequest())
+async def test_probes_and_reflection_leave_a_line_at_debug_only(wire, access, caplog):
+    async def ask() -> None:
+        await wire.health.Check(health_pb2.HealthCheckRequest())
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        reflection = reflection_pb2_grpc.ServerReflectionStub(wire.channel)
+        assert [answer async for answer in reflection.ServerReflectionInfo(iter([question]))]
+
+    await ask()
     await wire.inference.Generate(make_request("hello", max_tokens=1, **GREEDY))
     (line,) = await access()
     assert line["method"] == GENERATE
     caplog.set_level(logging.DEBUG)
-    await wire.health.Check(health_pb2.HealthCheckRequest())
-    _, line = await access(2)
-    assert (line["method"], line["level"]) == ("/grpc.health.v1.Health/Check", "DEBUG")
+    await ask()
+    _, *lines = await access(3)
+    assert [(line["method"], line["level"], line["code"]) for line in lines] == [
+        ("/grpc.health.v1.Health/Check", "DEBUG", "OK"),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "DEBUG", "OK"),
+    ]
 
 
 async def test_neither_prompt_nor_output_is_logged(wire, access, log, caplog):

@@ -63,15 +63,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 def _wrapped(handler: Handler, wrap_unary: Wrap, wrap_stream: Wrap) -> Handler:
-    if handler is None or handler.request_streaming:  # unknown method, or reflection's own stream
+    if handler is None:  # unknown method
         return handler
-    codecs = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(wrap_stream(handler.unary_stream), **codecs)
-    return grpc.unary_unary_rpc_method_handler(wrap_unary(handler.unary_unary), **codecs)
+    # "unary_stream", say: the behavior's attribute, and how the function that makes a handler begins
+    kind = "_".join(
+        "stream" if streaming else "unary"
+        for streaming in (handler.request_streaming, handler.response_streaming)
+    )
+    wrap = wrap_stream if handler.response_streaming else wrap_unary
+    make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
+    return make(
+        wrap(getattr(handler, kind)),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
 @contextmanager
