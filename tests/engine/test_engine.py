@@ -342,4 +342,10 @@ def test_a_value_out_of_range_is_named_with_its_limit(kind, values, told):
 
 def test_a_pool_below_one_context_is_refused_with_the_way_out(tiny_engine):
     with pytest.raises(ConfigError, match="raise --kv-cache-gib or lower --max-context"):
-        tiny_engine(kv_cache_gib=0.0001)
+        tiny_engine(kv_cache_gib=0.0001, max_context=512)
+
+
+def test_a_context_nobody_asked_for_is_cut_to_what_fits(tiny_engine, caplog):
+    engine = tiny_engine(kv_cache_gib=0.0001)
+    assert engine.limits.max_context == 16 * engine.backend.num_blocks < 512
+    assert "serving a context of" in caplog.text

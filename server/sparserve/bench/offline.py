@@ -22,6 +22,9 @@ from sparserve.engine.engine import Engine
 from sparserve.errors import ConfigError
 from sparserve.model.weights import ModelWeights
 
+# What a conversation's second turn adds: the model's answer and the user's next words.
+SECOND_TURN_TOKENS = 64 + 24
+
 # (what is measured, done, total)
 BenchProgress = Callable[[str, int, int], None]
 
@@ -32,7 +35,14 @@ class Plan:
     new_tokens: int
     rounds: int
     concurrency: int
+    conversation_tokens: int  # of a conversation's first turn; 0: none is measured
     seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Positions that a run takes at most."""
+        turn = self.conversation_tokens + SECOND_TURN_TOKENS if self.conversation_tokens else 0
+        return max(self.prompt_tokens, turn) + self.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,17 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """The same beginning twice: TTFT of a first turn and of the next one, which has the prefix cache."""
+
+    first_turn_tokens: int
+    second_turn_tokens: int
+    first_ttft_seconds: float
+    second_ttft_seconds: float
+    second_against_first: float  # median of per-round ratios; smaller is better
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     version: str
     time: str
@@ -62,6 +83,7 @@ class Report:
     # Medians of per-round ratios; >= 1 is in sparserve's favour.
     speed_against_peers: dict[str, float]
     concurrent_against_sequential: float
+    conversation: Conversation | None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,10 +105,10 @@ def run_offline(
     on_progress: BenchProgress,
 ) -> Report:
     """Measure batch 1 against the peers and `plan.concurrency` at once against one after another."""
-    if plan.prompt_tokens + plan.new_tokens > engine.limits.max_context:
+    if plan.longest > engine.limits.max_context:
         raise ConfigError(
-            f"{plan.prompt_tokens} prompt + {plan.new_tokens} new tokens exceed the context of "
-            f"{engine.limits.max_context}"
+            f"{plan.longest} tokens of prompt and output exceed the context of "
+            f"{engine.limits.max_context}; lower --prompt-tokens, --conversation-tokens or --new-tokens"
         )
     source = random.Random(plan.seed)
     step_bytes = weight_bytes(weights)
@@ -94,6 +116,7 @@ def run_offline(
     alone: dict[str, list[Run]] = {system.name: [] for system in systems}
     together: list[Run] = []
     in_sequence: list[float] = []
+    turns: list[tuple[float, float]] = []
     ceilings: list[float] = []
     for system in systems:
         system.run(_prompts(source, engine, 1, plan.prompt_tokens), min(plan.new_tokens, 8))
@@ -106,6 +129,10 @@ def run_offline(
         prompts = _prompts(source, engine, plan.concurrency, plan.prompt_tokens)
         together.append(ours.run(prompts, plan.new_tokens))
         in_sequence.append(sum(ours.run([p], plan.new_tokens).total for p in prompts))
+        if plan.conversation_tokens:
+            (first,) = _prompts(source, engine, 1, plan.conversation_tokens)
+            (rest,) = _prompts(source, engine, 1, SECOND_TURN_TOKENS)
+            turns.append((ours.run([first], 2).ttft, ours.run([first + rest], 2).ttft))
     on_progress("alternating", plan.rounds, plan.rounds)
     ceiling = statistics.median(ceilings)
 
@@ -139,6 +166,18 @@ def run_offline(
             for peer in peers
         },
         concurrent_against_sequential=_median_ratio(in_sequence, [run.total for run in together]),
+        conversation=_conversation(turns, plan.conversation_tokens) if turns else None,
+    )
+
+
+def _conversation(turns: Sequence[tuple[float, float]], first_tokens: int) -> Conversation:
+    first, second = [t[0] for t in turns], [t[1] for t in turns]
+    return Conversation(
+        first_turn_tokens=first_tokens,
+        second_turn_tokens=first_tokens + SECOND_TURN_TOKENS,
+        first_ttft_seconds=round(statistics.median(first), 4),
+        second_ttft_seconds=round(statistics.median(second), 4),
+        second_against_first=_median_ratio(second, first),
     )
 
 
@@ -147,7 +186,7 @@ def _median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 
 def _prompts(source: random.Random, engine: Engine, count: int, length: int) -> Prompts:
-    """Fresh random token ids, so that nothing can be cached."""
+    """Fresh random token ids, so that nothing of them is cached yet."""
     vocab = engine.backend.config.vocab_size
     return [tuple(source.randrange(vocab) for _ in range(length)) for _ in range(count)]
 

@@ -42,6 +42,13 @@ def bench(
     concurrency: Annotated[
         int, typer.Option(help="Requests at once in the batched rows.", min=2)
     ] = 8,
+    conversation_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of a conversation's first turn, whose second turn has the prefix cache; 0: leave it out.",
+            min=0,
+        ),
+    ] = 1000,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the report here as JSON.")
     ] = None,
@@ -66,7 +73,8 @@ def bench(
         )
     built = assemble_engine(model, settings)
     rivals: list[System] = [PEERS[name](model) for name in names]
-    plan = Plan(prompt_tokens, new_tokens, rounds, min(concurrency, settings.max_running))
+    concurrency = min(concurrency, settings.max_running)
+    plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
     with counting_bar() as on_progress:
         report = run_offline(
             built.engine,
@@ -106,3 +114,9 @@ def _print(report: Report) -> None:
     out.print(
         f"{report.plan.concurrency} at once against {report.plan.concurrency} in sequence: {ratio:.2f}x"
     )
+    if (turns := report.conversation) is not None:
+        out.print(
+            f"conversation: TTFT {turns.first_ttft_seconds * 1000:.0f} ms for a first turn of "
+            f"{turns.first_turn_tokens} tokens, {turns.second_ttft_seconds * 1000:.0f} ms for the second of "
+            f"{turns.second_turn_tokens}: {turns.second_against_first:.2f}x"
+        )

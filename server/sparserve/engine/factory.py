@@ -46,7 +46,7 @@ def build_engine(
 def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine:
     """An engine over a model in memory. Raises ConfigError."""
     max_context = _max_context(settings, model.config.max_position_embeddings)
-    num_blocks = _num_blocks(settings, model, max_context)
+    num_blocks, max_context = _size_cache(settings, model, max_context)
     threads = settings.threads or usable_cpus()
     backend = ReferenceBackend(model.config, model.weights, num_blocks=num_blocks, threads=threads)
     log.info(
@@ -87,7 +87,8 @@ def _max_context(settings: EngineSettings, trained: int) -> int:
     return settings.max_context or trained
 
 
-def _num_blocks(settings: EngineSettings, model: LoadedModel, max_context: int) -> int:
+def _size_cache(settings: EngineSettings, model: LoadedModel, max_context: int) -> tuple[int, int]:
+    """-> (KV blocks, context that fits in them). Raises ConfigError where an asked context does not fit."""
     block_bytes = bytes_per_block(model.config, model.weights.dtype)
     one_context = blocks_for(max_context)
     free = memory_room()
@@ -102,9 +103,13 @@ def _num_blocks(settings: EngineSettings, model: LoadedModel, max_context: int) 
         wanted, room = settings.max_running * one_context, free // 4
         blocks = min(wanted, room // block_bytes)
         source = f"a quarter of the free memory ({room / GIB:.2f} GiB)"
-    if blocks < one_context:
-        raise ConfigError(
-            f"{source} holds {blocks * BLOCK_SIZE} tokens of KV cache, one context of {max_context} needs "
-            f"{one_context * block_bytes / GIB:.2f} GiB; raise --kv-cache-gib or lower --max-context"
-        )
-    return blocks
+    if blocks >= one_context:
+        return blocks, max_context
+    needs = f"one context of {max_context} needs {one_context * block_bytes / GIB:.2f} GiB"
+    holds = f"{source} holds {blocks * BLOCK_SIZE} tokens of KV cache, {needs}"
+    if settings.max_context or blocks < 1:
+        raise ConfigError(f"{holds}; raise --kv-cache-gib or lower --max-context")
+    log.warning(
+        "%s: serving a context of %d; raise --kv-cache-gib for more", holds, blocks * BLOCK_SIZE
+    )
+    return blocks, blocks * BLOCK_SIZE
