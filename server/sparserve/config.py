@@ -173,6 +173,17 @@ class ServerSettings(EngineSettings):
         Field(description="Least severe log lines to print."),
     ] = "info"
 
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(description="Log lines as text, or as one JSON object a line."),
+    ] = "text"
+    metrics_compat: Annotated[
+        Literal["none", "vllm"],
+        Field(
+            description="vllm: /metrics shows vLLM's metric names and labels beside our own, for its dashboards and autoscalers."
+        ),
+    ] = "none"
+
     @property
     def max_message_bytes(self) -> int:
         return self.max_message_mib << 20

@@ -2,13 +2,16 @@
 
 import asyncio
 import socket
+import threading
+from contextlib import ExitStack
 
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sparserve.api.http import MAX_CONNECTIONS
 from sparserve.client import make_request
-from sparserve.metrics import TABLE
+from sparserve.metrics import PREFIX, TABLE
 from sparserve.v1 import control_pb2
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -23,7 +26,7 @@ def scrape(http_get):
         assert status == 200
         return {
             "/".join(
-                [sample.name, *(v for k, v in sample.labels.items() if k != "le")]
+                [sample.name, *(v for k, v in sample.labels.items() if k != "model_name")]
             ): sample.value
             for family in text_string_to_metric_families(body)
             for sample in family.samples
@@ -35,16 +38,25 @@ def scrape(http_get):
 
 async def test_every_metric_of_the_table_is_exported_under_its_name_and_kind(server, http_get):
     _, body = await http_get(server, "/metrics")
-    families = {
-        family.name: family
-        for family in text_string_to_metric_families(body)
-        if not family.name.endswith("_created")  # the library's own, beside each counter
-    }
+    families = {family.name: family for family in text_string_to_metric_families(body)}
     for spec in TABLE:
-        family = families.pop(spec.exported.removesuffix("_total"))
+        family = families.pop(f"{PREFIX}_{spec.name}")
         assert family.type == spec.kind.__name__.lower()
         assert family.documentation == spec.help
     assert not families  # nothing that the table, so the documentation, does not know
+
+
+async def test_vllms_names_are_shown_where_they_were_asked_for(serving, connect, http_get):
+    async with serving(metrics_compat="vllm") as server:
+        await connect(server).inference.Generate(make_request("hello", max_tokens=4, **GREEDY))
+        _, body = await http_get(server, "/metrics")
+        _, one = await http_get(server, "/metrics?name[]=vllm:generation_tokens_total")
+    labels = 'engine="0",model_name="tiny-llama'
+    (line,) = [x for x in one.splitlines() if not x.startswith("#")]
+    assert line.startswith(f"vllm:generation_tokens_total{{{labels}")
+    assert line.endswith(" 4.0")
+    assert line in body
+    assert "sparserve_generation_tokens_total{model_name=" in body
 
 
 async def test_counters_advance_as_requests_run(server, wire, scrape):
@@ -62,8 +74,8 @@ async def test_counters_advance_as_requests_run(server, wire, scrape):
     for histogram in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
         assert gained(f"{histogram}_seconds_count") == 3
     assert gained("inter_token_latency_seconds_count") == 9
-    assert gained("engine_step_seconds_count") == gained("iteration_tokens_count") == 12
-    assert gained("iteration_tokens_sum") == 3 * (5 + 3)
+    assert gained("engine_step_seconds_count") == gained("iteration_tokens_total_count") == 12
+    assert gained("iteration_tokens_total_sum") == 3 * (5 + 3)
     assert gained("time_to_first_token_seconds_sum") > 0
     assert after["sparserve_kv_blocks"] == server.engine.engine.backend.num_blocks
 
@@ -124,14 +136,18 @@ async def test_refused_requests_are_counted_by_reason(serving, connect, scrape, 
 async def test_gauges_show_the_load_and_are_zero_again_after_it(
     serving, connect, scrape, controlled, until
 ):
-    request = make_request("x" * 40, max_tokens=5, **GREEDY)
     async with serving(max_running=2) as server:
         wire = connect(server)
+
+        def start(letter: str) -> asyncio.Future:  # prompts that share no block
+            request = make_request(letter * 40, max_tokens=5, **GREEDY)
+            return asyncio.ensure_future(wire.inference.Generate(request))
+
         with controlled(server) as forward:
             forward.hold()
-            calls = [asyncio.ensure_future(wire.inference.Generate(request))]
+            calls = [start("a")]
             await until(lambda: forward.calls == 1)
-            calls += [asyncio.ensure_future(wire.inference.Generate(request)) for _ in range(4)]
+            calls += [start(letter) for letter in "bcde"]
             await until(lambda: server.engine.in_flight == 5)
             for step in (2, 3):
                 forward.allow_one()
@@ -177,6 +193,23 @@ async def test_an_idle_connection_does_not_keep_the_probes_waiting(server, http_
     ):
         half.sendall(b"GET /healthz HTTP/1.1\r\n")
         assert await asyncio.wait_for(http_get(server, "/healthz"), 8) == (200, "ok\n")
+
+
+async def test_idle_connections_give_way_and_hold_no_more_threads_than_allowed(server, http_get):
+    def held() -> int:
+        return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+    with ExitStack() as stack:
+        address = ("127.0.0.1", server.metrics_port)
+        idle = [
+            stack.enter_context(socket.create_connection(address, timeout=8))
+            for _ in range(3 * MAX_CONNECTIONS)
+        ]
+        assert await asyncio.wait_for(http_get(server, "/healthz"), 8) == (200, "ok\n")
+        assert 0 < held() <= MAX_CONNECTIONS
+        assert await asyncio.to_thread(idle[0].recv, 1) == b""  # the oldest was closed
+        idle[-1].sendall(b"GET /readyz HTTP/1.1\r\n\r\n")  # the newest was not
+        assert (await asyncio.to_thread(idle[-1].recv, 100)).startswith(b"HTTP/1.0 200")
 
 
 async def test_probes_answer_while_a_step_runs(server, wire, http_get, controlled, until):

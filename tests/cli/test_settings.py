@@ -27,6 +27,8 @@ OTHER = {
     "max_connection_age": ("2.5", 2.5),
     "drain_timeout": ("1.5", 1.5),
     "log_level": ("debug", "debug"),
+    "log_format": ("json", "json"),
+    "metrics_compat": ("vllm", "vllm"),
 }
 
 

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from sparserve.errors import ConfigError
-from sparserve.metrics import Metrics
 
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 16  # each holds a thread; a scraper and the probes need three
 _POLL_SECONDS = 0.05  # `stop` waits for so long at most
+_GIVE_WAY_SECONDS = 1.0
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a connection, of which there are MAX_CONNECTIONS: then the oldest gives way.
+
+    Were the new one refused instead, a few idle connections would fail the liveness probe.
+    """
+
     daemon_threads = True
     # Two servers on one port would answer in turn; a port in use must be an error.
     allow_reuse_port = False
+
+    def __init__(self, *arguments: Any) -> None:
+        self._connections: list[socket.socket] = []  # oldest first
+        self._ended = threading.Condition()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._ended:
+            if not self._has_room():
+                with suppress(OSError):  # it closed meanwhile
+                    self._connections[0].shutdown(socket.SHUT_RDWR)
+            if not self._ended.wait_for(self._has_room, _GIVE_WAY_SECONDS):
+                raise TimeoutError(f"all {MAX_CONNECTIONS} connections are busy")
+            self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._ended:
+            if request in self._connections:
+                self._connections.remove(request)
+            self._ended.notify()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("HTTP connection from %s failed", client_address, exc_info=True)
+
+    def _has_room(self) -> bool:
+        return len(self._connections) < MAX_CONNECTIONS
 
 
 class _ServerV6(_Server):
@@ -45,12 +83,12 @@ class HttpServer:
         self,
         host: str,
         port: int,
-        metrics: Metrics,
+        registry: CollectorRegistry,
         is_alive: Callable[[], bool],
         is_ready: Callable[[], bool],
     ) -> None:
         """Listens at once. Raises ConfigError where the port is taken."""
-        metrics_app: Any = make_wsgi_app(metrics.registry)
+        metrics_app: Any = make_wsgi_app(registry)
         checks = {"/healthz": is_alive, "/readyz": is_ready}
 
         def app(environ: dict[str, Any], start_response: Any) -> Any:

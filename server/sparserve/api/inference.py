@@ -11,6 +11,7 @@ from sparserve.api import convert
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.request import GeneratedToken, GenerationRequest
 from sparserve.errors import NotBuiltYet, RequestError, UnknownModel
+from sparserve.logs import current_call
 from sparserve.v1 import inference_pb2 as pb
 from sparserve.v1 import inference_pb2_grpc
 
@@ -29,6 +30,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         finish = None
         with self._engine.submit(generation) as stream:
             async for update in stream:
+                current_call().completion_tokens += len(update.tokens)
                 texts.append(update.text)
                 tokens += update.tokens
                 finish = update.finish
@@ -60,6 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
             yield pb.GenerateStreamResponse(started=started)
             async for update in stream:
+                current_call().completion_tokens += len(update.tokens)
                 text = update.text if _wants_text(request) else ""
                 tokens = convert.tokens(update.tokens, request.response)
                 if text or tokens:
@@ -96,12 +99,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _parse(self, request: pb.GenerateRequest, context: Any) -> GenerationRequest:
         arrival = time.monotonic()
+        call = current_call()
+        call.request_id, call.user = request.request_id, request.user
         self._engine.check_room()  # before the work of tokenizing
         engine = self._engine.engine
         try:
             if request.model and request.model != self._model_name:
                 raise UnknownModel(request.model, self._model_name)
-            return await asyncio.to_thread(
+            generation = await asyncio.to_thread(
                 convert.parse_request,
                 request,
                 engine.tokenizer,
@@ -110,6 +115,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 context.time_remaining(),
                 arrival,
             )
+            call.request_id = generation.request_id
+            call.prompt_tokens = len(generation.prompt_token_ids)
+            return generation
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()
             raise

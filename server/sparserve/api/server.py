@@ -14,7 +14,7 @@ from sparserve.api.control import ControlService
 from sparserve.api.health import HealthService
 from sparserve.api.http import HttpServer, address_family
 from sparserve.api.inference import InferenceService
-from sparserve.api.interceptors import ErrorInterceptor
+from sparserve.api.interceptors import AccessLogInterceptor, ErrorInterceptor
 from sparserve.api.reflection import add_reflection
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, EngineState
@@ -65,7 +65,8 @@ class Server:
             on_state=self._on_state,
         )
         self._grpc = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=grpc_options(settings)
+            interceptors=[AccessLogInterceptor(), ErrorInterceptor()],
+            options=grpc_options(settings),
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceService(self.engine, model_name), self._grpc
@@ -85,12 +86,12 @@ class Server:
 
     async def start(self) -> None:
         """Warm up, listen, then turn SERVING. Raises ConfigError where a port is taken."""
-        settings = self._settings
+        settings, engine_metrics = self._settings, self.engine.engine.metrics
         try:
             self._http = HttpServer(
                 settings.host,
                 settings.metrics_port,
-                self.engine.engine.metrics,
+                engine_metrics.exposition(vllm=settings.metrics_compat == "vllm"),
                 is_alive=lambda: self.engine.state is not EngineState.BROKEN,
                 is_ready=lambda: self.is_ready,
             )

@@ -7,6 +7,7 @@ import urllib.request
 from typing import Annotated
 
 import typer
+from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
 from sparserve.api.server import Server
@@ -96,15 +97,17 @@ def _print_speeds(questions: tuple[str, ...], results: list[Result]) -> None:
 
 def _print_metrics(url: str) -> None:
     with urllib.request.urlopen(url, timeout=10) as response:
-        lines = response.read().decode().splitlines()
+        families = text_string_to_metric_families(response.read().decode())
+        samples = [sample for family in families for sample in family.samples]
     out.print("[bold]metrics[/] (a selection of what Prometheus would scrape)")
     shown = (
         "_tokens_total",
         "_finished_total",
         "_seconds_sum",
         "_seconds_count",
-        "sparserve_kv_blocks",
+        "_kv_blocks",
     )
-    for line in lines:
-        if not line.startswith("#") and any(part in line.split(" ")[0] for part in shown):
-            out.print(f"  {line}", markup=False)
+    for sample in samples:
+        if sample.name.endswith(shown) and sample.value:
+            labels = [value for name, value in sample.labels.items() if name != "model_name"]
+            out.print(" ", sample.name, *labels, sample.value, markup=False)

@@ -72,7 +72,9 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
         max_choices=settings.max_choices,
         prefix_cache=settings.prefix_cache,
     )
-    return BuiltEngine(Engine(backend, tokenizer, limits, Metrics()), model.name)
+    return BuiltEngine(
+        Engine(backend, tokenizer, limits, Metrics(model.name, max_context)), model.name
+    )
 
 
 def _max_context(settings: EngineSettings, trained: int) -> int:
