@@ -11,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sparserve.api.http import MAX_CONNECTIONS
 from sparserve.client import make_request
+from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.metrics import PREFIX, TABLE
+from sparserve.model.backend import BLOCK_SIZE
 from sparserve.v1 import control_pb2
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -78,6 +80,38 @@ async def test_counters_advance_as_requests_run(server, wire, scrape):
     assert gained("iteration_tokens_total_sum") == 3 * (5 + 3)
     assert gained("time_to_first_token_seconds_sum") > 0
     assert after["sparserve_kv_blocks"] == server.engine.engine.backend.num_blocks
+
+
+async def test_every_histogram_of_requests_counts_choices_or_requests(server, scrape):
+    sampling = SamplingParams(temperature=0, n=3)
+    stopping = StoppingParams(max_tokens=4, ignore_eos=True)
+    for number in range(2):  # the second finds the first one's prompt in the prefix cache
+        request = GenerationRequest(str(number), tuple(range(40)), sampling, stopping)
+        with server.engine.submit(request) as stream:
+            assert [update async for update in stream]
+    now = await scrape(server)
+    counts = {
+        "request_queue_time_seconds": 2, "request_params_n": 2, "request_params_max_tokens": 2,
+        "request_prompt_tokens": 2, "request_max_num_generation_tokens": 2,
+        "request_prefill_kv_computed_tokens": 2, "time_to_first_token_seconds": 6,
+        "inter_token_latency_seconds": 18, "request_time_per_output_token_seconds": 6,
+        "e2e_request_latency_seconds": 6, "request_inference_time_seconds": 6,
+        "request_prefill_time_seconds": 6, "request_decode_time_seconds": 6,
+        "request_generation_tokens": 6,
+    }  # fmt: skip
+    for name, count in counts.items():
+        assert now[f"sparserve_{name}_count"] == count, name
+    cached = BLOCK_SIZE * (39 // BLOCK_SIZE)
+    totals = {
+        "request_params_n_sum": 6, "request_params_max_tokens_sum": 8, "request_prompt_tokens_sum": 80,
+        "request_max_num_generation_tokens_sum": 8, "request_generation_tokens_sum": 24,
+        "request_prefill_kv_computed_tokens_sum": 80 - cached, "prefix_cache_queries_total": 6 * cached,
+        "prefix_cache_hits_total": 5 * cached, "prompt_tokens_cached_total": cached,
+        "prompt_tokens_total": 80, "generation_tokens_total": 24,
+    }  # fmt: skip
+    for name, total in totals.items():
+        assert now[f"sparserve_{name}"] == total, name
+    assert now["sparserve_kv_cache_usage_perc"] == 0
 
 
 async def test_finished_requests_are_counted_by_reason(serving, connect, scrape, controlled, until):
@@ -157,6 +191,7 @@ async def test_gauges_show_the_load_and_are_zero_again_after_it(
         idle = await scrape(server)
     gauges = ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
     assert [busy[f"sparserve_{gauge}"] for gauge in gauges] == [2, 3, 6]
+    assert busy["sparserve_kv_cache_usage_perc"] == 6 / busy["sparserve_kv_blocks"]
     assert [idle[f"sparserve_{gauge}"] for gauge in gauges] == [0, 0, 0]
 
 

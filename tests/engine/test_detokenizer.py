@@ -82,6 +82,7 @@ def test_special_tokens_have_no_text(bytes_tokenizer):
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 258) | st.sampled_from(_PARTS_OF_CHARACTERS), max_size=30))
 @example(ids=[172, 94, 94, 156, 94, 0])
+@example(ids=[126, 256, 94])
 def test_any_tokens_give_the_text_of_decoding_them_together(bytes_tokenizer, ids):
     pieces, _ = feed(bytes_tokenizer, ids)
     whole = bytes_tokenizer.decode(ids)

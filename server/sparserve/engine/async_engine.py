@@ -70,6 +70,10 @@ class RequestStream:
     def has_failed(self) -> bool:
         return self._error is not None
 
+    @property
+    def is_slow(self) -> bool:
+        return isinstance(self._error, SlowReader)
+
     def put(self, update: Update) -> None:
         """Called by the engine's owner on the event loop."""
         if self.is_complete:
@@ -320,6 +324,8 @@ class AsyncEngine:
             self._unstarted.pop(update.request_id, None)
             stream.put(update)
             if stream.is_complete:
+                if stream.is_slow:
+                    self.engine.metrics.slow_readers.inc()
                 if stream.has_failed:  # others of its choices may still run
                     self._command(partial(self._abort_silently, update.request_id))
                 self._forget(update.request_id)

@@ -83,7 +83,8 @@ class Detokenizer:
         """
         for upto in range(len(self._window) - 1, self._read, -1):
             head = self._decode(self._window[:upto])
-            if head + self._decode(self._window[upto:]) == text:
+            tail = self._decode(self._window[upto:])
+            if tail and head + tail == text:  # a special token decodes to nothing
                 return upto, head
         return self._read, ""
 

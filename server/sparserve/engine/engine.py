@@ -46,6 +46,8 @@ class _Request:
 
     sequences: list[Sequence]
     held_back: list[Sequence] = field(default_factory=list)
+    cached_tokens: int = 0  # of the prompt, in the first choice
+    longest: int = 0  # tokens in one of the choices that have ended
 
 
 class Engine:
@@ -74,10 +76,12 @@ class Engine:
         )
         self._requests: dict[str, _Request] = {}
         self._failures = 0
-        metrics.kv_blocks_total.set(backend.num_blocks)
-        metrics.running.set_function(lambda: self.num_running)
-        metrics.waiting.set_function(lambda: self.num_waiting)
-        metrics.kv_blocks_used.set_function(lambda: self.used_blocks)
+        metrics.watch_engine(
+            num_blocks=backend.num_blocks,
+            num_running=lambda: self.num_running,
+            num_waiting=lambda: self.num_waiting,
+            used_blocks=lambda: self.used_blocks,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -188,7 +192,7 @@ class Engine:
         rows = iter(rows_of(output.candidates, self.backend.config.vocab_size))
         parts = zip(plan.scheduled, output.statistics, output.scores, strict=True)
         for item, statistics, scores in parts:
-            item.sequence.first_scheduled = item.sequence.first_scheduled or now
+            self._note_first_schedule(item.sequence, now)
             item.sequence.take_prompt_output(statistics, scores)
         wanting = [(item.sequence, next(rows)) for item in plan.scheduled if item.wants_token]
         self._scheduler.update(plan)
@@ -204,20 +208,28 @@ class Engine:
                     self._end_failed(sequence, self._log_failure("a request's own step"))
                 )
 
+    def _note_first_schedule(self, sequence: Sequence, now: float) -> None:
+        if sequence.first_scheduled is not None:
+            return
+        sequence.first_scheduled = now
+        if sequence.choice == 0:
+            self.metrics.observe_scheduled(
+                queue_seconds=now - sequence.request.arrival, cached_tokens=sequence.cached_tokens
+            )
+
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
         token = self._draw(sequence, row)
         now = time.monotonic()
         prompt: tuple[PromptToken, ...] = ()
         if sequence.last_token is None:
             sequence.first_token = now
-            self.metrics.ttft.observe(now - sequence.request.arrival)
+            self.metrics.observe_first_token(now - sequence.request.arrival)
             prompt = tuple(sequence.prompt_tokens)
             self._release_choices(sequence)
         else:
-            self.metrics.itl.observe(now - sequence.last_token)
+            self.metrics.observe_next_token(now - sequence.last_token)
         sequence.last_token = now
         sequence.output_token_ids.append(token.id)
-        self.metrics.generation_tokens.inc()
         text, finish = self._advance_text(sequence, token.id)
         if finish is None:
             return Update(
@@ -299,14 +311,27 @@ class Engine:
         else:
             self._scheduler.remove(sequence)
             request.sequences.remove(sequence)
+            if sequence.choice == 0:
+                request.cached_tokens = sequence.cached_tokens
             if sequence.first_token is None:
                 self._release_choices(sequence)  # the first choice failed; theirs is another fate
+        request.longest = max(request.longest, finish.completion_tokens)
+        self.metrics.observe_finish(
+            finish.reason.value,
+            e2e_seconds=time.monotonic() - sequence.request.arrival,
+            prefill_seconds=finish.timings.prefill,
+            decode_seconds=finish.timings.decode,
+            completion_tokens=finish.completion_tokens,
+        )
         if not request.sequences and not request.held_back:
             del self._requests[request_id]
-        self.metrics.requests_finished.labels(reason=finish.reason.value).inc()
-        self.metrics.e2e_latency.observe(time.monotonic() - sequence.request.arrival)
-        if sequence.first_scheduled is not None:
-            self.metrics.queue_time.observe(finish.timings.queue)
+            self.metrics.observe_request(
+                n=sequence.request.sampling.n,
+                max_tokens=sequence.max_tokens,
+                prompt_tokens=sequence.prompt_len,
+                cached_tokens=request.cached_tokens,
+                longest=request.longest,
+            )
         return Update(request_id, sequence.choice, text, tokens, finish, prompt)
 
     def _expire(self, now: float) -> list[Update]:
@@ -354,12 +379,13 @@ class Engine:
         return self._end(sequence, sequence.finish(FinishReason.ERROR, error=error))
 
     def _record(self, plan: Plan, seconds: float) -> None:
-        self.metrics.preemptions.inc(plan.preempted)
-        self.metrics.prefix_cache_queries.inc(plan.prefix_queries)
-        self.metrics.prefix_cache_hits.inc(plan.prefix_hits)
-        if plan.scheduled:
-            self.metrics.step_time.observe(seconds)
-            self.metrics.step_tokens.observe(sum(item.count for item in plan.scheduled))
+        self.metrics.observe_step(
+            seconds=seconds,
+            tokens=sum(item.count for item in plan.scheduled),
+            preempted=plan.preempted,
+            prefix_queries=plan.prefix_queries,
+            prefix_hits=plan.prefix_hits,
+        )
 
 
 def _input(item: Scheduled) -> SequenceInput:
