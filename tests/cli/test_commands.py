@@ -52,7 +52,9 @@ async def test_generate_asks_a_server_and_prints_the_same(run_main, serving, tin
         there = await asyncio.to_thread(run_main, "generate", "hello", "--server", target, *fields)
         async with AsyncClient(target) as client:
             answer = await client.generate("hello", max_tokens=12, temperature=1, seed=4)
-        here = run_main("generate", "hello", "--model", tiny_folder, *TINY, *fields)
+        here = await asyncio.to_thread(
+            run_main, "generate", "hello", "--model", tiny_folder, *TINY, *fields
+        )
         refused = await asyncio.to_thread(
             run_main, "generate", "hello", "--server", target, "--temperature", "3"
         )
