@@ -63,7 +63,7 @@ def progress_bars() -> Iterator[ProgressBars]:
 
 
 def print_text(text: str) -> None:
-    """A piece of a stream, at once and as it is."""
+    """A piece of a stream, at once; characters that would move the cursor are left out."""
     out.out(text, end="", highlight=False)
     out.file.flush()
 
