@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 from transformers import AutoTokenizer
 
 import sparserve
-from sparserve.client import AsyncClient, make_request
+from sparserve.client import AsyncClient, Client, make_request
 from sparserve.client.responses import ArchiveReader
 from sparserve.errors import CallFailed
 from sparserve.v1 import control_pb2 as pb
@@ -133,6 +133,12 @@ async def test_the_tokenizer_comes_in_parts_with_the_checksum_of_the_whole_on_th
     assert parts[-1].sha256 == hashlib.sha256(whole).hexdigest()
 
 
+async def test_the_tokenizer_of_another_model_is_not_found(wire):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await wire.control.GetTokenizer(pb.GetTokenizerRequest(model="gpt-9")).read()
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_two_servers_of_a_model_send_the_same_bytes(serving, connect):
     archives = []
     for _ in range(2):
@@ -230,6 +236,21 @@ async def test_a_drain_ends_what_its_timeout_finds_in_flight(serving, connect, c
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await call
             assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_the_plain_client_waits_for_a_drain(serving):
+    async with serving() as server:
+
+        def drain() -> list[int]:
+            seen: list[int] = []
+            with Client(f"127.0.0.1:{server.port}") as client:
+                client.drain(on_progress=seen.append)
+                with pytest.raises(CallFailed, match="UNAVAILABLE"):
+                    client.generate("hello")
+            return seen
+
+        assert (await asyncio.to_thread(drain))[-1] == 0
+        assert not server.is_ready
 
 
 async def test_a_client_that_leaves_does_not_undo_its_drain(serving, connect, controlled, until):

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from sparserve.client import make_chat_request, make_request
 from sparserve.v1 import control_pb2, inference_pb2
 
+EXAMPLES = 150
 ANSWERS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNIMPLEMENTED,
@@ -22,7 +23,6 @@ ANSWERS = {
 }
 # A drained server serves nobody: tests/api/test_control.py has Drain. A name of another model is
 # always NOT_FOUND, and a compiler of constraints has tests of its own.
-EXAMPLES = 150
 LEFT_OUT = {"Drain"}
 WITHOUT = {"model", "constraint"}
 METHODS = {

@@ -122,6 +122,14 @@ def test_tools_calls_and_more_names_are_those_of_transformers():
     assert "True True True" in text
 
 
+def test_ordinary_arithmetic_works():
+    template = (
+        "{{ 3 * 4 }} {{ 10**9 * 10**9 }} {{ 2 ** 10 }} {{ '-' * 3 }} {{ 0.5 * 4 }} {{ 3 * [1] }}"
+    )
+    text = ChatTemplate(template, {}).render(Conversation([{"role": "user", "content": "x"}]))
+    assert text == "12 1000000000000000000 1024 --- 2.0 [1, 1, 1]"
+
+
 def test_tools_are_refused_where_the_template_does_not_look_at_them():
     conversation = Conversation([{"role": "user", "content": "tools"}], tools=[TOOL])
     with pytest.raises(InvalidRequest, match="does not know tools") as refused:
@@ -156,6 +164,7 @@ def test_a_template_that_is_none_cannot_chat(source):
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "s of work"),
         ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "characters of text"),
         ("{{ 'a' * 10 ** 15 }}", "too large"),
+        ("{{ 10 ** 15 * 'a' }}", "too large"),
         ("{{ 7 ** (9 ** 99) }}", "too large"),
     ],
 )  # fmt: skip

@@ -91,15 +91,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine = self._engine.engine
         try:
             self._check_model(request.model)
-            constraint = requests.constraint_of(request)
-            generation = await asyncio.to_thread(
-                requests.parse_request,
-                request,
-                engine.tokenizer,
-                engine.limits.max_context - 1,
-                engine.backend.info.policies,
-                context.time_remaining(),
-                arrival,
+            seconds_left = context.time_remaining()
+            generation, constraint = await asyncio.to_thread(
+                lambda: (
+                    requests.parse_request(
+                        request,
+                        engine.tokenizer,
+                        engine.limits.max_context - 1,
+                        engine.backend.info.policies,
+                        seconds_left,
+                        arrival,
+                    ),
+                    requests.constraint_of(request),
+                )
             )
             if constraint is not None:
                 compiled = await self._engine.constraints.compile(constraint)  # type: ignore[attr-defined]

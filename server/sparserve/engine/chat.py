@@ -124,7 +124,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (abs(left) < 2**64 and abs(right) < 64):
             raise _TooMuch("the power of too large numbers")
-        if operator == "*" and _size(left) * _size(right) > MAX_PROMPT_CHARACTERS:
+        if operator == "*" and _product_length(left, right) > MAX_PROMPT_CHARACTERS:
             raise _TooMuch("a product that is too large")
         return super().call_binop(context, operator, left, right)
 
@@ -233,11 +233,14 @@ def _cut_at_tag(text: str, final: str) -> str:
     return text[:at] if text.startswith(_CONTINUE_TAG, at) else text[:at].rstrip()
 
 
-def _size(factor: Any) -> int:
-    """Of a product with it: items of a sequence, repetitions of a whole number, digits do not count."""
-    if isinstance(factor, (str, bytes, list, tuple)):
-        return len(factor)
-    return abs(factor) if isinstance(factor, int) else 1
+def _product_length(left: Any, right: Any) -> int:
+    """Items of a repeated sequence, bits of a product of whole numbers."""
+    for sequence, count in ((left, right), (right, left)):
+        if isinstance(sequence, (str, bytes, list, tuple)) and isinstance(count, int):
+            return len(sequence) * count
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() + right.bit_length()
+    return 0
 
 
 def _told(error: Exception) -> str:
