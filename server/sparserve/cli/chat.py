@@ -124,6 +124,7 @@ async def _answer_unless_interrupted(
         await asyncio.wait({answering})
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+        answering.cancel()  # where this task itself is cancelled
     if not answering.cancelled():
         await answering  # raises its error
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparserve.errors import SparserveError
 
@@ -46,7 +47,7 @@ class Dialogue:
     """Questions and answers alternate in `turns`; `settings` go with every request."""
 
     system: str = ""
-    settings: dict[str, int | float | None] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, str]] = field(default_factory=list)
 
     @property

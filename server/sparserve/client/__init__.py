@@ -13,7 +13,7 @@ the server said about retrying. Needs only the protocol: no model code, no torch
 
 from sparserve.client.asynchronous import AsyncClient
 from sparserve.client.plain import Client
-from sparserve.client.requests import Fields, make_chat_request, make_request
+from sparserve.client.requests import ChatFields, Fields, make_chat_request, make_request
 from sparserve.client.responses import (
     Choice,
     Delta,
@@ -26,6 +26,7 @@ from sparserve.client.responses import (
 
 __all__ = [
     "AsyncClient",
+    "ChatFields",
     "Choice",
     "Client",
     "Delta",

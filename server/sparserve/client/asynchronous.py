@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import grpc
 
 from sparserve.client.plain import OPTIONS
-from sparserve.client.requests import Message, make_chat_request, make_request
+from sparserve.client.requests import ChatFields, Fields, Message, make_chat_request, make_request
 from sparserve.client.responses import (
     ArchiveReader,
     Delta,
@@ -34,7 +34,7 @@ class AsyncClient:
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 
     async def generate(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Any
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Unpack[Fields]
     ) -> Generation:
         """One whole generation. Raises CallFailed."""
         request = make_request(prompt, **fields)
@@ -42,7 +42,11 @@ class AsyncClient:
             return generation(await self._inference.Generate(request, timeout=timeout))
 
     async def chat(
-        self, messages: Sequence[Message], *, timeout: float | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[ChatFields],
     ) -> Generation:
         """The model's answer to a conversation. Raises CallFailed."""
         request = make_chat_request(messages, **fields)
@@ -50,14 +54,18 @@ class AsyncClient:
             return generation(await self._inference.Chat(request, timeout=timeout))
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Any
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Unpack[Fields]
     ) -> AsyncIterator[Delta]:
         """Pieces as they are made; closing the iterator cancels the request. Raises CallFailed."""
         request = make_request(prompt, **fields)
         return self._deltas(self._inference.GenerateStream, request, timeout)
 
     def chat_stream(
-        self, messages: Sequence[Message], *, timeout: float | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[ChatFields],
     ) -> AsyncIterator[Delta]:
         """As `stream`, for a conversation."""
         request = make_chat_request(messages, **fields)
@@ -68,7 +76,9 @@ class AsyncClient:
         with call_errors():
             return tokenization(await self._inference.Tokenize(pb.TokenizeRequest(text=text)))
 
-    async def tokenize_chat(self, messages: Sequence[Message], **fields: Any) -> Tokenization:
+    async def tokenize_chat(
+        self, messages: Sequence[Message], **fields: Unpack[ChatFields]
+    ) -> Tokenization:
         """The prompt that `chat` would make of a conversation."""
         request = pb.TokenizeRequest(chat=make_chat_request(messages, **fields))
         with call_errors():

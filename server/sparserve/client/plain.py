@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import grpc
 
-from sparserve.client.requests import Message, make_chat_request, make_request
+from sparserve.client.requests import ChatFields, Fields, Message, make_chat_request, make_request
 from sparserve.client.responses import (
     ArchiveReader,
     Delta,
@@ -33,8 +33,8 @@ OPTIONS = [
 class Client:
     """A connection to one server, for plain programs; thread-safe.
 
-    `generate`, `chat` and their streams take the keywords of `Fields`, and `timeout` in seconds;
-    the chats `tools`, `continue_final_message` and `template_arguments` too.
+    `generate`, `chat` and their streams take the keywords of `Fields` and `ChatFields`, and `timeout`
+    in seconds.
     """
 
     def __init__(self, target: str) -> None:
@@ -43,7 +43,7 @@ class Client:
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 
     def generate(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Any
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Unpack[Fields]
     ) -> Generation:
         """One whole generation. Raises CallFailed."""
         request = make_request(prompt, **fields)
@@ -51,7 +51,11 @@ class Client:
             return generation(self._inference.Generate(request, timeout=timeout))
 
     def chat(
-        self, messages: Sequence[Message], *, timeout: float | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[ChatFields],
     ) -> Generation:
         """The model's answer to a conversation. Raises CallFailed."""
         request = make_chat_request(messages, **fields)
@@ -59,14 +63,18 @@ class Client:
             return generation(self._inference.Chat(request, timeout=timeout))
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Any
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Unpack[Fields]
     ) -> Iterator[Delta]:
         """Pieces as they are made; closing the iterator cancels the request. Raises CallFailed."""
         request = make_request(prompt, **fields)
         return self._deltas(self._inference.GenerateStream, request, timeout)
 
     def chat_stream(
-        self, messages: Sequence[Message], *, timeout: float | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[ChatFields],
     ) -> Iterator[Delta]:
         """As `stream`, for a conversation."""
         request = make_chat_request(messages, **fields)
@@ -77,7 +85,9 @@ class Client:
         with call_errors():
             return tokenization(self._inference.Tokenize(pb.TokenizeRequest(text=text)))
 
-    def tokenize_chat(self, messages: Sequence[Message], **fields: Any) -> Tokenization:
+    def tokenize_chat(
+        self, messages: Sequence[Message], **fields: Unpack[ChatFields]
+    ) -> Tokenization:
         """The prompt that `chat` would make of a conversation."""
         request = pb.TokenizeRequest(chat=make_chat_request(messages, **fields))
         with call_errors():

@@ -68,6 +68,14 @@ class Fields(TypedDict, total=False):
     user: str | None
 
 
+class ChatFields(Fields, total=False):
+    """The same for a chat, and what makes its prompt beside the messages."""
+
+    tools: Sequence[ToolSpec]
+    continue_final_message: bool | None
+    template_arguments: Mapping[str, Any] | None
+
+
 _GROUPS: dict[str, str] = {
     field.name: group
     for group, kind in (
