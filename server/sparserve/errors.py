@@ -13,6 +13,7 @@
         NotBuiltYet               a documented field that this server does not serve yet
         UnknownModel              another model than the one served
         DuplicateRequest          the request id is in flight already
+        ChatUnavailable           the model has no chat template that works
       QueueFull                   too many requests or prompt tokens wait
       SlowReader                  a stream was not read
       Unavailable                 draining, stopped or broken
@@ -97,6 +98,13 @@ class DuplicateRequest(RequestError):
         super().__init__(
             "request_id", f"request_id {reprlib.repr(request_id)} is in flight already; use another"
         )
+
+
+class ChatUnavailable(RequestError):
+    """The model has no chat template that works, so no conversation can be a prompt."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("messages", message)
 
 
 class QueueFull(SparserveError):

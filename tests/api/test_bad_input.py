@@ -123,6 +123,12 @@ async def test_a_huge_prompt_is_refused_before_its_tokens_are_looked_at(refusal,
         *[("temperature", v) for v in (-0.001, 2.001, math.nan, math.inf, -math.inf)],
         *[("top_p", v) for v in (0.0, -0.5, 1.001, math.nan, math.inf, -math.inf)],
         *[("top_k", v) for v in (-1, -(2**31))],
+        *[("min_p", v) for v in (-0.01, 1.01, math.nan, math.inf)],
+        *[("typical_p", v) for v in (0.0, -0.5, 1.01, math.nan)],
+        *[("repetition_penalty", v) for v in (0.0, -1.0, 10.01, math.nan, math.inf)],
+        *[("presence_penalty", v) for v in (-2.01, 2.01, math.nan, math.inf)],
+        *[("frequency_penalty", v) for v in (-2.01, 2.01, math.nan, -math.inf)],
+        *[("n", v) for v in (0, -1, -(2**31))],
     ],
 )
 async def test_a_sampling_value_out_of_range_is_refused(refusal, details_of, name, value):
@@ -145,6 +151,14 @@ async def test_a_sampling_value_out_of_range_is_refused(refusal, details_of, nam
         ("top_k", 2**31 - 1),
         ("seed", 0),
         ("seed", 2**64 - 1),
+        ("min_p", 1.0),
+        ("typical_p", 1e-40),
+        ("repetition_penalty", 10.0),
+        ("presence_penalty", -2.0),
+        ("frequency_penalty", 2.0),
+        ("n", 1),
+        ("logit_bias", dict.fromkeys(range(259), 100.0)),
+        ("allowed_token_ids", range(259)),
     ],
 )
 async def test_a_sampling_value_at_its_bound_is_served(wire, name, value):
@@ -164,6 +178,13 @@ async def test_a_sampling_value_at_its_bound_is_served(wire, name, value):
         ),
         pytest.param({"stop": ["ok", "x" * 257]}, "stop", "257 characters; 1 to 256", id="long"),
         pytest.param({"stop": ["ok", ""]}, "stop", "0 characters; 1 to 256", id="empty"),
+        pytest.param({"min_tokens": -1}, "min_tokens", "min_tokens is -1; it must be", id="min"),
+        pytest.param(
+            {"stop_token_ids": [1] * 257},
+            "stop_token_ids",
+            "257 stop tokens given, the limit is 256",
+            id="many tokens",
+        ),
     ],
 )
 async def test_a_stopping_value_out_of_range_is_refused(refusal, details_of, fields, field, named):
@@ -178,6 +199,34 @@ async def test_as_many_and_as_long_stop_strings_as_allowed_are_served(wire):
     stops = [chr(0x4E00 + i) * 256 for i in range(16)]
     response = await wire.inference.Generate(with_fields(stopping={"stop": stops}))
     assert response.choices[0].finished.reason == pb.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "named"),
+    [
+        ("sampling.logit_bias", {3: 100.5}, "sampling.logit_bias[3]", "is 100.5; it must be"),
+        ("sampling.logit_bias", {3: math.nan}, "sampling.logit_bias[3]", "is nan"),
+        ("sampling.logit_bias", dict.fromkeys(range(1025), 0.0), "sampling.logit_bias",
+         "1025 biases given, the limit is 1024"),
+        ("response.top_logprobs", 65, "response.top_logprobs", "is 65; it must be in [0, 64]"),
+        ("response.top_logprobs", -1, "response.top_logprobs", "is -1"),
+        ("response.prompt_logprobs", 65, "response.prompt_logprobs", "is 65"),
+        ("response.prompt_logprobs", -1, "response.prompt_logprobs", "is -1"),
+        ("priority", 101, "priority", "is 101; it must be in [-100, 100]"),
+        ("priority", -(2**31), "priority", "it must be in [-100, 100]"),
+        ("cache_salt", "s" * 257, "cache_salt", "257 characters, the limit is 256"),
+        ("user", "u" * 257, "user", "257 characters, the limit is 256"),
+        ("constraint", pb.Constraint(), "constraint", "the constraint is empty"),
+        ("constraint", pb.Constraint(json_object=False), "constraint.json_object", "false"),
+        ("constraint", pb.Constraint(choice=pb.Choices()), "constraint.choice", "no options"),
+    ],
+)  # fmt: skip
+async def test_a_value_that_cannot_work_is_refused(refusal, details_of, path, value, field, named):
+    error = await refusal(with_path(path, value))
+    assert error.code() is INVALID
+    assert named in error.details()
+    (violation,) = details_of(error)["BadRequest"].field_violations
+    assert violation.field == field
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5, 1.5, math.nan, math.inf])
@@ -296,30 +345,7 @@ async def test_a_message_over_the_limit_is_refused_by_grpc(serving, connect):
 
 
 # Every field that is not built: its path, a value that asks for something, one that asks for nothing.
-NOT_BUILT = [
-    ("constraint", pb.Constraint(regex="a+"), None),
-    ("constraint", pb.Constraint(json_object=True), None),
-    ("priority", 1, 0),
-    ("cache_salt", "salt", ""),
-    ("adapter", "lora", ""),
-    ("user", "me", ""),
-    ("sampling.min_p", 0.1, 0.0),
-    ("sampling.min_p", math.nan, 0.0),
-    ("sampling.typical_p", 0.9, 1.0),
-    ("sampling.repetition_penalty", 1.1, 1.0),
-    ("sampling.presence_penalty", 0.5, 0.0),
-    ("sampling.frequency_penalty", -0.5, 0.0),
-    ("sampling.n", 2, 1),
-    ("sampling.logit_bias", {1: 0.0}, {}),
-    ("sampling.allowed_token_ids", [1], []),
-    ("stopping.min_tokens", 1, 0),
-    ("stopping.stop_token_ids", [1], []),
-    ("stopping.include_stop", True, False),
-    ("response.top_logprobs", 1, 0),
-    ("response.prompt_logprobs", 0, None),
-    ("response.skip_special_tokens", False, True),
-    ("sparsity.refresh_interval", 16, 0),
-]
+NOT_BUILT = [("adapter", "lora", ""), ("sparsity.refresh_interval", 16, 0)]
 
 
 def with_path(path: str, value: object) -> pb.GenerateRequest:
@@ -383,11 +409,23 @@ async def test_a_dense_request_is_served_however_it_is_said(wire, fields):
 def test_every_field_of_a_request_is_held_by_a_test_here():
     """A field added to the protocol must be served or refused, and this file must know which."""
     served = {
-        "request_id", "model", "text", "token_ids", "sampling.temperature", "sampling.top_p",
-        "sampling.top_k", "sampling.seed", "stopping.max_tokens", "stopping.stop",
-        "stopping.ignore_eos", "response.text", "response.token_ids", "response.logprobs",
+        "request_id", "model", "text", "token_ids", "constraint", "priority", "cache_salt", "user",
+        *(f"sampling.{name}" for name in (
+            "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
+            "presence_penalty", "frequency_penalty", "seed", "n", "logit_bias", "allowed_token_ids",
+        )),
+        *(f"stopping.{name}" for name in (
+            "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop",
+        )),
+        *(f"response.{name}" for name in (
+            "text", "token_ids", "logprobs", "top_logprobs", "prompt_logprobs", "skip_special_tokens",
+        )),
         "sparsity.policy", "sparsity.density", "sparsity.target_kl", "sparsity.report",
     }  # fmt: skip
+    chat = {field.name for field in pb.ChatRequest.DESCRIPTOR.fields}
+    generate = {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields}
+    assert generate - chat == {"text", "token_ids"}
+    assert chat - generate == {"messages", "tools", "continue_final_message", "template_arguments"}
     fields = set()
     for field in pb.GenerateRequest.DESCRIPTOR.fields:
         if field.name in ("sampling", "stopping", "response", "sparsity"):

@@ -1,10 +1,19 @@
 """ControlService: what the server says of itself."""
 
 import asyncio
+import hashlib
+import math
 import time
 
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from transformers import AutoTokenizer
+
 import sparserve
-from sparserve.client import make_request
+from sparserve.client import AsyncClient, Client, make_request
+from sparserve.client.responses import ArchiveReader
+from sparserve.errors import CallFailed
 from sparserve.v1 import control_pb2 as pb
 from sparserve.v1 import inference_pb2
 
@@ -107,3 +116,185 @@ async def test_load_can_be_asked_at_any_moment_of_a_busy_server(wire, connect, s
         asked += 1
     await asyncio.gather(*calls)
     assert asked > 10
+
+
+async def parts_of(wire) -> list[pb.GetTokenizerResponse]:
+    return [part async for part in wire.control.GetTokenizer(pb.GetTokenizerRequest())]
+
+
+async def test_the_tokenizer_comes_in_parts_with_the_checksum_of_the_whole_on_the_last(
+    serving, connect, demo_model
+):
+    async with serving(model=demo_model, max_context=64, kv_cache_gib=0.1) as server:
+        wire = connect(server)
+        parts, again = await parts_of(wire), await parts_of(wire)
+    assert parts == again
+    assert len(parts) > 5
+    assert {len(part.data) for part in parts[:-1]} == {64 << 10}
+    assert 0 < len(parts[-1].data) <= 64 << 10
+    whole = b"".join(part.data for part in parts)
+    assert [part.sha256 for part in parts[:-1]] == [""] * (len(parts) - 1)
+    assert parts[-1].sha256 == hashlib.sha256(whole).hexdigest()
+
+
+async def test_the_tokenizer_of_another_model_is_not_found(wire):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await wire.control.GetTokenizer(pb.GetTokenizerRequest(model="gpt-9")).read()
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_two_servers_of_a_model_send_the_same_bytes(serving, connect):
+    archives = []
+    for _ in range(2):
+        async with serving() as server:
+            archives.append(await parts_of(connect(server)))
+    assert archives[0] == archives[1]
+
+
+async def test_the_unzipped_tokenizer_is_loaded_by_transformers(
+    serving, demo_model, tiny_model, tmp_path
+):
+    messages = [{"role": "user", "content": "Hi, Zürich 🎉"}]
+    for model in (tiny_model, demo_model):
+        folder = tmp_path / model.name
+        folder.mkdir()
+        async with (
+            serving(model=model, max_context=64, kv_cache_gib=0.1) as server,
+            AsyncClient(f"127.0.0.1:{server.port}") as client,
+        ):
+            for name, content in (await client.tokenizer_files()).items():
+                assert "/" not in name
+                (folder / name).write_bytes(content)
+            made = await client.tokenize_chat(messages)
+            plain = await client.tokenize("Hi, 12 Zürich 🎉 <|im_start|>")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == made.text
+        assert tokenizer(text, add_special_tokens=False).input_ids == list(made.token_ids)
+        assert tokenizer(plain.text).input_ids == list(plain.token_ids)
+        assert tokenizer.bos_token_id == model.config.bos_token_id
+        assert tokenizer.eos_token_id == model.config.eos_token_ids[0]
+        assert tokenizer.decode(list(plain.token_ids), skip_special_tokens=False) == plain.text
+
+
+async def test_an_archive_that_lost_a_part_is_noticed_by_the_client(wire):
+    (part,) = await parts_of(wire)
+    whole, cut = ArchiveReader(), ArchiveReader()
+    whole.read(part)
+    assert sorted(whole.files()) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    cut.read(pb.GetTokenizerResponse(data=part.data[:-1], sha256=part.sha256))
+    with pytest.raises(CallFailed, match="DATA_LOSS"):
+        cut.files()
+
+
+async def test_a_drain_tells_how_many_are_left_and_ends_with_drained(
+    serving, connect, controlled, until
+):
+    request = make_request("hello", max_tokens=3, temperature=0, ignore_eos=True)
+    async with serving() as server:
+        wire = connect(server)
+        with controlled(server) as forward:
+            forward.hold()
+            calls = [asyncio.ensure_future(wire.inference.Generate(request)) for _ in range(2)]
+            await until(lambda: server.engine.in_flight == 2)
+            first = wire.control.Drain(pb.DrainRequest())
+            second = wire.control.Drain(pb.DrainRequest(timeout_seconds=1000))
+            for drain in (first, second):
+                assert await drain.read() == pb.DrainResponse(requests_in_flight=2)
+            assert not server.is_ready
+            health = await wire.health.Check(health_pb2.HealthCheckRequest())
+            assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await wire.inference.Generate(request)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            begun = time.monotonic()
+            assert await first.read() == pb.DrainResponse(requests_in_flight=2)
+            assert time.monotonic() - begun > 0.5  # nothing changed: told again after a second
+        for drain in (first, second):
+            told = []
+            while (response := await drain.read()) is not grpc.aio.EOF:
+                told.append(response)
+            assert told[-1] == pb.DrainResponse(drained=True)
+            assert not any(response.drained for response in told[:-1])
+        answers = await asyncio.gather(*calls)
+        assert all(answer.usage.completion_tokens == 3 for answer in answers)
+        again = [response async for response in wire.control.Drain(pb.DrainRequest())]
+        assert again == [pb.DrainResponse(drained=True)]
+        load = await wire.control.GetLoad(pb.GetLoadRequest())  # the process itself goes on
+        assert load.running_requests == 0
+
+
+async def test_a_drain_ends_what_its_timeout_finds_in_flight(serving, connect, controlled, until):
+    request = make_request("hello", max_tokens=3)
+    async with serving() as server:
+        wire = connect(server)
+        with controlled(server) as forward:
+            forward.hold()
+            call = asyncio.ensure_future(wire.inference.Generate(request))
+            await until(lambda: server.engine.in_flight == 1)
+            async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+                seen = []
+                await client.drain(0.2, seen.append)
+            assert seen[0] == 1
+            assert seen[-1] == 0
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await call
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_the_plain_client_waits_for_a_drain(serving):
+    async with serving() as server:
+
+        def drain() -> list[int]:
+            seen: list[int] = []
+            with Client(f"127.0.0.1:{server.port}") as client:
+                client.drain(on_progress=seen.append)
+                with pytest.raises(CallFailed, match="UNAVAILABLE"):
+                    client.generate("hello")
+            return seen
+
+        assert (await asyncio.to_thread(drain))[-1] == 0
+        assert not server.is_ready
+
+
+async def test_a_client_that_leaves_does_not_undo_its_drain(serving, connect, controlled, until):
+    request = make_request("hello", max_tokens=3)
+    async with serving() as server:
+        wire = connect(server)
+        with controlled(server) as forward:
+            forward.hold()
+            call = asyncio.ensure_future(wire.inference.Generate(request))
+            await until(lambda: server.engine.in_flight == 1)
+            drain = wire.control.Drain(pb.DrainRequest(timeout_seconds=0.4))
+            await drain.read()
+            drain.cancel()
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await call  # by the timeout of the drain that nobody listens to any more
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert not server.is_ready
+
+
+@pytest.mark.parametrize("timeout", [-0.1, 86400.5, math.nan, math.inf, -math.inf])
+async def test_a_timeout_that_cannot_be_is_refused_and_drains_nothing(
+    server, wire, details_of, timeout
+):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await wire.control.Drain(pb.DrainRequest(timeout_seconds=timeout)).read()
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = details_of(refused.value)["BadRequest"].field_violations
+    assert violation.field == "timeout_seconds"
+    assert server.is_ready
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("LoadAdapter", pb.LoadAdapterRequest(name="a", path="b")),
+        ("UnloadAdapter", pb.UnloadAdapterRequest(name="a")),
+    ],
+)
+async def test_adapters_are_unimplemented(wire, method, request_):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await getattr(wire.control, method)(request_)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "LoRA adapters are not served" in refused.value.details()

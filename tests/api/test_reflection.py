@@ -43,8 +43,13 @@ async def test_reflection_lists_and_describes_both_services(reflect, version):
             file = descriptor_pb2.FileDescriptorProto.FromString(raw)
             for service in file.service:
                 methods[f"{file.package}.{service.name}"] = {m.name for m in service.method}
-    assert methods[INFERENCE] == {"Generate", "GenerateStream"}
-    assert methods[CONTROL] == {"ListModels", "GetModelInfo", "GetServerInfo", "GetLoad", "Abort"}
+    assert methods[INFERENCE] == {
+        "Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "Detokenize", "Embed",
+    }  # fmt: skip
+    assert methods[CONTROL] == {
+        "ListModels", "GetModelInfo", "GetServerInfo", "GetLoad", "Abort", "GetTokenizer", "Drain",
+        "LoadAdapter", "UnloadAdapter",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("buf") is None, reason="buf is not on the PATH")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,19 @@ def run_main(
         return int(ended.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def until() -> Callable[..., Awaitable[None]]:
+    """`await until(condition)`: for what changes and sends no event."""
+
+    async def poll(condition: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < give_up, "the condition did not come true"
+            await asyncio.sleep(0.005)
+
+    return poll
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,10 @@
 import asyncio
 
 import pytest
+from rich.control import strip_control_codes
 
 import sparserve
-from sparserve.client import AsyncClient
+from sparserve.client import AsyncClient, Choice, Generation, Result, make_request
 
 TINY = ("--threads", "1", "--kv-cache-gib", "0.01")
 
@@ -16,7 +17,7 @@ def test_version_is_printed(run_main):
 
 def test_without_a_command_help_is_shown(run_main):
     _, out, err = run_main()
-    assert all(command in out + err for command in ("serve", "demo", "generate", "models"))
+    assert all(command in out + err for command in ("serve", "demo", "chat", "generate", "models"))
 
 
 @pytest.mark.parametrize("arguments", [["nope"], ["serve", "--nope"], ["generate"]])
@@ -52,7 +53,9 @@ async def test_generate_asks_a_server_and_prints_the_same(run_main, serving, tin
         there = await asyncio.to_thread(run_main, "generate", "hello", "--server", target, *fields)
         async with AsyncClient(target) as client:
             answer = await client.generate("hello", max_tokens=12, temperature=1, seed=4)
-        here = run_main("generate", "hello", "--model", tiny_folder, *TINY, *fields)
+        here = await asyncio.to_thread(
+            run_main, "generate", "hello", "--model", tiny_folder, *TINY, *fields
+        )
         refused = await asyncio.to_thread(
             run_main, "generate", "hello", "--server", target, "--temperature", "3"
         )
@@ -62,10 +65,86 @@ async def test_generate_asks_a_server_and_prints_the_same(run_main, serving, tin
     assert refused[2].startswith("error: INVALID_ARGUMENT: sampling.temperature is 3")
 
 
+async def test_generate_asks_a_server_through_its_chat_template(run_main, serving):
+    fields = ["--max-tokens", "6", "--seed", "4", "--temperature", "1"]
+    async with serving() as server:
+        target = f"127.0.0.1:{server.port}"
+        status, out, err = await asyncio.to_thread(
+            run_main, "generate", "hello", "--server", target, "--chat", *fields
+        )
+        async with AsyncClient(target) as client:
+            message = {"role": "user", "content": "hello"}
+            answer = await client.chat([message], max_tokens=6, temperature=1, seed=4)
+    assert status == 0
+    assert out == strip_control_codes(answer.text) + "\n"
+    assert f"{answer.result.prompt_tokens} prompt + 6 new" in err
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The requests that `sparserve generate` sends, each answered with nothing."""
+    requests = []
+
+    async def stream(self, prompt, **fields):
+        requests.append(make_request(prompt, **fields))
+        for _ in ():
+            yield
+
+    async def generate(self, prompt, **fields):
+        requests.append(make_request(prompt, **fields))
+        result = Result("LENGTH", 1, 2, 0, 0, 0, "dense", 1.0)
+        choices = tuple(Choice(i, f"text {i}", "LENGTH") for i in range(fields["n"]))
+        return Generation("id", choices, result)
+
+    monkeypatch.setattr(AsyncClient, "stream", stream)
+    monkeypatch.setattr(AsyncClient, "generate", generate)
+    return requests
+
+
+def test_generate_sends_what_its_flags_say(run_main, sent, tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.gbnf"
+    schema.write_text('{"type": "object"}')
+    grammar.write_text('root ::= "ja"')
+    flags = {
+        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.5,
+        "min_p": 0.25, "repetition_penalty": 1.5, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "seed": 7,
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    server = ("generate", "hello", "--server", "127.0.0.1:1")
+    assert run_main(*server, *given, "--stop", "a", "--stop", "b")[0] == 0
+    assert sent[-1] == make_request("hello", **flags, n=1, stop=["a", "b"])
+    for flag, value, field in (
+        ("--json-schema", schema, {"json_schema": '{"type": "object"}'}),
+        ("--grammar", grammar, {"grammar": 'root ::= "ja"'}),
+        ("--regex", "a+", {"regex": "a+"}),
+        ("--choice", "ja", {"choice": ["ja"]}),
+    ):
+        assert run_main(*server, flag, value)[0] == 0
+        assert sent[-1].constraint == make_request("hello", **field).constraint
+
+
+def test_generate_prints_each_of_several_texts(run_main, sent):
+    status, out, err = run_main("generate", "hello", "--server", "127.0.0.1:1", "--n", "2")
+    assert (status, out) == (0, "text 0\ntext 1\n")
+    assert "1 of 2, length:" in err
+    assert "2 of 2, length:" in err
+
+
+def test_generate_tells_of_a_file_that_cannot_be_read(run_main, tmp_path):
+    status, _, err = run_main(
+        "generate", "hello", "--server", "127.0.0.1:1", "--json-schema", tmp_path / "none"
+    )
+    assert status == 1
+    assert str(tmp_path / "none") in err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--temperature", "3"], "sampling.temperature is 3"),
+        (["--n", "0"], "sampling.n is 0"),
+        (["--regex", "a", "--choice", "b"], "choice is a second constraint"),
         (["--max-tokens", "0"], "stopping.max_tokens is 0"),
         (["--model", "/nowhere"], "no model at '/nowhere'"),
         (["--server", "127.0.0.1:1"], "--model"),  # it has a model of its own

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import sparserve
-from sparserve.api.convert import POLICY_NUMBERS
+from sparserve.api.responses import POLICY_NUMBERS
+from sparserve.api.tokenizer_archive import tokenizer_archive
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.errors import InvalidRequest, NotBuiltYet, UnknownModel
@@ -18,6 +22,10 @@ from sparserve.v1 import control_pb2 as pb
 from sparserve.v1 import control_pb2_grpc
 
 MAX_ABORT_IDS = 1024
+MAX_DRAIN_SECONDS = 86400
+ARCHIVE_PART_BYTES = 64 << 10
+_DRAIN_POLL_SECONDS = 0.05
+_DRAIN_TELL_SECONDS = 1.0
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -25,6 +33,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._engine = engine
         self._model_name = model_name
         self._settings = settings
+        self._archive = b""
+        self._drains: set[asyncio.Task[None]] = set()  # the loop itself holds no task alive
         self._start_time = Timestamp()
         self._start_time.GetCurrentTime()
 
@@ -36,8 +46,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Any
     ) -> pb.GetModelInfoResponse:
-        if request.model and request.model != self._model_name:
-            raise UnknownModel(request.model, self._model_name)
+        self._check_model(request.model)
         engine = self._engine.engine
         config = engine.backend.config
         return pb.GetModelInfoResponse(
@@ -113,14 +122,47 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def GetTokenizer(
         self, request: pb.GetTokenizerRequest, context: Any
     ) -> AsyncIterator[pb.GetTokenizerResponse]:
-        raise NotBuiltYet("GetTokenizer", "GetTokenizer is not built yet")
-        yield
+        self._check_model(request.model)
+        if not self._archive:
+            engine = self._engine.engine
+            self._archive = await asyncio.to_thread(
+                tokenizer_archive,
+                engine.tokenizer,
+                engine.backend.config,
+                engine.limits.max_context,
+            )
+        archive = self._archive
+        for start in range(0, len(archive), ARCHIVE_PART_BYTES):
+            part = pb.GetTokenizerResponse(data=archive[start : start + ARCHIVE_PART_BYTES])
+            if start + ARCHIVE_PART_BYTES >= len(archive):
+                part.sha256 = hashlib.sha256(archive).hexdigest()
+            yield part
 
     async def Drain(
         self, request: pb.DrainRequest, context: Any
     ) -> AsyncIterator[pb.DrainResponse]:
-        raise NotBuiltYet("Drain", "Drain is not built yet; send SIGTERM")
-        yield
+        timeout = self._settings.drain_timeout
+        if request.HasField("timeout_seconds"):
+            timeout = request.timeout_seconds
+        if not 0 <= timeout <= MAX_DRAIN_SECONDS:  # also false for NaN
+            raise InvalidRequest(
+                "timeout_seconds",
+                f"timeout_seconds is {timeout:g}; it must be in [0, {MAX_DRAIN_SECONDS}]",
+            )
+        # A task of its own: the drain goes on when the client leaves.
+        drain = asyncio.create_task(self._engine.drain(timeout))
+        self._drains.add(drain)
+        drain.add_done_callback(self._drains.discard)
+        told, told_at = -1, 0.0
+        while True:
+            await asyncio.wait({drain}, timeout=_DRAIN_POLL_SECONDS)
+            if drain.done():
+                break
+            left, now = self._engine.in_flight, time.monotonic()
+            if left != told or now - told_at >= _DRAIN_TELL_SECONDS:
+                yield pb.DrainResponse(requests_in_flight=left)
+                told, told_at = left, now
+        yield pb.DrainResponse(requests_in_flight=self._engine.in_flight, drained=True)
 
     async def LoadAdapter(
         self, request: pb.LoadAdapterRequest, context: Any
@@ -131,3 +173,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: Any
     ) -> pb.UnloadAdapterResponse:
         raise NotBuiltYet("UnloadAdapter", "LoRA adapters are not served")
+
+    def _check_model(self, name: str) -> None:
+        """Raises UnknownModel."""
+        if name and name != self._model_name:
+            raise UnknownModel(name, self._model_name)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
-from sparserve.api import convert
+from sparserve.api import requests
+from sparserve.api.responses import Responder
 from sparserve.engine.async_engine import AsyncEngine
-from sparserve.engine.request import GeneratedToken, GenerationRequest
-from sparserve.errors import NotBuiltYet, RequestError, UnknownModel
+from sparserve.engine.limits import check_token_ids
+from sparserve.engine.request import GenerationRequest
+from sparserve.engine.tokenizer import TextTokenizer
+from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, RequestError, UnknownModel
 from sparserve.logs import current_call
 from sparserve.v1 import inference_pb2 as pb
 from sparserve.v1 import inference_pb2_grpc
+
+# For Tokenize and Detokenize, which no context bounds.
+MAX_TOKENS = 1 << 20
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -24,104 +31,120 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._model_name = model_name
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        generation = await self._parse(request, context)
-        texts: list[str] = []
-        tokens: tuple[GeneratedToken, ...] = ()
-        finish = None
-        with self._engine.submit(generation) as stream:
-            async for update in stream:
-                current_call().completion_tokens += len(update.tokens)
-                texts.append(update.text)
-                tokens += update.tokens
-                finish = update.finish
-        assert finish is not None
-        choice = pb.Choice(
-            index=0,
-            text="".join(texts) if _wants_text(request) else "",
-            tokens=convert.tokens(tokens, request.response),
-            finished=convert.finished(finish),
-        )
-        return pb.GenerateResponse(
-            request_id=generation.request_id,
-            model=self._model_name,
-            choices=[choice],
-            usage=convert.usage(finish),
-            timings=convert.timings(finish),
-            sparsity=convert.sparsity_report(generation.policy, finish),
-        )
-
-    async def GenerateStream(
-        self, request: pb.GenerateRequest, context: Any
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        generation = await self._parse(request, context)
-        with self._engine.submit(generation) as stream:
-            started = pb.Started(
-                request_id=generation.request_id,
-                model=self._model_name,
-                prompt_tokens=len(generation.prompt_token_ids),
-            )
-            yield pb.GenerateStreamResponse(started=started)
-            async for update in stream:
-                current_call().completion_tokens += len(update.tokens)
-                text = update.text if _wants_text(request) else ""
-                tokens = convert.tokens(update.tokens, request.response)
-                if text or tokens:
-                    delta = pb.Delta(index=0, text=text, tokens=tokens)
-                    yield pb.GenerateStreamResponse(delta=delta)
-                if update.finish is not None:
-                    yield pb.GenerateStreamResponse(finished=convert.finished(update.finish))
-                    summary = pb.Summary(
-                        usage=convert.usage(update.finish),
-                        timings=convert.timings(update.finish),
-                        sparsity=convert.sparsity_report(generation.policy, update.finish),
-                    )
-                    yield pb.GenerateStreamResponse(summary=summary)
+        return await self._whole(request, context)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.GenerateResponse:
-        raise NotBuiltYet("Chat", "Chat is not built yet; use Generate")
+        return await self._whole(request, context)
 
-    async def ChatStream(
+    def GenerateStream(
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        return self._stream(request, context)
+
+    def ChatStream(
         self, request: pb.ChatRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        raise NotBuiltYet("ChatStream", "ChatStream is not built yet; use GenerateStream")
-        yield
+        return self._stream(request, context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        raise NotBuiltYet("Tokenize", "Tokenize is not built yet")
+        self._check_model(request.model)
+        text, ids = await asyncio.to_thread(_tokenize, request, self._tokenizer)
+        return pb.TokenizeResponse(
+            token_ids=ids, text=text, max_context_length=self._engine.engine.limits.max_context
+        )
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: Any
     ) -> pb.DetokenizeResponse:
-        raise NotBuiltYet("Detokenize", "Detokenize is not built yet")
+        self._check_model(request.model)
+        text = await asyncio.to_thread(_detokenize, request, self._tokenizer)
+        return pb.DetokenizeResponse(text=text)
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         raise NotBuiltYet("Embed", "this server generates text only; it makes no embeddings")
 
-    async def _parse(self, request: pb.GenerateRequest, context: Any) -> GenerationRequest:
+    @property
+    def _tokenizer(self) -> TextTokenizer:
+        return self._engine.engine.tokenizer
+
+    async def _whole(
+        self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
+    ) -> pb.GenerateResponse:
+        generation, responder = await self._parse(request, context)
+        with self._engine.submit(generation) as updates:
+            return await responder.whole(updates)
+
+    async def _stream(
+        self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        generation, responder = await self._parse(request, context)
+        with self._engine.submit(generation) as updates:
+            async for event in responder.stream(updates):
+                yield event
+
+    async def _parse(
+        self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
+    ) -> tuple[GenerationRequest, Responder]:
         arrival = time.monotonic()
         call = current_call()
         call.request_id, call.user = request.request_id, request.user
         self._engine.check_room()  # before the work of tokenizing
         engine = self._engine.engine
         try:
-            if request.model and request.model != self._model_name:
-                raise UnknownModel(request.model, self._model_name)
-            generation = await asyncio.to_thread(
-                convert.parse_request,
-                request,
-                engine.tokenizer,
-                engine.limits.max_context - 1,
-                engine.backend.info.policies,
-                context.time_remaining(),
-                arrival,
+            self._check_model(request.model)
+            seconds_left = context.time_remaining()
+            generation, constraint = await asyncio.to_thread(
+                lambda: (
+                    requests.parse_request(
+                        request,
+                        engine.tokenizer,
+                        engine.limits.max_context - 1,
+                        engine.backend.info.policies,
+                        seconds_left,
+                        arrival,
+                    ),
+                    requests.constraint_of(request),
+                )
             )
-            call.request_id = generation.request_id
-            call.prompt_tokens = len(generation.prompt_token_ids)
-            return generation
+            if constraint is not None:
+                compiled = await self._engine.constraints.compile(constraint)  # type: ignore[attr-defined]
+                generation = replace(generation, constraint=compiled)
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()
             raise
+        call.request_id = generation.request_id
+        call.prompt_tokens = len(generation.prompt_token_ids)
+        responder = Responder(generation, request.response, engine.tokenizer, self._model_name)
+        return generation, responder
+
+    def _check_model(self, name: str) -> None:
+        """Raises UnknownModel."""
+        if name and name != self._model_name:
+            raise UnknownModel(name, self._model_name)
 
 
-def _wants_text(request: pb.GenerateRequest) -> bool:
-    return request.response.text if request.response.HasField("text") else True
+def _tokenize(request: pb.TokenizeRequest, tokenizer: TextTokenizer) -> tuple[str, tuple[int, ...]]:
+    kind = request.WhichOneof("input")
+    if kind == "text":
+        text = request.text
+        ids = tokenizer.encode(text, MAX_TOKENS)
+    elif kind == "chat":
+        text = tokenizer.render_chat(requests.conversation_of(request.chat))
+        ids = tokenizer.encode_chat(text, MAX_TOKENS)
+    else:
+        raise InvalidRequest("input", "the request has no input; set text or chat")
+    if len(ids) > MAX_TOKENS:
+        raise PromptTooLong(
+            kind, f"the {kind} has {len(ids)} tokens, the limit is {MAX_TOKENS}", MAX_TOKENS
+        )
+    return text, ids
+
+
+def _detokenize(request: pb.DetokenizeRequest, tokenizer: TextTokenizer) -> str:
+    if len(request.token_ids) > MAX_TOKENS:
+        raise InvalidRequest(
+            "token_ids", f"{len(request.token_ids)} token ids given, the limit is {MAX_TOKENS}"
+        )
+    check_token_ids("token_ids", request.token_ids, tokenizer.vocab_size)
+    skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+    return tokenizer.decode(request.token_ids, skip_special_tokens=skip)

@@ -41,6 +41,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
             return grpc.StatusCode.NOT_FOUND, message, [resource]
         case errors.DuplicateRequest():
             return grpc.StatusCode.ALREADY_EXISTS, message, [_violation(error)]
+        case errors.ChatUnavailable():
+            info = _info("CHAT_UNAVAILABLE", field=error.field)
+            return grpc.StatusCode.FAILED_PRECONDITION, message, [info]
         case errors.RequestError():
             return grpc.StatusCode.INVALID_ARGUMENT, message, [_violation(error)]
         case errors.QueueFull():

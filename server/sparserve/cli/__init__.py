@@ -7,7 +7,7 @@ import sys
 import typer
 
 from sparserve import __version__
-from sparserve.cli import bench, demo, generate, models, serve
+from sparserve.cli import bench, chat, demo, generate, models, serve
 from sparserve.cli.output import fail
 from sparserve.errors import SparserveError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.add_typer(models.app, name="models")

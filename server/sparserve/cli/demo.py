@@ -10,11 +10,11 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
-from sparserve.api.server import Server
-from sparserve.cli.output import err, out, progress_bars
+from sparserve.cli.local import build_with_bars, local_server, server_settings
+from sparserve.cli.output import err, out, print_text
 from sparserve.client import AsyncClient, Result
-from sparserve.config import ServerSettings, load_settings
-from sparserve.engine.factory import BuiltEngine, build_engine
+from sparserve.config import ServerSettings
+from sparserve.engine.factory import BuiltEngine
 from sparserve.errors import CallFailed
 
 QUESTIONS = (
@@ -35,44 +35,36 @@ def demo(
     Prints each answer as it arrives, then time to first token, tokens per second and the metrics that
     the server counted meanwhile. Engine settings are taken from the environment (SPARSERVE_…).
     """
-    settings = load_settings(ServerSettings, {"port": 0, "metrics_port": 0})
-    with progress_bars() as bars:
-        built = build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
+    settings = server_settings()
+    built = build_with_bars(settings)
     asyncio.run(_run(built, settings, tuple(question or QUESTIONS), max_tokens))
 
 
 async def _run(
     built: BuiltEngine, settings: ServerSettings, questions: tuple[str, ...], max_tokens: int
 ) -> None:
-    server = Server(built.engine, built.model_name, settings)
-    await server.start()
-    target = f"{settings.host}:{server.port}"
-    info = built.engine.backend.info
-    err.print(
-        f"serving {built.model_name} on {target}: backend {info.name}, {info.dtype}, {info.threads} threads"
-    )
-    try:
+    async with local_server(built, settings) as server:
+        target = f"{settings.host}:{server.port}"
+        info = built.engine.backend.info
+        err.print(
+            f"serving {built.model_name} on {target}: backend {info.name}, {info.dtype}, {info.threads} threads"
+        )
         async with AsyncClient(target) as client:
             results = []
             for question in questions:
-                prompt = built.engine.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": question}]
-                )
                 out.print(f"\n[bold]{question}[/]")
-                results.append(await _answer(client, prompt, max_tokens))
+                results.append(await _answer(client, question, max_tokens))
             out.print()
             _print_speeds(questions, results)
         await asyncio.to_thread(
             _print_metrics, f"http://{settings.host}:{server.metrics_port}/metrics"
         )
-    finally:
-        await server.drain_and_stop()
 
 
-async def _answer(client: AsyncClient, prompt: str, max_tokens: int) -> Result:
-    async for delta in client.stream(prompt, max_tokens=max_tokens, temperature=0):
-        out.out(delta.text, end="", highlight=False)
-        out.file.flush()
+async def _answer(client: AsyncClient, question: str, max_tokens: int) -> Result:
+    messages = [{"role": "user", "content": question}]
+    async for delta in client.chat_stream(messages, max_tokens=max_tokens, temperature=0):
+        print_text(delta.text)
         if delta.result is not None:
             out.out("")
             return delta.result

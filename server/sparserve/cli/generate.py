@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
-from typing import Annotated
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from sparserve.cli.local import connected
 from sparserve.cli.options import with_settings
-from sparserve.cli.output import err, out, progress_bars
-from sparserve.client import Client
+from sparserve.cli.output import err, out, print_text, tell_result
+from sparserve.client import AsyncClient
 from sparserve.config import EngineSettings
-from sparserve.engine.engine import Engine
-from sparserve.engine.factory import build_engine
-from sparserve.engine.request import Finish, GenerationRequest, SamplingParams, StoppingParams
 from sparserve.errors import ConfigError
 
 
@@ -26,20 +25,45 @@ def generate(
         typer.Option(help="host:port of a running server; without it the model runs here."),
     ] = None,
     chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat", help="Wrap the prompt in the model's chat template (not with --server)."
-        ),
+        bool, typer.Option("--chat", help="Ask it as a chat message, by the model's template.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    min_tokens: Annotated[int, typer.Option(help="New tokens at least.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy; at most 2.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[
         float, typer.Option(help="Sample from the fewest tokens that hold this probability.")
     ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens at least so likely, times the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens of prompt and output are less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Above 0, tokens of the output are less likely.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="The same, for each time that they occur.")
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: random.")] = None,
+    n: Annotated[
+        int, typer.Option("--n", help="Texts to generate; printed when all are done.")
+    ] = 1,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given again.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that the text must fit.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole text must match.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File with a grammar (GBNF) that the text must fit.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The text is one of these; may be given again.")
     ] = None,
     report_neurons: Annotated[
         bool,
@@ -49,88 +73,43 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt, here or on a server, printing the text as it is made."""
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    stops = tuple(stop or ())
-    if server is not None:
-        here_only = sorted(settings.model_fields_set | ({"chat"} if chat else set()))
-        if here_only:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in here_only)
-            raise ConfigError(
-                f"{flags}: for a model that runs here; a --server has its own settings"
-            )
-        _generate_remote(server, prompt, max_tokens, stops, sampling, report_neurons)
-        return
-    with progress_bars() as bars:
-        engine = build_engine(
-            settings, on_tensor=bars.on_tensor, on_download=bars.on_download
-        ).engine
-    if chat:
-        prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    request = GenerationRequest(
-        request_id=uuid.uuid4().hex,
-        prompt_token_ids=engine.tokenizer.encode(prompt, engine.limits.max_context - 1),
-        sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
-        stopping=StoppingParams(max_tokens=max_tokens, stop=stops),
-        report_statistics=report_neurons,
-    )
-    finish = _generate_here(engine, request)
-    _summary(
-        finish.reason.value, finish.prompt_tokens, finish.completion_tokens,
-        finish.timings.ttft, finish.timings.decode, finish.core_share,
-    )  # fmt: skip
+    fields = {
+        "max_tokens": max_tokens, "min_tokens": min_tokens or None, "temperature": temperature,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p or None,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "n": n, "stop": stop or (),
+        "json_schema": _text_of(json_schema), "regex": regex, "grammar": _text_of(grammar),
+        "choice": choice or None, "report_neurons": report_neurons or None,
+    }  # fmt: skip
+    asyncio.run(_generate(server, settings, prompt, chat, fields))
 
 
-def _generate_here(engine: Engine, request: GenerationRequest) -> Finish:
-    engine.validate(request)
-    engine.add(request)
-    finish = None
-    while finish is None:
-        for update in engine.step():
-            _print_text(update.text)
-            finish = update.finish
-    if finish.error is not None:
-        raise finish.error
-    return finish
-
-
-def _generate_remote(
-    target: str,
-    prompt: str,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    sampling: dict[str, float | int | None],
-    report_neurons: bool,
+async def _generate(
+    target: str | None, settings: EngineSettings, prompt: str, chat: bool, fields: dict[str, Any]
 ) -> None:
-    with Client(target) as client:
-        for delta in client.stream(
-            prompt,
-            max_tokens=max_tokens,
-            stop=stop,
-            report_neurons=report_neurons or None,
-            **sampling,
-        ):
-            _print_text(delta.text)
-            if (result := delta.result) is not None:
-                _summary(
-                    result.finish_reason.lower(), result.prompt_tokens, result.completion_tokens,
-                    result.ttft_seconds, result.decode_seconds, result.core_share,
-                )  # fmt: skip
+    async with connected(target, settings) as client:
+        asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
+        if fields["n"] == 1:
+            await _stream(client, asked, chat, fields)
+            return
+        answer = await (client.chat if chat else client.generate)(asked, **fields)
+        for each in answer.choices:
+            err.print(f"[dim]{each.index + 1} of {fields['n']}, {each.finish_reason.lower()}:[/]")
+            out.out(each.text, highlight=False)
+        tell_result(answer.result)
 
 
-def _print_text(text: str) -> None:
-    out.out(text, end="", highlight=False)
-    out.file.flush()
+async def _stream(client: AsyncClient, asked: Any, chat: bool, fields: dict[str, Any]) -> None:
+    async for delta in (client.chat_stream if chat else client.stream)(asked, **fields):
+        print_text(delta.text)
+        if delta.result is not None:
+            out.out("")
+            tell_result(delta.result)
 
 
-def _summary(
-    reason: str, prompt: int, completion: int, ttft: float, decode: float, core_share: float | None
-) -> None:
-    out.out("")
-    speed = f", {(completion - 1) / decode:.1f} tokens/s" if decode else ""
-    err.print(
-        f"[dim]{reason}: {prompt} prompt + {completion} new tokens, TTFT {ttft * 1000:.0f} ms{speed}[/]"
-    )
-    if core_share is not None:
-        err.print(
-            f"[dim]{core_share:.1%} of the neurons carry 90 % of this prompt's activations[/]"
-        )
+def _text_of(path: Path | None) -> str | None:
+    """Raises ConfigError."""
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error

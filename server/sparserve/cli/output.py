@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sparserve.client import Result
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.loader import LoadProgress
 
@@ -59,3 +60,23 @@ def progress_bars() -> Iterator[ProgressBars]:
     """Bars for downloading and loading a model."""
     with counting_bar() as show:
         yield ProgressBars(show, lambda done, total: show("loading weights", done, total))
+
+
+def print_text(text: str) -> None:
+    """A piece of a stream, at once; characters that would move the cursor are left out."""
+    out.out(text, end="", highlight=False)
+    out.file.flush()
+
+
+def tell_result(result: Result) -> None:
+    """One dim line on stderr: how a generation ended, and how fast it was."""
+    speed = result.decode_tokens_per_second
+    parts = [
+        f"{result.finish_reason.lower()}: {result.prompt_tokens} prompt + {result.completion_tokens} new tokens",
+        f"TTFT {result.ttft_seconds * 1000:.0f} ms",
+        *([f"{speed:.1f} tokens/s"] if speed else []),
+    ]
+    err.print(f"[dim]{', '.join(parts)}[/]")
+    if result.core_share is not None:
+        share = f"{result.core_share:.1%} of the neurons carry 90 % of this prompt's activations"
+        err.print(f"[dim]{share}[/]")

@@ -30,9 +30,9 @@ def validate(request: GenerationRequest, limits: EngineLimits, vocab_size: int) 
         )
     _check_prompt(request, limits, vocab_size)
     sampling, stopping = request.sampling, request.stopping
-    _check_ids("sampling.logit_bias", (i for i, _ in sampling.logit_bias), vocab_size)
-    _check_ids("sampling.allowed_token_ids", sampling.allowed_token_ids, vocab_size)
-    _check_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocab_size)
+    check_token_ids("sampling.logit_bias", (i for i, _ in sampling.logit_bias), vocab_size)
+    check_token_ids("sampling.allowed_token_ids", sampling.allowed_token_ids, vocab_size)
+    check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocab_size)
     if sampling.n > limits.max_choices:
         raise InvalidRequest(
             "sampling.n",
@@ -52,7 +52,7 @@ def validate(request: GenerationRequest, limits: EngineLimits, vocab_size: int) 
 
 
 def _check_prompt(request: GenerationRequest, limits: EngineLimits, vocab_size: int) -> None:
-    _check_ids("token_ids.ids", request.prompt_token_ids, vocab_size)
+    check_token_ids("token_ids.ids", request.prompt_token_ids, vocab_size)
     prompt_len, limit = len(request.prompt_token_ids), limits.max_context - 1
     if prompt_len == 0:
         raise InvalidRequest("prompt", "the prompt is empty; at least one token is needed")
@@ -65,7 +65,8 @@ def _check_prompt(request: GenerationRequest, limits: EngineLimits, vocab_size: 
         )
 
 
-def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raises InvalidRequest where an id is outside the vocabulary; `name` is the field that holds them."""
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(

@@ -1,19 +1,18 @@
-"""Text to token ids, and chat messages to text."""
+"""Text to token ids and back, within the limits of an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from sparserve.engine.chat import ChatTemplate, Conversation
 from sparserve.engine.detokenizer import Detokenizer
-from sparserve.errors import InvalidRequest, PromptTooLong, UnsupportedModel
+from sparserve.errors import ChatUnavailable, InvalidRequest, PromptTooLong
 
 
 class TextTokenizer:
-    """A model's tokenizer with the limits of the engine; safe to use from several threads."""
+    """A model's tokenizer and chat template; safe to use from several threads."""
 
     def __init__(
         self,
@@ -24,32 +23,63 @@ class TextTokenizer:
     ) -> None:
         """`special_tokens`: what templates may name ("bos_token", "eos_token") -> token id."""
         self._tokenizer = tokenizer
-        self._special_tokens = {
-            name: tokenizer.id_to_token(token_id) if token_id is not None else ""
+        self.special_tokens: dict[str, str] = {
+            name: (tokenizer.id_to_token(token_id) or "") if token_id is not None else ""
             for name, token_id in special_tokens.items()
         }
         self.chat_template = chat_template
+        self._chat = chat_template and ChatTemplate(chat_template, self.special_tokens)
         self.vocab_size = vocab_size
         self._longest_token = max((len(t.encode()) for t in tokenizer.get_vocab()), default=1)
+        # Some decoders take the space off a text's first word, so a token is decoded after another.
+        self._before = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self._token_texts: dict[int, str] = {}
 
-    def encode(self, text: str, max_tokens: int) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises PromptTooLong without tokenizing a hopeless text, and
-        InvalidRequest on lone surrogates, which no UTF-8 text has.
+    def encode(
+        self, text: str, max_tokens: int, *, field: str = "text", add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt; `field` is blamed for what is wrong with it.
+
+        `add_special_tokens` adds what the model's post-processor puts around a text (<bos>). Raises
+        PromptTooLong without tokenizing a hopeless text, and InvalidRequest on lone surrogates,
+        which no UTF-8 text has.
         """
         if len(text) > max_tokens * self._longest_token:
             raise PromptTooLong(
-                "text",
+                field,
                 f"the prompt has {len(text)} characters; no prompt that long has "
                 f"{max_tokens} tokens or fewer, the limit here",
                 max_tokens,
             )
         try:
-            return tuple(self._tokenizer.encode(text).ids)
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
-            raise InvalidRequest("text", "the prompt is not valid UTF-8 text") from error
+            raise InvalidRequest(field, "the prompt is not valid UTF-8 text") from error
+        return tuple(encoding.ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids)))
+    def encode_chat(self, text: str, max_tokens: int) -> tuple[int, ...]:
+        """Token ids of what `render_chat` made: the template wrote <bos>, so no second one is added."""
+        return self.encode(text, max_tokens, field="messages", add_special_tokens=False)
+
+    def render_chat(self, conversation: Conversation) -> str:
+        """Raises ChatUnavailable or InvalidRequest; see ChatTemplate.render."""
+        if not self._chat:
+            raise ChatUnavailable(
+                "this model carries no chat template; send a plain prompt with Generate"
+            )
+        return self._chat.render(conversation)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """A token alone, special ones too; U+FFFD stands for bytes that are no whole character."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            known = self.decode(self._before, skip_special_tokens=False)
+            both = self.decode([*self._before, token_id], skip_special_tokens=False)
+            text = self._token_texts[token_id] = both[len(known) :]
+        return text
 
     def detokenizer(
         self, stop: Sequence[str], *, include_stop: bool, skip_special_tokens: bool
@@ -61,27 +91,6 @@ class TextTokenizer:
             skip_special_tokens=skip_special_tokens,
         )
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt that asks the model to answer `messages` ({"role", "content"} each).
-
-        The template comes with the model, so it runs in jinja2's sandbox. Raises UnsupportedModel
-        where there is none or it fails.
-        """
-        if self.chat_template is None:
-            raise UnsupportedModel("this model carries no chat template; send a plain prompt")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        try:
-            template = environment.from_string(self.chat_template)
-            return template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                raise_exception=_raise_exception,
-                **self._special_tokens,
-            )
-        except Exception as error:  # it is a program of the model's authors: anything can happen
-            raise UnsupportedModel(f"the model's chat template failed: {error}") from error
-
-
-def _raise_exception(message: str) -> None:
-    """What templates call to refuse messages."""
-    raise TemplateError(message)
+    def to_json(self) -> str:
+        """The content of a tokenizer.json; takes up to a second."""
+        return str(self._tokenizer.to_str(pretty=False))
