@@ -101,10 +101,14 @@ class DuplicateRequest(RequestError):
 class QueueFull(SparserveError):
     """Too many requests wait; try again after `retry_after` seconds."""
 
-    def __init__(self, in_flight: int, limit: int, retry_after: float) -> None:
-        super().__init__(
-            f"{in_flight} requests are in flight, the limit is {limit}; retry in {retry_after:g} s"
-        )
+    def __init__(
+        self,
+        in_flight: int,
+        limit: int,
+        retry_after: float,
+        what: str = "requests are in flight",
+    ) -> None:
+        super().__init__(f"{in_flight} {what}, the limit is {limit}; retry in {retry_after:g} s")
         self.retry_after = retry_after
 
 
