@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,10 @@ REFUSED = [
     ("json_schema", "3", "must be an object or a boolean"),
     ("json_schema", "false", "cannot accept any value"),
     ("json_schema", '{"type": "text"}', "type 'text' is none of"),
+    ("json_schema", '{"properties": 3}', r"\$\.properties must be an object"),
+    ("json_schema", '{"anyOf": {}}', "anyOf must be an array"),
+    ("json_schema", '{"type": "object", "required": [[]]}', "is required, but not among"),
+    ("json_schema", '{"items": {"type": "string", "pattern": 3}}', "must be a string"),
     ("json_schema", '{"type": "string", "maxLength": "3"}', "must be an integer"),
     ("json_schema", '{"type": "string", "maxLength": 4294967297}', "must be an integer in"),
     ("json_schema", '{"type": "string", "format": "colour"}', "format 'colour'"),
@@ -122,6 +127,17 @@ async def test_late_is_killed_and_the_loop_goes_on(tiny_model: LoadedModel) -> N
         assert await compiler.compile(regex("b")) is not None
     finally:
         compiler.close()
+
+
+async def test_a_crash_is_the_constraints_own(compiler: ConstraintCompiler) -> None:
+    await compiler.compile(regex("before"))
+    hard = asyncio.create_task(compiler.compile(regex("(a|b)*" * 5000)))
+    await asyncio.sleep(0.3)
+    for child in psutil.Process().children():
+        child.send_signal(signal.SIGSEGV)
+    with pytest.raises(InvalidRequest, match=r"the compiler failed on it \(SIGSEGV\)"):
+        await hard
+    assert await compiler.compile(regex("after")) is not None
 
 
 async def test_memory_is_bounded(tiny_model: LoadedModel) -> None:

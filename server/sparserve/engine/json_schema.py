@@ -82,6 +82,12 @@ _SINGLE = [
     "unevaluatedItems",
 ]
 
+_SHAPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(_MAPS, (dict, "an object")),
+    **dict.fromkeys((*_LISTS, "enum", "required"), (list, "an array")),
+    **dict.fromkeys(("pattern", "format", "$ref"), (str, "a string")),
+}
+
 
 def prepare(schema: object, path: str = "$", depth: int = 0) -> None:
     """Raises ValueError, naming the place, on what the grammar of `schema` would not keep; rewrites
@@ -93,6 +99,9 @@ def prepare(schema: object, path: str = "$", depth: int = 0) -> None:
         return
     if not isinstance(schema, dict):
         raise ValueError(f"{path} must be an object or a boolean, not {type(schema).__name__}")
+    for keyword, (shape, name) in _SHAPES.items():
+        if keyword in schema and not isinstance(schema[keyword], shape):
+            raise ValueError(f"{path}.{keyword} must be {name}")
     kept = _ANNOTATIONS | _kept_keywords(schema, path)
     for keyword in schema:
         if keyword not in kept:
@@ -114,7 +123,7 @@ def prepare(schema: object, path: str = "$", depth: int = 0) -> None:
 def _check_properties(schema: dict[str, Any], path: str) -> None:
     properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
     for name in schema.get("required", []):
-        if name not in properties:
+        if not isinstance(name, str) or name not in properties:
             raise ValueError(f"{path}: {name!r} is required, but not among the properties")
     if patterns and (properties or len(patterns) > 1):
         raise ValueError(f"{path}: patternProperties is supported alone, with one pattern")
@@ -174,13 +183,11 @@ def _kept_keywords(schema: dict[str, Any], path: str) -> frozenset[str]:
     types = _types(schema, path)
     if not wholes:
         return frozenset({"type"}).union(*(_OF_TYPE[name] for name in types))
-    if wholes[0] == "allOf" and isinstance(schema["allOf"], list) and len(schema["allOf"]) != 1:
+    if wholes[0] == "allOf" and len(schema["allOf"]) != 1:
         raise ValueError(f"{path}: allOf of several schemas is not supported; write them as one")
     if wholes[0] not in ("const", "enum"):
         return frozenset(wholes)
     values = schema["enum"] if wholes[0] == "enum" else [schema["const"]]
-    if not isinstance(values, list):
-        raise ValueError(f"{path}: enum must be an array")
     for value in values:
         if types and not any(_is_of(value, name) for name in types):
             raise ValueError(f"{path}: {value!r} is not of type {' or '.join(types)}")
@@ -220,12 +227,8 @@ def _subschemas(schema: dict[str, Any], path: str) -> list[tuple[object, str]]:
     found = [(schema[k], f"{path}.{k}") for k in _SINGLE if k in schema]
     for keyword in _MAPS:
         inner = schema.get(keyword, {})
-        if not isinstance(inner, dict):
-            raise ValueError(f"{path}.{keyword} must be an object")
         found += [(value, f"{path}.{keyword}.{name}") for name, value in inner.items()]
     for keyword in _LISTS:
         inner = schema.get(keyword, [])
-        if not isinstance(inner, list):
-            raise ValueError(f"{path}.{keyword} must be an array")
         found += [(value, f"{path}.{keyword}[{i}]") for i, value in enumerate(inner)]
     return found
