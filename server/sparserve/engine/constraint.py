@@ -29,17 +29,26 @@ class Constraint:
 class Matcher(Protocol):
     """Follows the output of one choice; only the engine thread touches it."""
 
-    def allowed(self) -> npt.NDArray[np.int32] | None:
-        """Bit `id % 32` of word `id // 32` is set where the token may come next; None: all may."""
-        ...
-
     @property
     def is_finished(self) -> bool:
-        """The text fits, and nothing but the end may follow."""
+        """Nothing but an end-of-sequence token may follow, or one has been accepted. Raises as
+        `allowed` does.
+        """
+        ...
+
+    def allowed(self) -> npt.NDArray[np.int32] | None:
+        """Bit `id % 32` of word `id // 32` is set where the token may come next; None: all may.
+
+        int32 [ceil(vocab_size / 32)]. The array is the matcher's own: the next call overwrites it.
+        Not to be called once `is_finished`. Raises InvalidRequest where no token can go on, or where
+        following the constraint has become too slow; the choice cannot be continued then.
+        """
         ...
 
     def accept(self, token_id: int) -> None:
-        """The token that was generated, one of those allowed."""
+        """The token that was generated. Raises ValueError if it was not one of those allowed, and
+        InvalidRequest as `allowed` does.
+        """
         ...
 
 
