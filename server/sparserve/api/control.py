@@ -33,7 +33,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._engine = engine
         self._model_name = model_name
         self._settings = settings
-        self._archive = b""
+        self._archive: tuple[bytes, str] | None = (
+            None  # and its checksum; made when first asked for
+        )
         self._drains: set[asyncio.Task[None]] = set()  # the loop itself holds no task alive
         self._start_time = Timestamp()
         self._start_time.GetCurrentTime()
@@ -123,19 +125,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.GetTokenizerRequest, context: Any
     ) -> AsyncIterator[pb.GetTokenizerResponse]:
         self._check_model(request.model)
-        if not self._archive:
-            engine = self._engine.engine
-            self._archive = await asyncio.to_thread(
-                tokenizer_archive,
-                engine.tokenizer,
-                engine.backend.config,
-                engine.limits.max_context,
-            )
-        archive = self._archive
-        for start in range(0, len(archive), ARCHIVE_PART_BYTES):
-            part = pb.GetTokenizerResponse(data=archive[start : start + ARCHIVE_PART_BYTES])
-            if start + ARCHIVE_PART_BYTES >= len(archive):
-                part.sha256 = hashlib.sha256(archive).hexdigest()
+        if self._archive is None:
+            self._archive = await asyncio.to_thread(self._make_archive)
+        data, sha256 = self._archive
+        for start in range(0, len(data), ARCHIVE_PART_BYTES):
+            part = pb.GetTokenizerResponse(data=data[start : start + ARCHIVE_PART_BYTES])
+            if start + ARCHIVE_PART_BYTES >= len(data):
+                part.sha256 = sha256
             yield part
 
     async def Drain(
@@ -173,6 +169,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: Any
     ) -> pb.UnloadAdapterResponse:
         raise NotBuiltYet("UnloadAdapter", "LoRA adapters are not served")
+
+    def _make_archive(self) -> tuple[bytes, str]:
+        engine = self._engine.engine
+        data = tokenizer_archive(engine.tokenizer, engine.backend.config, engine.limits.max_context)
+        return data, hashlib.sha256(data).hexdigest()
 
     def _check_model(self, name: str) -> None:
         """Raises UnknownModel."""
