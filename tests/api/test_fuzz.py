@@ -24,7 +24,7 @@ ANSWERS = {
 # A drained server serves nobody: tests/api/test_control.py has Drain. A name of another model is
 # always NOT_FOUND, and a compiler of constraints has tests of its own.
 LEFT_OUT = {"Drain"}
-WITHOUT = {"model", "constraint"}
+WITHOUT = {"model"}
 METHODS = {
     method.name: method
     for file in (inference_pb2, control_pb2)

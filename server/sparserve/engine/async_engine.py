@@ -15,6 +15,7 @@ from enum import Enum
 from functools import partial
 
 from sparserve.engine.engine import Engine
+from sparserve.engine.grammar import ConstraintCompiler
 from sparserve.engine.request import GenerationRequest, Update
 from sparserve.errors import (
     DuplicateRequest,
@@ -140,6 +141,14 @@ class AsyncEngine:
         on_state: Callable[[EngineState], None] = lambda state: None,
     ) -> None:
         self.engine = engine
+        self.constraints = ConstraintCompiler(
+            engine.tokenizer.tokenizer,
+            engine.backend.config.vocab_size,
+            engine.backend.config.eos_token_ids,
+            on_compiled=lambda kind, seconds: engine.metrics.constraint_compilation.labels(
+                kind=kind.value
+            ).observe(seconds),
+        )
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
         self.max_stream_backlog = max_stream_backlog
@@ -230,6 +239,7 @@ class AsyncEngine:
 
         False where the step does not end: the thread is left behind, and the process had better exit.
         """
+        await asyncio.to_thread(self.constraints.close)
         with self._wake:
             self._stopping = True
             self._wake.notify()

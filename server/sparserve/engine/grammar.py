@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -45,8 +45,9 @@ class ConstraintCompiler:
         timeout_seconds: float = 5.0,
         max_memory_bytes: int = 1 << 30,
         cache_bytes: int = 256 << 20,
+        on_compiled: Callable[[ConstraintKind, float], None] = lambda kind, seconds: None,
     ) -> None:
-        """`vocab_size` is the embedding's; `max_memory_bytes` of data the compiling process may have
+        """`on_compiled` hears of each compilation and its seconds. `vocab_size` is the embedding's; `max_memory_bytes` of data the compiling process may have
         (it needs about 320 MiB for itself), `cache_bytes` of compiled constraints are kept.
         """
         eos = sorted(set(eos_token_ids))
@@ -63,6 +64,7 @@ class ConstraintCompiler:
         self._thread = ThreadPoolExecutor(1, "constraints")
         self._cache: OrderedDict[Constraint, GrammarConstraint] = OrderedDict()
         self._waiting: dict[Constraint, asyncio.Task[GrammarConstraint]] = {}
+        self._on_compiled = on_compiled
         self._closed = False
 
     async def compile(self, constraint: Constraint) -> GrammarConstraint:
@@ -92,11 +94,12 @@ class ConstraintCompiler:
         self._thread.shutdown()
 
     async def _compile(self, constraint: Constraint) -> GrammarConstraint:
-        loop = asyncio.get_running_loop()
+        loop, started = asyncio.get_running_loop(), time.monotonic()
         try:
             compiled = await loop.run_in_executor(self._thread, self._compile_here, constraint)
         finally:
             del self._waiting[constraint]
+        self._on_compiled(constraint.kind, time.monotonic() - started)
         self._cache[constraint] = compiled
         while self._cached_bytes > self._cache_bytes or len(self._cache) > MAX_CACHED:
             self._cache.popitem(last=False)

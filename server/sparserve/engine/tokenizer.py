@@ -22,7 +22,7 @@ class TextTokenizer:
         special_tokens: Mapping[str, int | None],
     ) -> None:
         """`special_tokens`: what templates may name ("bos_token", "eos_token") -> token id."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.special_tokens: dict[str, str] = {
             name: (tokenizer.id_to_token(token_id) or "") if token_id is not None else ""
             for name, token_id in special_tokens.items()
@@ -32,7 +32,7 @@ class TextTokenizer:
         self.vocab_size = vocab_size
         self._longest_token = max((len(t.encode()) for t in tokenizer.get_vocab()), default=1)
         # Some decoders take the space off a text's first word, so a token is decoded after another.
-        self._before = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self._before = self.tokenizer.encode("a", add_special_tokens=False).ids
         self._token_texts: dict[int, str] = {}
 
     def encode(
@@ -52,7 +52,7 @@ class TextTokenizer:
                 max_tokens,
             )
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest(field, "the prompt is not valid UTF-8 text") from error
         return tuple(encoding.ids)
@@ -70,7 +70,7 @@ class TextTokenizer:
         return self._chat.render(conversation)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """A token alone, special ones too; U+FFFD stands for bytes that are no whole character."""
@@ -85,7 +85,7 @@ class TextTokenizer:
         self, stop: Sequence[str], *, include_stop: bool, skip_special_tokens: bool
     ) -> Detokenizer:
         return Detokenizer(
-            self._tokenizer,
+            self.tokenizer,
             stop,
             include_stop=include_stop,
             skip_special_tokens=skip_special_tokens,
@@ -93,4 +93,4 @@ class TextTokenizer:
 
     def to_json(self) -> str:
         """The content of a tokenizer.json; takes up to a second."""
-        return str(self._tokenizer.to_str(pretty=False))
+        return str(self.tokenizer.to_str(pretty=False))
