@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparserve.model.config import RopeConfig
 from sparserve.model.llama import (
     apply_rope,
     attention,
@@ -15,6 +14,7 @@ from sparserve.model.llama import (
     rope_frequencies,
     rope_tables,
 )
+from sparserve.model.rope import RopeConfig
 from sparserve.model.weights import LayerWeights
 
 LLAMA31 = RopeConfig(

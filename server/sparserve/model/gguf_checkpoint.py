@@ -16,7 +16,8 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
-from sparserve.model.config import ModelConfig, naming
+from sparserve.model.config import FAMILIES, ModelConfig
+from sparserve.model.fields import naming
 from sparserve.model.weights import GGUF_NAMES
 
 # What GGUFReader raises on damaged input; it validates little itself.
@@ -58,9 +59,8 @@ class GGUFCheckpoint:
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         except _READER_ERRORS as error:
             raise CorruptCheckpoint(f"{path} is damaged or truncated: {error}") from error
-        tied = self.names.lm_head not in self._tensors
         with naming(path):
-            self.config = ModelConfig.from_gguf(self.fields, tie_word_embeddings=tied)
+            self.config = ModelConfig.from_gguf(self.fields, self.tensor_names)
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -86,9 +86,11 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._dequantized(name)
-        if name.endswith("attn_q.weight"):
+        if not FAMILIES[self.config.architecture].gguf_interleaved:
+            return tensor
+        if name.endswith(("attn_q.weight", "attn_q.bias")):
             return _unpermute(name, tensor, self.config.num_heads)
-        if name.endswith("attn_k.weight"):
+        if name.endswith(("attn_k.weight", "attn_k.bias")):
             return _unpermute(name, tensor, self.config.num_kv_heads)
         return tensor
 
@@ -105,7 +107,8 @@ class GGUFCheckpoint:
             return torch.from_numpy(dequantize(tensor.data, kind))
         except NotImplementedError as error:
             raise UnsupportedModel(
-                f"tensor {name} has type {kind.name}, which cannot be read"
+                f"tensor {name} has type {kind.name}, which the gguf package cannot dequantize; take a "
+                "file of another type, such as Q8_0, Q4_K or F16"
             ) from error
         except _READER_ERRORS as error:
             raise CorruptCheckpoint(f"tensor {name} of {self.path} is damaged: {error}") from error
@@ -126,12 +129,12 @@ class GGUFCheckpoint:
 
 
 def _unpermute(name: str, weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q/k [heads * head_dim, in]: llama.cpp interleaves the two halves of each head."""
-    if weight.dim() != 2 or weight.shape[0] % (2 * heads):
+    """Rows of q/k [heads * head_dim, ...]: llama.cpp interleaves the two halves of each head."""
+    if weight.shape[0] % (2 * heads):
         raise CorruptCheckpoint(
             f"tensor {name} of shape {list(weight.shape)} has no {heads} heads of even size"
         )
-    pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 

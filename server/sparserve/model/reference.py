@@ -9,8 +9,8 @@ a context length set by the position. Rows that pad a tile are zero and are drop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +46,17 @@ class _Span:
     sequence: SequenceInput
     rows: slice  # its real rows
     slots: torch.Tensor  # [q_len] where their KV goes
-    tiles: tuple[_PrefillTile, ...] = ()
-    # One attention per decoded token, so that several at once equal single steps.
-    decode_rows: tuple[tuple[slice, torch.Tensor], ...] = ()  # (its row, slots of its context)
+    contexts: Mapping[int, tuple[_Context, ...]]  # attention window -> what the rows see
 
 
 @dataclass(frozen=True, slots=True)
-class _PrefillTile:
-    """PREFILL_TILE rows of one sequence at absolute positions [start, start + PREFILL_TILE)."""
+class _Context:
+    """What some rows of one sequence attend to: a tile of PREFILL_TILE absolute positions in a
+    prompt, or a single decoded token, so that several at once equal single steps."""
 
     rows: slice
-    context_slots: torch.Tensor  # slots of the positions 0 .. end that exist
-    mask: torch.Tensor  # [PREFILL_TILE, context]; context reaches the tile's end
+    slots: torch.Tensor  # slots of the positions in sight that exist
+    mask: torch.Tensor | None = None  # [PREFILL_TILE, positions up to the tile's end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,7 @@ class ReferenceBackend:
         self._frequencies = llama.rope_frequencies(
             config.rope, config.head_dim, weights.rope_factors
         )
+        self._windows = {config.window(layer) for layer in range(config.num_layers)}
         torch.set_num_threads(threads)
         dtype = str(weights.dtype).removeprefix("torch.")
         self.info = BackendInfo("reference", "cpu", dtype, threads, policies=(PolicyKind.DENSE,))
@@ -96,7 +96,9 @@ class ReferenceBackend:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         layout = self._lay_out(batch)
-        cos, sin = llama.rope_tables(layout.positions, self._frequencies)
+        cos, sin = llama.rope_tables(
+            layout.positions, self._frequencies, self.config.rope.attention_factor
+        )
         statistics = [self._new_statistics(s) for s in batch.sequences]
         x = self._weights.embedding[layout.token_ids].float()  # [rows, hidden]
         for index, layer in enumerate(self._weights.layers):
@@ -113,28 +115,31 @@ class ReferenceBackend:
         sin: torch.Tensor,
         layout: _Layout,
     ) -> torch.Tensor:
-        config, linear, rows = self.config, layout.linear, x.shape[0]
-        normed = llama.rms_norm(x, layer.attn_norm, config.rms_norm_eps)
-        q = linear(normed, layer.wq).view(rows, config.num_heads, config.head_dim)
-        k = linear(normed, layer.wk).view(rows, config.num_kv_heads, config.head_dim)
-        v = linear(normed, layer.wv).view(rows, config.num_kv_heads, config.head_dim)
+        config, linear, eps = self.config, layout.linear, self.config.rms_norm_eps
+        normed, head_dim = llama.rms_norm(x, layer.attn_norm, eps), config.head_dim
+        q, k, v = (
+            llama.project_heads(linear, normed, weight, bias, norm, eps, head_dim)
+            for weight, bias, norm in (
+                (layer.wq, layer.bq, layer.q_norm),
+                (layer.wk, layer.bk, layer.k_norm),
+                (layer.wv, layer.bv, None),
+            )
+        )
         rotated = llama.apply_rope(torch.cat((q, k), dim=1), cos, sin)
         q, k = torch.split(rotated, [config.num_heads, config.num_kv_heads], dim=1)
-        out = torch.zeros(rows, config.num_heads * config.head_dim)
+        out = torch.zeros(len(x), config.num_heads * head_dim)
         for span in layout.spans:
             self._kv.write(index, span.slots, k[span.rows], v[span.rows])
-            for row, context_slots in span.decode_rows:
-                keys, values = self._kv.gather(index, context_slots)
-                out[row] = llama.attention(q[row], keys, values, None)
-            for tile in span.tiles:
-                keys, values = (
+            for context in span.contexts[config.window(index)]:
+                keys, values = self._kv.gather(index, context.slots)
+                if context.mask is not None:
                     # What is not there yet counts as zero: a block still holds what its last owner
                     # wrote, and 0 times a NaN would be a NaN.
-                    F.pad(cached, (0, 0, 0, tile.mask.shape[1] - cached.shape[1]))
-                    for cached in self._kv.gather(index, tile.context_slots)
-                )
-                out[tile.rows] = llama.attention(q[tile.rows], keys, values, tile.mask)
-        return linear(out, layer.wo)
+                    padding = (0, 0, 0, context.mask.shape[1] - keys.shape[1])
+                    keys, values = F.pad(keys, padding), F.pad(values, padding)
+                out[context.rows] = llama.attention(q[context.rows], keys, values, context.mask)
+        projected = linear(out, layer.wo)
+        return projected if layer.bo is None else projected + layer.bo
 
     def _feed_forward(
         self,
@@ -204,7 +209,7 @@ class ReferenceBackend:
         positions: list[int] = []
         spans: dict[int, _Span] = {}
 
-        def place(index: int, sequence: SequenceInput, first: int, padding: int) -> _Span:
+        def place(index: int, sequence: SequenceInput, first: int, padding: int) -> None:
             """Append the sequence's tokens so that they begin at row `first`."""
             q_len = len(sequence.token_ids)
             before = first - len(token_ids)
@@ -212,23 +217,24 @@ class ReferenceBackend:
             positions.extend(
                 [0] * before + list(range(sequence.start, sequence.start + q_len)) + [0] * padding
             )
-            slots = self._kv.slots(sequence.block_table, sequence.start, sequence.start + q_len)
-            spans[index] = _Span(sequence, slice(first, first + q_len), slots)
-            return spans[index]
+            slots = self._kv.slots(sequence.block_table, 0, sequence.start + q_len)
+            look = (
+                self._prefill_contexts if sequence.phase is Phase.PREFILL else self._decode_contexts
+            )
+            contexts = {window: look(sequence, first, slots, window) for window in self._windows}
+            rows = slice(first, first + q_len)
+            spans[index] = _Span(sequence, rows, slots[sequence.start :], contexts)
 
         for index, sequence in enumerate(batch.sequences):
             if sequence.phase is Phase.PREFILL:
                 base = len(token_ids)
                 first = base + sequence.start % PREFILL_TILE
                 padding = -(first - base + len(sequence.token_ids)) % PREFILL_TILE
-                span = place(index, sequence, first, padding)
-                tiles = self._prefill_tiles(sequence, base)
-                spans[index] = replace(span, tiles=tiles)
+                place(index, sequence, first, padding)
         prefill_rows = len(token_ids)
         for index, sequence in enumerate(batch.sequences):
             if sequence.phase is Phase.DECODE:
-                span = place(index, sequence, len(token_ids), 0)
-                spans[index] = replace(span, decode_rows=self._decode_rows(span))
+                place(index, sequence, len(token_ids), 0)
         padding = -(len(token_ids) - prefill_rows) % self._decode_tile
         token_ids.extend([0] * padding)
         positions.extend([0] * padding)
@@ -236,29 +242,37 @@ class ReferenceBackend:
         linear = self._tiled_linear(len(token_ids), prefill_rows)
         return _Layout(torch.tensor(token_ids), torch.tensor(positions), ordered, linear)
 
-    def _decode_rows(self, span: _Span) -> tuple[tuple[slice, torch.Tensor], ...]:
-        sequence = span.sequence
-        stop = sequence.start + len(sequence.token_ids)
-        slots = self._kv.slots(sequence.block_table, 0, stop)
-        rows = range(span.rows.start, span.rows.stop)
-        return tuple(
-            (slice(row, row + 1), slots[: sequence.start + offset + 1])
-            for offset, row in enumerate(rows)
-        )
+    def _decode_contexts(
+        self, sequence: SequenceInput, first: int, slots: torch.Tensor, window: int
+    ) -> tuple[_Context, ...]:
+        """One context for each token; `slots` are those of all positions, from row `first` on."""
+        contexts = []
+        for offset in range(len(sequence.token_ids)):
+            stop = sequence.start + offset + 1
+            begin = max(0, stop - window) if window else 0
+            row = first + offset
+            contexts.append(_Context(slice(row, row + 1), slots[begin:stop]))
+        return tuple(contexts)
 
-    def _prefill_tiles(self, sequence: SequenceInput, base: int) -> tuple[_PrefillTile, ...]:
-        stop = sequence.start + len(sequence.token_ids)
-        first_tile = sequence.start // PREFILL_TILE
-        tiles = []
-        for tile in range(first_tile, (stop - 1) // PREFILL_TILE + 1):
-            start = tile * PREFILL_TILE
-            context = start + PREFILL_TILE
-            slots = self._kv.slots(sequence.block_table, 0, min(context, stop))
-            visible = torch.arange(context)[None, :] <= torch.arange(start, context)[:, None]
-            mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-            row = base + (tile - first_tile) * PREFILL_TILE
-            tiles.append(_PrefillTile(slice(row, row + PREFILL_TILE), slots, mask))
-        return tuple(tiles)
+    def _prefill_contexts(
+        self, sequence: SequenceInput, first: int, slots: torch.Tensor, window: int
+    ) -> tuple[_Context, ...]:
+        """One context for each tile that the tokens touch; the first begins before row `first`."""
+        contexts = []
+        row = first - sequence.start % PREFILL_TILE
+        for start in range(
+            sequence.start - sequence.start % PREFILL_TILE, len(slots), PREFILL_TILE
+        ):
+            stop = start + PREFILL_TILE
+            begin = max(0, start + 1 - window) if window else 0
+            keys, queries = torch.arange(begin, stop)[None, :], torch.arange(start, stop)[:, None]
+            hidden = keys > queries
+            if window:
+                hidden |= keys <= queries - window
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            contexts.append(_Context(slice(row, row + PREFILL_TILE), slots[begin:stop], mask))
+            row += PREFILL_TILE
+        return tuple(contexts)
 
 
 def top_candidates(logits: torch.Tensor, temperatures: torch.Tensor) -> Candidates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +24,13 @@ class LayerWeights:
     w_gate: torch.Tensor  # [intermediate, hidden]
     w_up: torch.Tensor  # [intermediate, hidden]
     w_down: torch.Tensor  # [hidden, intermediate]
+    # None where the architecture has none.
+    bq: torch.Tensor | None = None  # [num_heads * head_dim]
+    bk: torch.Tensor | None = None  # [num_kv_heads * head_dim]
+    bv: torch.Tensor | None = None  # [num_kv_heads * head_dim]
+    bo: torch.Tensor | None = None  # [hidden]
+    q_norm: torch.Tensor | None = None  # [head_dim]
+    k_norm: torch.Tensor | None = None  # [head_dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,12 @@ HF_NAMES = TensorNames(
         "w_gate": "model.layers.{i}.mlp.gate_proj.weight",
         "w_up": "model.layers.{i}.mlp.up_proj.weight",
         "w_down": "model.layers.{i}.mlp.down_proj.weight",
+        "bq": "model.layers.{i}.self_attn.q_proj.bias",
+        "bk": "model.layers.{i}.self_attn.k_proj.bias",
+        "bv": "model.layers.{i}.self_attn.v_proj.bias",
+        "bo": "model.layers.{i}.self_attn.o_proj.bias",
+        "q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+        "k_norm": "model.layers.{i}.self_attn.k_norm.weight",
     },
 )
 
@@ -80,15 +93,21 @@ GGUF_NAMES = TensorNames(
         "w_gate": "blk.{i}.ffn_gate.weight",
         "w_up": "blk.{i}.ffn_up.weight",
         "w_down": "blk.{i}.ffn_down.weight",
+        "bq": "blk.{i}.attn_q.bias",
+        "bk": "blk.{i}.attn_k.bias",
+        "bv": "blk.{i}.attn_v.bias",
+        "bo": "blk.{i}.attn_output.bias",
+        "q_norm": "blk.{i}.attn_q_norm.weight",
+        "k_norm": "blk.{i}.attn_k_norm.weight",
     },
 )
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """LayerWeights field -> shape that `config` asks for."""
+    """LayerWeights field -> shape, of the fields that `config` asks for."""
     d, i = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "attn_norm": (d,),
         "wq": (q, d),
         "wk": (kv, d),
@@ -99,6 +118,13 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "w_up": (i, d),
         "w_down": (d, i),
     }
+    if config.qkv_bias:
+        shapes |= {"bq": (q,), "bk": (kv,), "bv": (kv,)}
+    if config.output_bias:
+        shapes |= {"bo": (d,)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    return shapes
 
 
 def assemble(
@@ -122,12 +148,11 @@ def assemble(
 
     vocab = (config.vocab_size, config.hidden_size)
     embedding = checked(names.embedding, vocab)
-    shapes = layer_shapes(config)
     layers = tuple(
         LayerWeights(
             **{
-                field.name: checked(names.layer[field.name].format(i=i), shapes[field.name])
-                for field in fields(LayerWeights)
+                field: checked(names.layer[field].format(i=i), shape)
+                for field, shape in layer_shapes(config).items()
             }
         )
         for i in range(config.num_layers)
