@@ -32,7 +32,10 @@ class EngineSettings(BaseSettings):
 
     model: Annotated[
         str,
-        Field(description="A name from `sparserve models`, a Hugging Face folder or a .gguf file."),
+        Field(
+            description="A name from `sparserve models`, a Hugging Face folder, a .gguf file, or the id "
+            "org/name[@revision] of a model in the Hugging Face cache."
+        ),
     ] = "smollm2-135m-instruct"
     dtype: Annotated[
         Dtype,

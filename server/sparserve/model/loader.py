@@ -1,4 +1,4 @@
-"""From a name, a folder or a file to weights in memory."""
+"""From a name, a folder, a file or a hub id to weights in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sparserve.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from sparserve.model import catalog
 from sparserve.model.config import ModelConfig
 from sparserve.model.gguf_checkpoint import GGUFCheckpoint
+from sparserve.model.hub import cached_model
 from sparserve.model.safetensors_checkpoint import SafetensorsCheckpoint
 from sparserve.model.weights import ModelWeights, TensorNames, assemble
 
@@ -62,8 +63,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     raise ModelNotFound(
         f"no model at {str(path)!r}: expected a folder with config.json and *.safetensors, a .gguf file, "
-        f"or one of the names {', '.join(catalog.CATALOG)}"
+        f"the id org/name of a model in the Hugging Face cache, or one of the names "
+        f"{', '.join(catalog.CATALOG)}"
     )
+
+
+def _find(model: str, on_download: catalog.DownloadProgress) -> tuple[str, Path]:
+    """(the name to serve it under, where it is)."""
+    if model in catalog.CATALOG:
+        return model, catalog.fetch(model, on_download)
+    path = Path(os.path.expanduser(model))  # unlike Path's, never raises
+    if not os.path.exists(path) and (cached := cached_model(model)) is not None:
+        return model, cached
+    return (path.stem if os.path.isfile(path) else Path(os.path.abspath(path)).name), path
 
 
 def _refuse_unread(path: Path, checkpoint: Checkpoint, read_names: set[str]) -> None:
@@ -88,17 +100,15 @@ def load_model(
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: catalog.DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
-    """Load `model`: a name of the catalog, a Hugging Face folder or a GGUF file.
+    """Load `model`: a name of the catalog, a Hugging Face folder, a GGUF file or the hub id of a
+    model in the Hugging Face cache.
 
     `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF) or a key of DTYPES. Tensors
     already in that dtype stay memory-mapped; others are converted one at a time.
 
     Raises ModelNotFound, DownloadFailed, UnsupportedModel or CorruptCheckpoint.
     """
-    if model in catalog.CATALOG:
-        path = catalog.fetch(model, on_download)
-    else:
-        path = Path(os.path.expanduser(model))  # unlike Path's, never raises
+    name, path = _find(model, on_download)
     checkpoint = open_checkpoint(path)
     target = checkpoint.native_dtype if dtype == "auto" else DTYPES[dtype]
     total = len(checkpoint.tensor_names)
@@ -120,7 +130,4 @@ def load_model(
             f"the tokenizer of {path} has token ids up to {highest}, the embedding only "
             f"{checkpoint.config.vocab_size} rows"
         )
-    name = (
-        model if model in catalog.CATALOG else path.stem if path.is_file() else path.resolve().name
-    )
     return LoadedModel(name, checkpoint.config, weights, tokenizer, checkpoint.chat_template())
