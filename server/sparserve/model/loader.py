@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,9 @@ from sparserve.model import catalog
 from sparserve.model.config import ModelConfig
 from sparserve.model.gguf_checkpoint import GGUFCheckpoint
 from sparserve.model.hub import cached_model
+from sparserve.model.placement import PlacedLayers, Placement, plan
 from sparserve.model.safetensors_checkpoint import SafetensorsCheckpoint
-from sparserve.model.weights import ModelWeights, TensorNames, assemble
+from sparserve.model.weights import ModelWeights, TensorNames, assemble, read_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,6 +99,7 @@ def load_model(
     model: str,
     *,
     dtype: str = "auto",
+    placement: Placement = Placement(),
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: catalog.DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
@@ -104,9 +107,11 @@ def load_model(
     model in the Hugging Face cache.
 
     `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF) or a key of DTYPES. Tensors
-    already in that dtype stay memory-mapped; others are converted one at a time.
+    already in that dtype stay memory-mapped; others are converted one at a time. Layers go straight
+    to the devices of `placement`.
 
-    Raises ModelNotFound, DownloadFailed, UnsupportedModel or CorruptCheckpoint.
+    Raises ModelNotFound, DownloadFailed, UnsupportedModel, CorruptCheckpoint or, of a placement that
+    cannot be, ConfigError.
     """
     name, path = _find(model, on_download)
     checkpoint = open_checkpoint(path)
@@ -116,12 +121,21 @@ def load_model(
 
     def read(name: str) -> torch.Tensor:
         tensor = checkpoint.read(name)
-        read_names.add(name)
-        on_tensor(len(read_names), total)
+        if name not in read_names:  # layers on disk are read again
+            read_names.add(name)
+            on_tensor(len(read_names), total)
         # Norm weights are used in float32 and cost nothing; matrices must be contiguous rows.
         return (tensor.float() if tensor.dim() == 1 else tensor.to(target)).contiguous()
 
-    weights = assemble(checkpoint.config, checkpoint.names, read, checkpoint.rope_factors)
+    config, names = checkpoint.config, checkpoint.names
+    devices = plan(placement, config, target)
+    weights = assemble(
+        config,
+        names,
+        lambda name: read(name).to(devices.execution),
+        lambda: PlacedLayers(partial(read_layer, config, names, read), devices),
+        checkpoint.rope_factors,
+    )
     _refuse_unread(path, checkpoint, read_names)
     tokenizer = checkpoint.tokenizer()
     highest = max(tokenizer.get_vocab().values(), default=0)

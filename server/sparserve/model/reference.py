@@ -84,8 +84,8 @@ class ReferenceBackend:
         )
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
         torch.set_num_threads(threads)
-        dtype = str(weights.dtype).removeprefix("torch.")
-        self.info = BackendInfo("reference", "cpu", dtype, threads, policies=(PolicyKind.DENSE,))
+        dtype, device = str(weights.dtype).removeprefix("torch."), str(weights.embedding.device)
+        self.info = BackendInfo("reference", device, dtype, threads, policies=(PolicyKind.DENSE,))
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
         return self._kv.read_blocks(block_ids)
@@ -102,6 +102,8 @@ class ReferenceBackend:
         statistics = [self._new_statistics(s) for s in batch.sequences]
         x = self._weights.embedding[layout.token_ids].float()  # [rows, hidden]
         for index, layer in enumerate(self._weights.layers):
+            # A layer computes where its weights are; the KV cache stays in main memory.
+            x, cos, sin = (tensor.to(layer.wq.device) for tensor in (x, cos, sin))
             x = x + self._attention(index, layer, x, cos, sin, layout)
             x = x + self._feed_forward(index, layer, x, layout, statistics)
         return ForwardOutput(self._candidates(x, layout), statistics)
@@ -127,17 +129,18 @@ class ReferenceBackend:
         )
         rotated = llama.apply_rope(torch.cat((q, k), dim=1), cos, sin)
         q, k = torch.split(rotated, [config.num_heads, config.num_kv_heads], dim=1)
-        out = torch.zeros(len(x), config.num_heads * head_dim)
+        out = x.new_zeros(len(x), config.num_heads * head_dim)
         for span in layout.spans:
             self._kv.write(index, span.slots, k[span.rows], v[span.rows])
             for context in span.contexts[config.window(index)]:
-                keys, values = self._kv.gather(index, context.slots)
-                if context.mask is not None:
+                keys, values = (t.to(x.device) for t in self._kv.gather(index, context.slots))
+                mask = None if context.mask is None else context.mask.to(x.device)
+                if mask is not None:
                     # What is not there yet counts as zero: a block still holds what its last owner
                     # wrote, and 0 times a NaN would be a NaN.
-                    padding = (0, 0, 0, context.mask.shape[1] - keys.shape[1])
+                    padding = (0, 0, 0, mask.shape[1] - keys.shape[1])
                     keys, values = F.pad(keys, padding), F.pad(values, padding)
-                out[context.rows] = llama.attention(q[context.rows], keys, values, context.mask)
+                out[context.rows] = llama.attention(q[context.rows], keys, values, mask)
         projected = linear(out, layer.wo)
         return projected if layer.bo is None else projected + layer.bo
 
@@ -155,7 +158,7 @@ class ReferenceBackend:
             if statistic is not None:
                 skip = 1 if span.sequence.start == 0 else 0  # the attention sink
                 rows = activations[span.rows][skip:]
-                statistic.sums[index] += norm_score(rows).sum(dim=0)
+                statistic.sums[index] += norm_score(rows).sum(dim=0).cpu()
                 if index == 0:
                     statistic.tokens += rows.shape[0]
         return layout.linear(activations, layer.w_down)
@@ -167,12 +170,12 @@ class ReferenceBackend:
             for offset in span.sequence.output_offsets
         ]
         if not wanted:
-            return top_candidates(x.new_zeros(0, self.config.vocab_size), torch.ones(0))
-        rows = x[[row for row, _ in wanted]]
+            return top_candidates(torch.zeros(0, self.config.vocab_size), torch.ones(0))
+        rows = x[[row for row, _ in wanted]].to(self._weights.embedding.device)
         padded = F.pad(rows, (0, 0, 0, -len(wanted) % self._decode_tile))
         normed = llama.rms_norm(padded, self._weights.norm, self.config.rms_norm_eps)
         linear = self._tiled_linear(len(padded), prefill_rows=0)
-        logits = linear(normed, self._weights.lm_head)[: len(wanted)]
+        logits = linear(normed, self._weights.lm_head)[: len(wanted)].cpu()
         return top_candidates(logits, torch.tensor([t for _, t in wanted]))
 
     def _tiled_linear(self, rows: int, prefill_rows: int) -> llama.Linear:
@@ -188,7 +191,7 @@ class ReferenceBackend:
             chunk = max(1, DECODE_CHUNK_BYTES // row_bytes)
             if chunk >= features and len(prefill) + len(decode) == 1:
                 return F.linear(x, weight).float()
-            out = torch.empty(rows, features, dtype=weight.dtype)
+            out = torch.empty(rows, features, dtype=weight.dtype, device=x.device)
             for tile in prefill:
                 out[tile] = F.linear(x[tile], weight)
             for start in range(0, features if decode else 0, chunk):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -32,18 +32,23 @@ class LayerWeights:
     q_norm: torch.Tensor | None = None  # [head_dim]
     k_norm: torch.Tensor | None = None  # [head_dim]
 
+    def to(self, device: torch.device) -> LayerWeights:
+        """The same on `device`; shares what is there already."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: t.to(device) for k, t in tensors.items() if t is not None})
+
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     embedding: torch.Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
+    layers: Sequence[LayerWeights]
     norm: torch.Tensor  # [hidden]
     lm_head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied
     rope_factors: torch.Tensor | None = None  # [head_dim / 2], GGUF's form of llama3 scaling
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].wq.dtype
+        return self.embedding.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,40 +132,43 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+# read(name) returns the tensor in the dtype to compute with, or raises CorruptCheckpoint.
+Read = Callable[[str], torch.Tensor]
+
+
+def read_layer(config: ModelConfig, names: TensorNames, read: Read, index: int) -> LayerWeights:
+    """One layer, its shapes checked. Raises CorruptCheckpoint."""
+    return LayerWeights(
+        **{
+            field: _checked(read, names.layer[field].format(i=index), shape)
+            for field, shape in layer_shapes(config).items()
+        }
+    )
+
+
 def assemble(
     config: ModelConfig,
     names: TensorNames,
-    read: Callable[[str], torch.Tensor],
+    read: Read,
+    layers: Callable[[], Sequence[LayerWeights]],
     rope_factors: torch.Tensor | None = None,
 ) -> ModelWeights:
-    """Read every tensor once, checking its shape.
-
-    `read(name)` returns the tensor in the dtype to compute with, or raises CorruptCheckpoint.
-    """
-
-    def checked(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = read(name)
-        if tuple(tensor.shape) != shape:
-            raise CorruptCheckpoint(
-                f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
-            )
-        return tensor
-
+    """All weights, `layers()` among them, their shapes checked. Raises CorruptCheckpoint."""
     vocab = (config.vocab_size, config.hidden_size)
-    embedding = checked(names.embedding, vocab)
-    layers = tuple(
-        LayerWeights(
-            **{
-                field: checked(names.layer[field].format(i=i), shape)
-                for field, shape in layer_shapes(config).items()
-            }
-        )
-        for i in range(config.num_layers)
-    )
+    embedding = _checked(read, names.embedding, vocab)
     return ModelWeights(
         embedding=embedding,
-        layers=layers,
-        norm=checked(names.norm, (config.hidden_size,)),
-        lm_head=embedding if config.tie_word_embeddings else checked(names.lm_head, vocab),
+        layers=layers(),
+        norm=_checked(read, names.norm, (config.hidden_size,)),
+        lm_head=embedding if config.tie_word_embeddings else _checked(read, names.lm_head, vocab),
         rope_factors=rope_factors,
     )
+
+
+def _checked(read: Read, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = read(name)
+    if tuple(tensor.shape) != shape:
+        raise CorruptCheckpoint(
+            f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
+        )
+    return tensor
