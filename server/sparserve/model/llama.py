@@ -37,7 +37,7 @@ def rope_frequencies(
         case "linear":
             return frequencies / rope.factor
         case "dynamic":
-            return _dynamic_frequencies(rope, exponents)
+            return _dynamic_frequencies(rope, frequencies)
         case "llama3":
             return _llama3_frequencies(rope, frequencies)
         case "yarn":
@@ -45,19 +45,19 @@ def rope_frequencies(
     return frequencies
 
 
-def _dynamic_frequencies(rope: RopeConfig, exponents: torch.Tensor) -> torch.Tensor:
+def _dynamic_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
     """NTK-aware scaling as it is at the moment when a position is the sequence's last.
 
     transformers `_compute_dynamic_ntk_parameters` takes the length seen so far for all tokens of a
     forward. Here each position has the frequencies of the length that ends with it, as in a
     transformers run that decodes token by token, however a prompt is cut.
     """
-    original, head_dim = rope.original_max_position_embeddings, 2 * len(exponents)
-    lengths = torch.arange(1, rope.context(original) + 1, dtype=torch.float64).clamp(min=original)
+    original, head_dim = rope.original_max_position_embeddings, 2 * len(frequencies)
+    lengths = torch.arange(original + 1, rope.context(original) + 1, dtype=torch.float64)
     grown = (rope.factor * lengths / original - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
-    bases = rope.theta * grown[:, None]
-    frequencies: torch.Tensor = 1.0 / (bases ** exponents.double())
-    return frequencies.float()
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    beyond = 1.0 / ((rope.theta * grown)[:, None] ** exponents)
+    return torch.cat((frequencies.expand(original, -1), beyond.float()))
 
 
 def _yarn_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
