@@ -63,14 +63,16 @@ def tiny_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights under Hugging Face names, scaled so that greedy text is not one token."""
     generator = torch.Generator().manual_seed(seed)
 
-    def random(shape: tuple[int, ...]) -> torch.Tensor:
+    def random(shape: tuple[int, ...], name: str = "") -> torch.Tensor:
         values = torch.randn(shape, generator=generator)
+        if name.endswith("bias"):
+            return 0.3 * values
         return 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
 
     tensors = {
-        name.format(i=i): random(layer_shapes(config)[field])
+        (name := HF_NAMES.layer[field].format(i=i)): random(shape, name)
         for i in range(config.num_layers)
-        for field, name in HF_NAMES.layer.items()
+        for field, shape in layer_shapes(config).items()
     }
     tensors[HF_NAMES.embedding] = random((config.vocab_size, config.hidden_size)) * 8
     tensors[HF_NAMES.norm] = random((config.hidden_size,))

@@ -32,7 +32,10 @@ class EngineSettings(BaseSettings):
 
     model: Annotated[
         str,
-        Field(description="A name from `sparserve models`, a Hugging Face folder or a .gguf file."),
+        Field(
+            description="A name from `sparserve models`, a Hugging Face folder, a .gguf file, or the id "
+            "org/name[@revision] of a model in the Hugging Face cache."
+        ),
     ] = "smollm2-135m-instruct"
     dtype: Annotated[
         Dtype,
@@ -40,6 +43,21 @@ class EngineSettings(BaseSettings):
             description="Data type of weights and KV cache; auto: the checkpoint's (float32 for quantized GGUF)."
         ),
     ] = "auto"
+    device_map: Annotated[
+        str,
+        Field(
+            description="Where the layers' weights live: cpu; a torch device such as cuda:0; or auto: GPUs "
+            "first, then main memory, then left in the checkpoint and read for each use."
+        ),
+    ] = "cpu"
+    max_memory_gib: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Memory for weights on each device in GiB, with device_map auto; 0: what is free.",
+        ),
+    ] = 0
     threads: Annotated[
         int, Field(ge=0, le=1024, description="CPU threads of the forward; 0: all usable.")
     ] = 0

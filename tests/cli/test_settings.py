@@ -13,6 +13,8 @@ from sparserve.errors import ConfigError
 OTHER = {
     "model": ("folder", "folder"),
     "dtype": ("bfloat16", "bfloat16"),
+    "device_map": ("auto", "auto"),
+    "max_memory_gib": ("1.5", 1.5),
     "threads": ("3", 3),
     "max_context": ("100", 100),
     "kv_cache_gib": ("0.5", 0.5),

@@ -34,6 +34,8 @@ GGUF_OF_HF = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -100,7 +102,8 @@ def gguf_name(hf_name: str) -> str:
     if hf_name in GGUF_OF_HF:
         return GGUF_OF_HF[hf_name]
     layer, part = hf_name.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{GGUF_OF_HF[part.removesuffix('.weight')]}.weight"
+    module, _, kind = part.rpartition(".")
+    return f"blk.{layer}.{GGUF_OF_HF[module]}.{kind}"
 
 
 def interleave_halves(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -109,19 +112,56 @@ def interleave_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return split.swapaxes(1, 2).reshape(weight.shape)
 
 
+def gguf_shapes(
+    vocab: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    q_width: int,
+    kv_width: int,
+    head_norm: int,
+    attention_bias: bool,
+) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor name -> shape; `head_norm` is the width of q_norm and k_norm, 0 for none."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        layer = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (q_width, hidden),
+            "self_attn.k_proj.weight": (kv_width, hidden),
+            "self_attn.v_proj.weight": (kv_width, hidden),
+            "self_attn.o_proj.weight": (hidden, q_width),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (intermediate, hidden),
+            "mlp.up_proj.weight": (intermediate, hidden),
+            "mlp.down_proj.weight": (hidden, intermediate),
+        }
+        if attention_bias:
+            layer |= {
+                f"self_attn.{p}_proj.bias": (q_width if p == "q" else kv_width,) for p in "qkv"
+            }
+        if head_norm:
+            layer |= {f"self_attn.{p}_norm.weight": (head_norm,) for p in "qk"}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
 @pytest.fixture(scope="session")
 def write_gguf() -> Callable[..., dict[str, torch.Tensor]]:
-    """`write_gguf(path, …)`: a random Llama with the smollm tokenizer as a GGUF file.
+    """`write_gguf(path, …)`: a random model with the smollm tokenizer as a GGUF file.
 
     Returns the weights under Hugging Face names, as they were before the file's own rounding.
     `kind` stores the matrices; norms stay F32, as llama.cpp keeps them. `fields` changes or, with
-    None, leaves out metadata; `extra` adds tensors; `drop` leaves some out.
+    None, leaves out metadata; `extra` adds tensors (or pairs of raw data and its kind); `drop`
+    leaves some out.
     """
 
     def write(
         path: Path,
         kind: GGMLQuantizationType = GGMLQuantizationType.F32,
         *,
+        architecture: str = "llama",
+        attention_bias: bool = False,
         tied: bool = False,
         seed: int = 0,
         hidden: int = 64,
@@ -130,28 +170,18 @@ def write_gguf() -> Callable[..., dict[str, torch.Tensor]]:
         heads: int = 4,
         kv_heads: int = 2,
         fields: dict[str, Any] | None = None,
-        extra: dict[str, np.ndarray] | None = None,
+        extra: dict[str, np.ndarray | tuple[np.ndarray, GGMLQuantizationType]] | None = None,
         drop: Sequence[str] = (),
     ) -> dict[str, torch.Tensor]:
         tokens = smollm_vocabulary()
-        head_dim = (fields or {}).get("llama.attention.key_length", hidden // heads)
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(tokens), hidden)}
-        for i in range(layers):
-            prefix = f"model.layers.{i}."
-            shapes |= {
-                prefix + "input_layernorm.weight": (hidden,),
-                prefix + "self_attn.q_proj.weight": (heads * head_dim, hidden),
-                prefix + "self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
-                prefix + "self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
-                prefix + "self_attn.o_proj.weight": (hidden, heads * head_dim),
-                prefix + "post_attention_layernorm.weight": (hidden,),
-                prefix + "mlp.gate_proj.weight": (intermediate, hidden),
-                prefix + "mlp.up_proj.weight": (intermediate, hidden),
-                prefix + "mlp.down_proj.weight": (hidden, intermediate),
-            }
-        shapes["model.norm.weight"] = (hidden,)
-        if not tied:
-            shapes["lm_head.weight"] = (len(tokens), hidden)
+        head_dim = (fields or {}).get(f"{architecture}.attention.key_length", hidden // heads)
+        norm = head_dim if architecture == "qwen3" else 0
+        q_width, kv_width = heads * head_dim, kv_heads * head_dim
+        shapes = gguf_shapes(
+            len(tokens), hidden, intermediate, layers, q_width, kv_width, norm, attention_bias
+        )
+        if tied:
+            del shapes["lm_head.weight"]
         random = np.random.default_rng(seed)
         weights = {
             name: random.standard_normal(shape).astype(np.float32) * shape[-1] ** -0.5
@@ -159,16 +189,18 @@ def write_gguf() -> Callable[..., dict[str, torch.Tensor]]:
             for name, shape in shapes.items()
         }
 
-        metadata = {
-            "llama.block_count": layers,
-            "llama.context_length": 512,
-            "llama.embedding_length": hidden,
-            "llama.feed_forward_length": intermediate,
-            "llama.attention.head_count": heads,
-            "llama.attention.head_count_kv": kv_heads,
-            "llama.attention.layer_norm_rms_epsilon": 1e-5,
-            "llama.rope.dimension_count": head_dim,
-            "llama.rope.freq_base": 10000.0,
+        hyperparameters = {
+            "block_count": layers,
+            "context_length": 512,
+            "embedding_length": hidden,
+            "feed_forward_length": intermediate,
+            "attention.head_count": heads,
+            "attention.head_count_kv": kv_heads,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": head_dim,
+            "rope.freq_base": 10000.0,
+        }
+        metadata = {f"{architecture}.{key}": value for key, value in hyperparameters.items()} | {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "smollm",
             "tokenizer.ggml.tokens": tokens,
@@ -177,19 +209,21 @@ def write_gguf() -> Callable[..., dict[str, torch.Tensor]]:
             "tokenizer.ggml.bos_token_id": len(tokens) - 2,
             "tokenizer.ggml.eos_token_id": len(tokens) - 1,
             "tokenizer.chat_template": "{{ messages[0].content }}",
-        } | (fields or {})
-        writer = gguf.GGUFWriter(path, str(metadata.pop("general.architecture", "llama")))
+        }
+        metadata |= fields or {}
+        writer = gguf.GGUFWriter(path, str(metadata.pop("general.architecture", architecture)))
         for key, value in metadata.items():
             add_field(writer, key, value)
         for name, weight in weights.items():
             if gguf_name(name) in drop:
                 continue
             for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-                if part in name:
+                if part in name and architecture == "llama":
                     weight = interleave_halves(weight, count)
             add_tensor(writer, gguf_name(name), weight, kind)
         for name, value in (extra or {}).items():
-            writer.add_tensor(name, value)
+            data, raw_kind = value if isinstance(value, tuple) else (value, None)
+            writer.add_tensor(name, data, raw_dtype=raw_kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

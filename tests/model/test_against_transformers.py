@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparserve.model import catalog
 from sparserve.model.backend import (
@@ -21,7 +22,7 @@ from sparserve.model.backend import (
     SequenceInput,
 )
 from sparserve.model.loader import LoadedModel, load_model
-from sparserve.model.weights import HF_NAMES
+from sparserve.model.weights import HF_NAMES, layer_shapes
 
 TOLERANCE = 1e-4  # largest difference of a logit
 # Frequencies of a head of 16 at theta 10000 have wavelengths 6 … 19869: of an original context of 64
@@ -32,7 +33,44 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# A head of 16 at theta 10000 and an original context of 64: ramps from pair 0 to pair 3.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+FAMILIES = {
+    "llama with biases": {"attention_bias": True},
+    "mistral": {**MISTRAL, "sliding_window": 20},
+    "mistral, a window beyond a tile": {**MISTRAL, "sliding_window": 100},
+    "mistral without a window": {**MISTRAL, "sliding_window": None},
+    "mistral, the default window": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen2, the last layer with a window": {
+        **QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+    },
+    "qwen2, a window by layer types": {
+        **QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen3": {**QWEN3, "head_dim": 24},
+    "qwen3, head_dim not named": {**QWEN3, "num_attention_heads": 2},
+    "qwen3 with biases": {**QWEN3, "head_dim": 16, "attention_bias": True},
+    "qwen3 with a window": {
+        **QWEN3,
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 33,
+        "max_window_layers": 0,
+    },
+}
 CHECKPOINTS = {
+    **FAMILIES,
+    "qwen2, tied": {**QWEN2, "tie_word_embeddings": True},
     "untied embeddings": {},
     "tied embeddings": {"tie_word_embeddings": True},
     "one KV head": {"num_key_value_heads": 1},
@@ -64,6 +102,17 @@ CHECKPOINTS = {
         }
         | {"rope_type": "llama3"},
     },
+    "yarn": {"rope_scaling": YARN, "max_position_embeddings": 256},
+    "yarn, nothing rounded, other bounds": {
+        "rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 2.5, "truncate": False}
+    },
+    "yarn, attention factor": {"rope_scaling": {**YARN, "attention_factor": 0.7}},
+    "yarn, mscale": {"rope_scaling": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.4}},
+    "yarn of an original context not named": {
+        "max_position_embeddings": 100,
+        "rope_scaling": {"type": "yarn", "factor": 2.0},
+    },
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 160},
 }
 NUM_TOKENS = 150
 PREFILLED = 130  # the other tokens are decoded
@@ -74,15 +123,33 @@ def tokens() -> list[int]:
     return torch.randint(0, 259, (NUM_TOKENS,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-def their_logits(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
+def their_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float()
 
 
-def read_by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-    ).eval()
+def read_by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    config = json.loads((folder / "config.json").read_text())
+    return (
+        getattr(transformers, config["architectures"][0])
+        .from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
+        .eval()
+    )
+
+
+@pytest.fixture
+def write_checkpoint(write_tiny_checkpoint, tmp_path) -> Callable[..., Path]:
+    """`write_checkpoint(…)`: a tiny model's folder; what is None is left out of config.json, but
+    for the window, where null means none and absence the default."""
+
+    def write(**overrides: object) -> Path:
+        folder = write_tiny_checkpoint(tmp_path, **overrides)
+        config = json.loads((folder / "config.json").read_text())
+        kept = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+        (folder / "config.json").write_text(json.dumps(kept))
+        return folder
+
+    return write
 
 
 @dataclass
@@ -113,18 +180,43 @@ def our_logits(make_backend, all_logits) -> Ours:
 
 
 @pytest.mark.parametrize("overrides", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-def test_logits_equal_those_of_transformers(
-    overrides, write_tiny_checkpoint, tmp_path, tokens, our_logits
-):
-    overrides = {"rms_norm_eps": 1e-5, **overrides}
-    folder = write_tiny_checkpoint(tmp_path, **overrides)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if value is not None})
-    )
-    model = load_model(str(folder))
+def test_logits_equal_those_of_transformers(overrides, write_checkpoint, tokens, our_logits):
+    folder = write_checkpoint(**overrides)
     expected = their_logits(read_by_transformers(folder), tokens)
-    torch.testing.assert_close(our_logits(model, tokens), expected, atol=TOLERANCE, rtol=0)
+    actual = our_logits(load_model(str(folder)), tokens)
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+GENERATED = {
+    **FAMILIES,
+    "yarn": CHECKPOINTS["yarn"],
+    # The prompt fits the original context, the text outgrows it.
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 40},
+    "dynamic, sooner": {
+        "rope_scaling": {"type": "dynamic", "factor": 2.5},
+        "max_position_embeddings": 38,
+        "head_dim": 24,
+    },
+}
+
+
+@pytest.mark.parametrize("overrides", GENERATED.values(), ids=GENERATED.keys())
+def test_64_greedy_tokens_equal_those_that_transformers_generates(
+    overrides, write_checkpoint, tokens, make_backend
+):
+    folder, prompt = write_checkpoint(**overrides), tokens[:38]
+    backend = make_backend(load_model(str(folder)), num_blocks=8)
+    ((text, _),) = greedy(backend, [prompt])
+    theirs = read_by_transformers(folder).generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+        eos_token_id=[],
+        pad_token_id=258,
+    )
+    assert text == theirs[0].tolist()
+    assert len(set(text[len(prompt) :])) > 10, "not one token over and over"
 
 
 def shard(folder: Path, parts: int) -> None:
@@ -257,8 +349,9 @@ def test_demo_weights_equal_those_that_transformers_reads(demo_model, their_demo
     assert weights.lm_head is weights.embedding
     assert torch.equal(weights.norm, theirs["model.norm.weight"])
     for i, layer in enumerate(weights.layers):
-        for field, name in HF_NAMES.layer.items():
-            assert torch.equal(getattr(layer, field), theirs[name.format(i=i)]), name
+        for field in layer_shapes(demo_model.config):
+            name = HF_NAMES.layer[field].format(i=i)
+            assert torch.equal(getattr(layer, field), theirs[name]), name
 
 
 def test_demo_logits_equal_those_of_transformers_in_float64(

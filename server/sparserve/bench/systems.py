@@ -12,9 +12,9 @@ import torch
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.errors import ConfigError
-from sparserve.model.config import RopeConfig
 from sparserve.model.loader import LoadedModel
-from sparserve.model.weights import HF_NAMES
+from sparserve.model.rope import RopeConfig
+from sparserve.model.weights import HF_NAMES, layer_shapes
 
 Prompts = Sequence[tuple[int, ...]]
 
@@ -132,7 +132,12 @@ def _to_transformers(transformers: Any, model: LoadedModel) -> Any:
         raise ConfigError(
             "GGUF files with rope_freqs have no counterpart in transformers; --peers none"
         )
-    hf_config = transformers.LlamaConfig(
+    if config.sliding_layers or config.rope.kind == "dynamic":
+        raise ConfigError(
+            "models with a sliding window or dynamic RoPE are not compared; --peers none"
+        )
+    kind = getattr(transformers, config.architecture)
+    hf_config = kind.config_class(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -143,15 +148,18 @@ def _to_transformers(transformers: Any, model: LoadedModel) -> Any:
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         rope_parameters=_rope_parameters(config.rope),
+        attention_bias=config.output_bias,
+        sliding_window=None,
         tie_word_embeddings=config.tie_word_embeddings,
         dtype=weights.dtype,
     )
-    module = transformers.LlamaForCausalLM(hf_config).eval()
+    module = kind(hf_config).eval()
     tensors = {HF_NAMES.embedding: weights.embedding, HF_NAMES.norm: weights.norm}
     tensors[HF_NAMES.lm_head] = weights.lm_head
     for index, layer in enumerate(weights.layers):
         tensors |= {
-            name.format(i=index): getattr(layer, field) for field, name in HF_NAMES.layer.items()
+            HF_NAMES.layer[field].format(i=index): getattr(layer, field)
+            for field in layer_shapes(config)
         }
     module.load_state_dict({k: v.to(weights.dtype) for k, v in tensors.items()}, assign=True)
     module.generation_config.eos_token_id = None  # exactly as many tokens as asked for
@@ -167,6 +175,14 @@ def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
         parameters |= {
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }
+    if rope.kind == "yarn":
+        parameters |= {
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "attention_factor": rope.attention_factor,
+            "truncate": rope.truncate,
             "original_max_position_embeddings": rope.original_max_position_embeddings,
         }
     return parameters

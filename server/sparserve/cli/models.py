@@ -30,7 +30,10 @@ def list_models() -> None:
         size, cached = f"{entry.size / 1e6:.0f} MB", "yes" if entry.is_cached else "no"
         table.add_row(entry.name, entry.description, size, entry.licence, cached)
     out.print(table)
-    out.print("`--model` also takes a Hugging Face folder or a .gguf file.")
+    out.print(
+        "`--model` also takes a Hugging Face folder, a .gguf file, or the id org/name of a model in "
+        "the Hugging Face cache."
+    )
 
 
 @app.command("fetch")
@@ -42,4 +45,4 @@ def fetch(
         raise ModelNotFound(f"no model is named {name!r}; there are: {', '.join(catalog.CATALOG)}")
     with progress_bars() as bars:
         path = catalog.fetch(name, bars.on_download)
-    err.print(f"{name} is at {path}")
+    err.print(f"{name} is at {path}", markup=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from sparserve.model.backend import BLOCK_SIZE
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
+from sparserve.model.placement import Placement
 from sparserve.model.reference import ReferenceBackend
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,11 @@ def build_engine(
 ) -> BuiltEngine:
     """Load the model and size the KV cache. Raises ModelError or ConfigError."""
     model = load_model(
-        settings.model, dtype=settings.dtype, on_tensor=on_tensor, on_download=on_download
+        settings.model,
+        dtype=settings.dtype,
+        placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
+        on_tensor=on_tensor,
+        on_download=on_download,
     )
     return assemble_engine(model, settings)
 

@@ -7,57 +7,60 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
-
-# Hugging Face architecture -> GGUF `general.architecture`
-FAMILIES: dict[str, str] = {
-    "LlamaForCausalLM": "llama",
-}
+from sparserve.model.fields import Fields
+from sparserve.model.rope import RopeConfig
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding and its context extension.
+class Family:
+    """How an architecture differs from Llama."""
 
-    `kind` is "default", "linear" (positions divided by `factor`) or "llama3" (Llama 3.1's
-    per-frequency scaling, transformers `_compute_llama3_parameters`).
-    """
+    gguf: str  # `general.architecture`
+    qkv_bias: bool = False  # q, k and v always have biases; else where config or file say so
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE
+    attention_bias: bool = False  # config.json's `attention_bias` (q, k, v and o) is heeded
+    sliding_window: bool = False  # config.json's `sliding_window` is heeded
+    gguf_interleaved: bool = False  # llama.cpp stores the halves of q and k heads interleaved
+    # What transformers takes for a key that config.json leaves out, where it is not Llama's.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
 
-    KINDS = ("default", "linear", "llama3")
-
-    def __post_init__(self) -> None:
-        if self.kind not in self.KINDS:
-            raise UnsupportedModel(
-                f"RoPE type {reprlib.repr(self.kind)} is not supported; supported: {', '.join(self.KINDS)}"
-            )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise CorruptCheckpoint(f"RoPE {name} is {value}; it must be finite and > 0")
-        if not 0 < self.original_max_position_embeddings < 2**31:
-            raise CorruptCheckpoint(
-                f"RoPE original_max_position_embeddings is "
-                f"{reprlib.repr(self.original_max_position_embeddings)}; it must be in [1, 2^31)"
-            )
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise CorruptCheckpoint(
-                f"RoPE high_freq_factor {self.high_freq_factor} must exceed "
-                f"low_freq_factor {self.low_freq_factor}"
-            )
+_QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "use_sliding_window": False,
+}
+# Hugging Face architecture -> traits. Of several with one GGUF name, that name means the first.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("llama", attention_bias=True, gguf_interleaved=True),
+    "MistralForCausalLM": Family(
+        "llama",
+        sliding_window=True,
+        gguf_interleaved=True,
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", qkv_bias=True, sliding_window=True, defaults=_QWEN_DEFAULTS
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        qk_norm=True,
+        attention_bias=True,
+        sliding_window=True,
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,11 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the projection after attention
+    qk_norm: bool = False
+    sliding_window: int = 0  # positions that attention sees in `sliding_layers`, its own included
+    sliding_layers: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name in [
@@ -99,6 +107,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CorruptCheckpoint(f"head_dim {self.head_dim} is odd; RoPE needs pairs")
+        if self.rope.kind == "dynamic" and self.head_dim < 4:
+            raise CorruptCheckpoint(f"head_dim {self.head_dim} is too small for dynamic RoPE")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise CorruptCheckpoint(f"rms_norm_eps is {self.rms_norm_eps}; it must be > 0")
         for token in (
@@ -110,10 +120,16 @@ class ModelConfig:
                     f"special token id {reprlib.repr(token)} is outside the vocabulary of {self.vocab_size}"
                 )
 
+    def window(self, layer: int) -> int:
+        """How many positions attention of `layer` sees, its own included; 0: all."""
+        return self.sliding_window if layer in self.sliding_layers else 0
+
     @property
     def num_parameters(self) -> int:
         """All weights; a tied LM head counts once."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+        attention += self.output_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
         mlp = 3 * self.hidden_size * self.intermediate_size
         norms = 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
@@ -140,163 +156,122 @@ class ModelConfig:
             raise UnsupportedModel(
                 f"partial_rotary_factor {raw['partial_rotary_factor']} is not supported; only 1"
             )
-        for biased in ("attention_bias", "mlp_bias"):
-            if raw.get(biased):
-                raise UnsupportedModel(f"{biased}=true is not supported yet")
-        fields = _Fields(raw)
+        if raw.get("mlp_bias"):
+            raise UnsupportedModel("mlp_bias=true is not supported")
+        family = FAMILIES[architecture]
+        fields = Fields({**family.defaults, **raw})
+        biased = family.attention_bias and fields.boolean("attention_bias", False)
+        layers = fields.integer("num_hidden_layers")
+        window, sliding_layers = _windows(fields, layers) if family.sliding_window else (0, ())
         heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-        max_position_embeddings = fields.integer("max_position_embeddings", 2048)
-        eos = _Fields(generation if "eos_token_id" in generation else raw).ids("eos_token_id")
+        trained = fields.integer("max_position_embeddings", 2048)
+        rope = RopeConfig.from_hf(raw, trained)
+        eos = Fields(generation if "eos_token_id" in generation else raw).ids("eos_token_id")
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=fields.integer("num_key_value_heads", heads),
             head_dim=fields.integer("head_dim", hidden // max(heads, 1)),
-            max_position_embeddings=max_position_embeddings,
+            max_position_embeddings=rope.context(trained),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(raw, max_position_embeddings),
+            rope=rope,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             eos_token_ids=eos,
             bos_token_id=next(iter(fields.ids("bos_token_id")), None),
+            qkv_bias=family.qkv_bias or biased,
+            output_bias=biased,
+            qk_norm=family.qk_norm,
+            sliding_window=window,
+            sliding_layers=sliding_layers,
         )
 
     @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any], tie_word_embeddings: bool) -> ModelConfig:
-        """From GGUF metadata. Raises UnsupportedModel or CorruptCheckpoint."""
+    def from_gguf(cls, fields: Mapping[str, Any], tensor_names: Set[str]) -> ModelConfig:
+        """From GGUF metadata, and from which tensors the file has: it says of a tied LM head and of
+        biases only by their presence. Raises UnsupportedModel or CorruptCheckpoint.
+        """
         name = str(fields.get("general.architecture"))
-        architecture = next((hf for hf, gguf in FAMILIES.items() if gguf == name), None)
+        architecture = next((hf for hf, known in FAMILIES.items() if known.gguf == name), None)
         if architecture is None:
+            supported = dict.fromkeys(family.gguf for family in FAMILIES.values())
             raise UnsupportedModel(
                 f"GGUF architecture {reprlib.repr(name)} is not supported; "
-                f"supported: {', '.join(FAMILIES.values())}"
+                f"supported: {', '.join(supported)}"
             )
-        read = _Fields(fields)
-        heads, hidden = (
-            read.integer(f"{name}.attention.head_count"),
+        family, read = FAMILIES[architecture], Fields(fields)
+        heads = read.integer(f"{name}.attention.head_count")
+        hidden, layers = (
             read.integer(f"{name}.embedding_length"),
+            read.integer(f"{name}.block_count"),
         )
         head_dim = read.integer(f"{name}.attention.key_length", hidden // max(heads, 1))
+        trained = read.integer(f"{name}.context_length")
+        rope = RopeConfig.from_gguf(name, fields, trained)
         config = cls(
             architecture=architecture,
             vocab_size=len(read.array("tokenizer.ggml.tokens")),
             hidden_size=hidden,
             intermediate_size=read.integer(f"{name}.feed_forward_length"),
-            num_layers=read.integer(f"{name}.block_count"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=read.integer(f"{name}.attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_position_embeddings=read.integer(f"{name}.context_length"),
+            max_position_embeddings=rope.context(trained),
             rms_norm_eps=read.number(f"{name}.attention.layer_norm_rms_epsilon"),
-            rope=_rope_from_gguf(name, fields),
-            tie_word_embeddings=tie_word_embeddings,
-            eos_token_ids=read.ids("tokenizer.ggml.eos_token_id"),
+            rope=rope,
+            tie_word_embeddings="output.weight" not in tensor_names,
+            eos_token_ids=tuple(
+                dict.fromkeys(
+                    [
+                        *read.ids("tokenizer.ggml.eos_token_id"),
+                        *read.ids("tokenizer.ggml.eot_token_id"),
+                    ]
+                )
+            ),
             bos_token_id=next(iter(read.ids("tokenizer.ggml.bos_token_id")), None),
+            qkv_bias=family.qkv_bias or "blk.0.attn_q.bias" in tensor_names,
+            output_bias="blk.0.attn_output.bias" in tensor_names,
+            qk_norm=family.qk_norm,
         )
         rotated = read.integer(f"{name}.rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise UnsupportedModel(
                 f"{name}.rope.dimension_count is {rotated}; only whole heads of {head_dim} are rotated"
             )
+        if read.integer(f"{name}.attention.sliding_window", 0):
+            raise UnsupportedModel(
+                f"{name}.attention.sliding_window is not read from GGUF files, as llama.cpp does not "
+                "for this architecture; use the model's Hugging Face folder"
+            )
         return config
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put `path` in front of what is found wrong with its contents."""
-    try:
-        yield
-    except (CorruptCheckpoint, UnsupportedModel) as error:
-        raise type(error)(f"{path}: {error}") from error
+def _windows(fields: Fields, num_layers: int) -> tuple[int, Sequence[int]]:
+    """(attention window, layers that have it); (0, ()) where none has.
 
-
-class _Fields:
-    """Metadata from outside, read one value at a time. null counts as absent.
-
-    Raises CorruptCheckpoint, which names the key and the value.
+    Some families switch it by `use_sliding_window`, and have it in the layers that `layer_types`
+    names or, without that, from layer `max_window_layers` on.
     """
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self._raw = raw
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        whole = value.is_integer() if isinstance(value, float) else isinstance(value, int)
-        if not whole or isinstance(value, bool):
-            raise self._wrong(key, "an integer")
-        return int(value)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, "a number")
-        if not abs(value) <= sys.float_info.max:  # also NaN, and integers that no float holds
-            raise self._wrong(key, "a finite number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
-        return value
-
-    def array(self, key: str) -> list[Any]:
-        value = self._value(key, None)
-        if not isinstance(value, list):
-            raise self._wrong(key, "an array")
-        return value
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        """One token id, several or none."""
-        value = self._raw.get(key)
-        several = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in several):
-            raise self._wrong(key, "a token id or a list of them")
-        return tuple(several)
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self._raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise CorruptCheckpoint(f"{key} is missing")
-        return value
-
-    def _wrong(self, key: str, expected: str) -> CorruptCheckpoint:
-        return CorruptCheckpoint(f"{key} is {reprlib.repr(self._raw[key])}, expected {expected}")
-
-
-def _rope_from_hf(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
-    # transformers 5 writes `rope_parameters` with rope_theta inside; before, `rope_scaling` beside it.
-    where = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(where) or {}
-    if not isinstance(rope, dict):
-        raise CorruptCheckpoint(f"{where} is {reprlib.repr(rope)}, expected an object")
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    read, top = _Fields(rope), _Fields(raw)
-    theta = read.number("rope_theta", top.number("rope_theta", 10000.0))
-    if kind == "llama3":
-        return RopeConfig(
-            theta=theta,
-            kind=kind,
-            factor=read.number("factor"),
-            low_freq_factor=read.number("low_freq_factor"),
-            high_freq_factor=read.number("high_freq_factor"),
-            # transformers' own default is the whole context
-            original_max_position_embeddings=read.integer(
-                "original_max_position_embeddings", max_position_embeddings
-            ),
+    kinds = fields.array("layer_types", [])
+    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+    if unknown:
+        raise UnsupportedModel(f"layer type {reprlib.repr(unknown[0])} is not supported")
+    if kinds and len(kinds) != num_layers:
+        raise CorruptCheckpoint(f"layer_types names {len(kinds)} layers of {num_layers}")
+    sliding: Sequence[int] = range(fields.integer("max_window_layers", 0), num_layers)
+    if kinds:
+        sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    if not fields.boolean("use_sliding_window", True) or "sliding_window" not in fields:
+        if kinds and sliding:
+            raise CorruptCheckpoint("layer_types names sliding_attention, but no window is in use")
+        return 0, ()
+    window = fields.integer("sliding_window")
+    if not 0 < window < 2**31:
+        raise CorruptCheckpoint(
+            f"sliding_window is {reprlib.repr(window)}; it must be in [1, 2^31)"
         )
-    return RopeConfig(theta, kind, factor=read.number("factor") if kind == "linear" else 1.0)
-
-
-def _rope_from_gguf(name: str, fields: Mapping[str, Any]) -> RopeConfig:
-    kind = str(fields.get(f"{name}.rope.scaling.type", "none"))
-    read = _Fields(fields)
-    return RopeConfig(
-        theta=read.number(f"{name}.rope.freq_base", 10000.0),
-        kind="default" if kind == "none" else kind,
-        factor=read.number(f"{name}.rope.scaling.factor", 1.0),
-    )
+    return (window, sliding) if sliding else (0, ())

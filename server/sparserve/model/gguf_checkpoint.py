@@ -5,7 +5,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
-from sparserve.model.config import ModelConfig, naming
+from sparserve.model.config import FAMILIES, ModelConfig
+from sparserve.model.fields import naming
+from sparserve.model.gguf_tokenizer import build_tokenizer
 from sparserve.model.weights import GGUF_NAMES
 
 # What GGUFReader raises on damaged input; it validates little itself.
@@ -24,8 +25,6 @@ _READER_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
     OSError,
 )  # fmt: skip
-_CONTROL = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
-_USER_DEFINED = 4
 
 
 class _BoundedReader(GGUFReader):  # type: ignore[misc]  # gguf has no types
@@ -58,9 +57,8 @@ class GGUFCheckpoint:
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         except _READER_ERRORS as error:
             raise CorruptCheckpoint(f"{path} is damaged or truncated: {error}") from error
-        tied = self.names.lm_head not in self._tensors
         with naming(path):
-            self.config = ModelConfig.from_gguf(self.fields, tie_word_embeddings=tied)
+            self.config = ModelConfig.from_gguf(self.fields, self.tensor_names)
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -86,9 +84,11 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._dequantized(name)
-        if name.endswith("attn_q.weight"):
+        if not FAMILIES[self.config.architecture].gguf_interleaved:
+            return tensor
+        if name.endswith(("attn_q.weight", "attn_q.bias")):
             return _unpermute(name, tensor, self.config.num_heads)
-        if name.endswith("attn_k.weight"):
+        if name.endswith(("attn_k.weight", "attn_k.bias")):
             return _unpermute(name, tensor, self.config.num_kv_heads)
         return tensor
 
@@ -105,14 +105,15 @@ class GGUFCheckpoint:
             return torch.from_numpy(dequantize(tensor.data, kind))
         except NotImplementedError as error:
             raise UnsupportedModel(
-                f"tensor {name} has type {kind.name}, which cannot be read"
+                f"tensor {name} has type {kind.name}, which the gguf package cannot dequantize; take a "
+                "file of another type, such as Q8_0, Q4_K or F16"
             ) from error
         except _READER_ERRORS as error:
             raise CorruptCheckpoint(f"tensor {name} of {self.path} is damaged: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
         try:
-            return _build_tokenizer(self.fields)
+            return build_tokenizer(self.fields)
         except KeyError as error:
             raise CorruptCheckpoint(f"{self.path} has no {error.args[0]!r}") from error
         except (ValueError, TypeError, IndexError, AttributeError) as error:
@@ -126,48 +127,10 @@ class GGUFCheckpoint:
 
 
 def _unpermute(name: str, weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q/k [heads * head_dim, in]: llama.cpp interleaves the two halves of each head."""
-    if weight.dim() != 2 or weight.shape[0] % (2 * heads):
+    """Rows of q/k [heads * head_dim, ...]: llama.cpp interleaves the two halves of each head."""
+    if weight.shape[0] % (2 * heads):
         raise CorruptCheckpoint(
             f"tensor {name} of shape {list(weight.shape)} has no {heads} heads of even size"
         )
-    pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-# `tokenizer.ggml.pre` -> how text is cut before BPE
-PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    ),
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-}
-
-
-def _build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise UnsupportedModel(
-            f"the GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported yet; supported: "
-            f"'gpt2' with {', '.join(PRE_TOKENIZERS)}. Use the model's Hugging Face folder instead"
-        )
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    try:
-        tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(str(error)) from error
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = fields.get("tokenizer.ggml.token_type") or []
-    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [
-            AddedToken(tokens[i], special=special, normalized=False)
-            for i, k in enumerate(kinds)
-            if k == wanted
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    return tokenizer

@@ -35,8 +35,8 @@ class PagedKVCache:
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [tokens, num_kv_heads, head_dim] -> slots [tokens]."""
         flat = self.data[layer].flatten(1, 2)  # [2, num_slots, num_kv_heads, head_dim]
-        flat[0].index_copy_(0, slots, k.to(flat.dtype))
-        flat[1].index_copy_(0, slots, v.to(flat.dtype))
+        flat[0].index_copy_(0, slots, k.to(flat))
+        flat[1].index_copy_(0, slots, v.to(flat))
 
     def gather(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> k, v [num_kv_heads, tokens, head_dim] float32."""

@@ -1,10 +1,11 @@
-"""From a name, a folder or a file to weights in memory."""
+"""From a name, a folder, a file or a hub id to weights in memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,10 @@ from sparserve.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from sparserve.model import catalog
 from sparserve.model.config import ModelConfig
 from sparserve.model.gguf_checkpoint import GGUFCheckpoint
+from sparserve.model.hub import cached_model
+from sparserve.model.placement import PlacedLayers, Placement, plan
 from sparserve.model.safetensors_checkpoint import SafetensorsCheckpoint
-from sparserve.model.weights import ModelWeights, TensorNames, assemble
+from sparserve.model.weights import ModelWeights, TensorNames, assemble, read_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,8 +65,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     raise ModelNotFound(
         f"no model at {str(path)!r}: expected a folder with config.json and *.safetensors, a .gguf file, "
-        f"or one of the names {', '.join(catalog.CATALOG)}"
+        f"the id org/name of a model in the Hugging Face cache, or one of the names "
+        f"{', '.join(catalog.CATALOG)}"
     )
+
+
+def _find(model: str, on_download: catalog.DownloadProgress) -> tuple[str, Path]:
+    """(the name to serve it under, where it is)."""
+    if model in catalog.CATALOG:
+        return model, catalog.fetch(model, on_download)
+    path = Path(os.path.expanduser(model))  # unlike Path's, never raises
+    if not os.path.exists(path) and (cached := cached_model(model)) is not None:
+        return model, cached
+    return (path.stem if os.path.isfile(path) else Path(os.path.abspath(path)).name), path
 
 
 def _refuse_unread(path: Path, checkpoint: Checkpoint, read_names: set[str]) -> None:
@@ -85,20 +99,21 @@ def load_model(
     model: str,
     *,
     dtype: str = "auto",
+    placement: Placement = Placement(),
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: catalog.DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
-    """Load `model`: a name of the catalog, a Hugging Face folder or a GGUF file.
+    """Load `model`: a name of the catalog, a Hugging Face folder, a GGUF file or the hub id of a
+    model in the Hugging Face cache.
 
     `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF) or a key of DTYPES. Tensors
-    already in that dtype stay memory-mapped; others are converted one at a time.
+    already in that dtype stay memory-mapped; others are converted one at a time. Layers go straight
+    to the devices of `placement`.
 
-    Raises ModelNotFound, DownloadFailed, UnsupportedModel or CorruptCheckpoint.
+    Raises ModelNotFound, DownloadFailed, UnsupportedModel, CorruptCheckpoint or, of a placement that
+    cannot be, ConfigError.
     """
-    if model in catalog.CATALOG:
-        path = catalog.fetch(model, on_download)
-    else:
-        path = Path(os.path.expanduser(model))  # unlike Path's, never raises
+    name, path = _find(model, on_download)
     checkpoint = open_checkpoint(path)
     target = checkpoint.native_dtype if dtype == "auto" else DTYPES[dtype]
     total = len(checkpoint.tensor_names)
@@ -106,12 +121,21 @@ def load_model(
 
     def read(name: str) -> torch.Tensor:
         tensor = checkpoint.read(name)
-        read_names.add(name)
-        on_tensor(len(read_names), total)
+        if name not in read_names:  # layers on disk are read again
+            read_names.add(name)
+            on_tensor(len(read_names), total)
         # Norm weights are used in float32 and cost nothing; matrices must be contiguous rows.
         return (tensor.float() if tensor.dim() == 1 else tensor.to(target)).contiguous()
 
-    weights = assemble(checkpoint.config, checkpoint.names, read, checkpoint.rope_factors)
+    config, names = checkpoint.config, checkpoint.names
+    devices = plan(placement, config, target)
+    weights = assemble(
+        config,
+        names,
+        lambda name: read(name).to(devices.execution),
+        lambda: PlacedLayers(partial(read_layer, config, names, read), devices),
+        checkpoint.rope_factors,
+    )
     _refuse_unread(path, checkpoint, read_names)
     tokenizer = checkpoint.tokenizer()
     highest = max(tokenizer.get_vocab().values(), default=0)
@@ -120,7 +144,4 @@ def load_model(
             f"the tokenizer of {path} has token ids up to {highest}, the embedding only "
             f"{checkpoint.config.vocab_size} rows"
         )
-    name = (
-        model if model in catalog.CATALOG else path.stem if path.is_file() else path.resolve().name
-    )
     return LoadedModel(name, checkpoint.config, weights, tokenizer, checkpoint.chat_template())

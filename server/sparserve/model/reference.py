@@ -9,8 +9,8 @@ a context length set by the position. Rows that pad a tile are zero and are drop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +48,17 @@ class _Span:
     sequence: SequenceInput
     rows: slice  # its real rows
     slots: torch.Tensor  # [q_len] where their KV goes
-    tiles: tuple[_PrefillTile, ...] = ()
-    # One attention per decoded token, so that several at once equal single steps.
-    decode_rows: tuple[tuple[slice, torch.Tensor], ...] = ()  # (its row, slots of its context)
+    contexts: Mapping[int, tuple[_Context, ...]]  # attention window -> what the rows see
 
 
 @dataclass(frozen=True, slots=True)
-class _PrefillTile:
-    """PREFILL_TILE rows of one sequence at absolute positions [start, start + PREFILL_TILE)."""
+class _Context:
+    """What some rows of one sequence attend to: a tile of PREFILL_TILE absolute positions in a
+    prompt, or a single decoded token, so that several at once equal single steps."""
 
     rows: slice
-    context_slots: torch.Tensor  # slots of the positions 0 .. end that exist
-    mask: torch.Tensor  # [PREFILL_TILE, context]; context reaches the tile's end
+    slots: torch.Tensor  # slots of the positions in sight that exist
+    mask: torch.Tensor | None = None  # [PREFILL_TILE, positions up to the tile's end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,10 @@ class ReferenceBackend:
         self._frequencies = llama.rope_frequencies(
             config.rope, config.head_dim, weights.rope_factors
         )
+        self._windows = {config.window(layer) for layer in range(config.num_layers)}
         torch.set_num_threads(threads)
-        dtype = str(weights.dtype).removeprefix("torch.")
-        self.info = BackendInfo("reference", "cpu", dtype, threads, policies=(PolicyKind.DENSE,))
+        dtype, device = str(weights.dtype).removeprefix("torch."), str(weights.embedding.device)
+        self.info = BackendInfo("reference", device, dtype, threads, policies=(PolicyKind.DENSE,))
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
         return self._kv.read_blocks(block_ids)
@@ -98,13 +98,17 @@ class ReferenceBackend:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         layout = self._lay_out(batch)
-        cos, sin = llama.rope_tables(layout.positions, self._frequencies)
+        cos, sin = llama.rope_tables(
+            layout.positions, self._frequencies, self.config.rope.attention_factor
+        )
         statistics = [self._new_statistics(s) for s in batch.sequences]
         x = self._weights.embedding[layout.token_ids].float()  # [rows, hidden]
         for index, layer in enumerate(self._weights.layers):
+            # A layer computes where its weights are; the KV cache stays in main memory.
+            x, cos, sin = (tensor.to(layer.wq.device) for tensor in (x, cos, sin))
             x = x + self._attention(index, layer, x, cos, sin, layout)
             x = x + self._feed_forward(index, layer, x, layout, statistics)
-        scores = [self._scores(x, span, layout) for span in layout.spans]
+        scores = [self._scores(x, span) for span in layout.spans]
         return ForwardOutput(self._candidates(x, layout), statistics, scores)
 
     def _attention(
@@ -116,28 +120,32 @@ class ReferenceBackend:
         sin: torch.Tensor,
         layout: _Layout,
     ) -> torch.Tensor:
-        config, linear, rows = self.config, layout.linear, x.shape[0]
-        normed = llama.rms_norm(x, layer.attn_norm, config.rms_norm_eps)
-        q = linear(normed, layer.wq).view(rows, config.num_heads, config.head_dim)
-        k = linear(normed, layer.wk).view(rows, config.num_kv_heads, config.head_dim)
-        v = linear(normed, layer.wv).view(rows, config.num_kv_heads, config.head_dim)
+        config, linear, eps = self.config, layout.linear, self.config.rms_norm_eps
+        normed, head_dim = llama.rms_norm(x, layer.attn_norm, eps), config.head_dim
+        q, k, v = (
+            llama.project_heads(linear, normed, weight, bias, norm, eps, head_dim)
+            for weight, bias, norm in (
+                (layer.wq, layer.bq, layer.q_norm),
+                (layer.wk, layer.bk, layer.k_norm),
+                (layer.wv, layer.bv, None),
+            )
+        )
         rotated = llama.apply_rope(torch.cat((q, k), dim=1), cos, sin)
         q, k = torch.split(rotated, [config.num_heads, config.num_kv_heads], dim=1)
-        out = torch.zeros(rows, config.num_heads * config.head_dim)
+        out = x.new_zeros(len(x), config.num_heads * head_dim)
         for span in layout.spans:
             self._kv.write(index, span.slots, k[span.rows], v[span.rows])
-            for row, context_slots in span.decode_rows:
-                keys, values = self._kv.gather(index, context_slots)
-                out[row] = llama.attention(q[row], keys, values, None)
-            for tile in span.tiles:
-                keys, values = (
+            for context in span.contexts[config.window(index)]:
+                keys, values = (t.to(x.device) for t in self._kv.gather(index, context.slots))
+                mask = None if context.mask is None else context.mask.to(x.device)
+                if mask is not None:
                     # What is not there yet counts as zero: a block still holds what its last owner
                     # wrote, and 0 times a NaN would be a NaN.
-                    F.pad(cached, (0, 0, 0, tile.mask.shape[1] - cached.shape[1]))
-                    for cached in self._kv.gather(index, tile.context_slots)
-                )
-                out[tile.rows] = llama.attention(q[tile.rows], keys, values, tile.mask)
-        return linear(out, layer.wo)
+                    padding = (0, 0, 0, mask.shape[1] - keys.shape[1])
+                    keys, values = F.pad(keys, padding), F.pad(values, padding)
+                out[context.rows] = llama.attention(q[context.rows], keys, values, mask)
+        projected = linear(out, layer.wo)
+        return projected if layer.bo is None else projected + layer.bo
 
     def _feed_forward(
         self,
@@ -153,7 +161,7 @@ class ReferenceBackend:
             if parts is not None:
                 scores = norm_score(activations[span.rows])
                 for part, rows in zip(parts, _rows_by_block(span.sequence), strict=True):
-                    part.sums[index] += scores[rows].sum(dim=0)
+                    part.sums[index] += scores[rows].sum(dim=0).cpu()
         return layout.linear(activations, layer.w_down)
 
     def _candidates(self, x: torch.Tensor, layout: _Layout) -> Candidates:
@@ -163,13 +171,37 @@ class ReferenceBackend:
             for offset in span.sequence.output_offsets
         ]
         if not wanted:
-            return top_candidates(x.new_zeros(0, self.config.vocab_size), torch.ones(0))
-        rows = x[[row for row, _ in wanted]]
-        padded = F.pad(rows, (0, 0, 0, -len(wanted) % self._decode_tile))
-        normed = llama.rms_norm(padded, self._weights.norm, self.config.rms_norm_eps)
-        linear = self._tiled_linear(len(padded), prefill_rows=0)
-        logits = linear(normed, self._weights.lm_head)[: len(wanted)]
+            return top_candidates(torch.zeros(0, self.config.vocab_size), torch.ones(0))
+        logits = self._logits(x[[row for row, _ in wanted]], Phase.DECODE)
         return top_candidates(logits, torch.tensor([t for _, t in wanted]))
+
+    def _logits(self, x: torch.Tensor, phase: Phase) -> torch.Tensor:
+        """x [rows, hidden], for prefill whole tiles -> [rows, vocab] float32 in main memory."""
+        padding = -len(x) % self._decode_tile if phase is Phase.DECODE else 0
+        padded = F.pad(x.to(self._weights.embedding.device), (0, 0, 0, padding))
+        normed = llama.rms_norm(padded, self._weights.norm, self.config.rms_norm_eps)
+        linear = self._tiled_linear(len(padded), len(padded) if phase is Phase.PREFILL else 0)
+        return linear(normed, self._weights.lm_head)[: len(x)].cpu()
+
+    def _scores(self, x: torch.Tensor, span: _Span) -> TargetScores | None:
+        """Log-probabilities of a sequence's targets, tile by tile: whole logits would be large."""
+        targets, parts = span.sequence.targets, []
+        first, stop = span.rows.start, span.rows.start + len(targets)
+        for context in span.contexts[self.config.window(0)]:
+            tile = context.rows
+            scored = range(max(tile.start, first), min(tile.stop, stop))
+            if scored:
+                logits = self._logits(x[tile], span.sequence.phase)
+                logits = logits[scored.start - tile.start : scored.stop - tile.start]
+                wanted = targets[scored.start - first : scored.stop - first]
+                parts.append(target_scores(logits, wanted, span.sequence.num_top))
+        if not parts:
+            return None
+        return TargetScores(
+            torch.cat([p.logprobs for p in parts]),
+            torch.cat([p.top_ids for p in parts]),
+            torch.cat([p.top_logprobs for p in parts]),
+        )
 
     def _tiled_linear(self, rows: int, prefill_rows: int) -> llama.Linear:
         """Products over `rows` rows whose shapes, so whose bits, do not depend on their number."""
@@ -184,7 +216,7 @@ class ReferenceBackend:
             chunk = max(1, DECODE_CHUNK_BYTES // row_bytes)
             if chunk >= features and len(prefill) + len(decode) == 1:
                 return F.linear(x, weight).float()
-            out = torch.empty(rows, features, dtype=weight.dtype)
+            out = torch.empty(rows, features, dtype=weight.dtype, device=x.device)
             for tile in prefill:
                 out[tile] = F.linear(x[tile], weight)
             for start in range(0, features if decode else 0, chunk):
@@ -194,29 +226,6 @@ class ReferenceBackend:
             return out.float()
 
         return linear
-
-    def _scores(self, x: torch.Tensor, span: _Span, layout: _Layout) -> TargetScores | None:
-        """Log-probabilities of a sequence's targets, tile by tile: whole logits would be large."""
-        targets, parts = span.sequence.targets, []
-        first, stop = span.rows.start, span.rows.start + len(targets)
-        tiles = [t.rows for t in span.tiles] or [rows for rows, _ in span.decode_rows]
-        for tile in tiles:
-            rows = range(max(tile.start, first), min(tile.stop, stop))
-            if not rows:
-                continue
-            normed = llama.rms_norm(x[tile], self._weights.norm, self.config.rms_norm_eps)
-            padded = F.pad(normed, (0, 0, 0, -len(normed) % self._decode_tile))
-            linear = self._tiled_linear(len(padded), len(padded) if span.tiles else 0)
-            logits = linear(padded, self._weights.lm_head)[rows.start - tile.start :][: len(rows)]
-            wanted = targets[rows.start - first : rows.stop - first]
-            parts.append(target_scores(logits, wanted, span.sequence.num_top))
-        if not parts:
-            return None
-        return TargetScores(
-            torch.cat([p.logprobs for p in parts]),
-            torch.cat([p.top_ids for p in parts]),
-            torch.cat([p.top_logprobs for p in parts]),
-        )
 
     def _new_statistics(self, sequence: SequenceInput) -> list[NeuronStatistics] | None:
         if not sequence.collect_statistics:
@@ -232,7 +241,7 @@ class ReferenceBackend:
         positions: list[int] = []
         spans: dict[int, _Span] = {}
 
-        def place(index: int, sequence: SequenceInput, first: int, padding: int) -> _Span:
+        def place(index: int, sequence: SequenceInput, first: int, padding: int) -> None:
             """Append the sequence's tokens so that they begin at row `first`."""
             q_len = len(sequence.token_ids)
             before = first - len(token_ids)
@@ -240,23 +249,24 @@ class ReferenceBackend:
             positions.extend(
                 [0] * before + list(range(sequence.start, sequence.start + q_len)) + [0] * padding
             )
-            slots = self._kv.slots(sequence.block_table, sequence.start, sequence.start + q_len)
-            spans[index] = _Span(sequence, slice(first, first + q_len), slots)
-            return spans[index]
+            slots = self._kv.slots(sequence.block_table, 0, sequence.start + q_len)
+            look = (
+                self._prefill_contexts if sequence.phase is Phase.PREFILL else self._decode_contexts
+            )
+            contexts = {window: look(sequence, first, slots, window) for window in self._windows}
+            rows = slice(first, first + q_len)
+            spans[index] = _Span(sequence, rows, slots[sequence.start :], contexts)
 
         for index, sequence in enumerate(batch.sequences):
             if sequence.phase is Phase.PREFILL:
                 base = len(token_ids)
                 first = base + sequence.start % PREFILL_TILE
                 padding = -(first - base + len(sequence.token_ids)) % PREFILL_TILE
-                span = place(index, sequence, first, padding)
-                tiles = self._prefill_tiles(sequence, base)
-                spans[index] = replace(span, tiles=tiles)
+                place(index, sequence, first, padding)
         prefill_rows = len(token_ids)
         for index, sequence in enumerate(batch.sequences):
             if sequence.phase is Phase.DECODE:
-                span = place(index, sequence, len(token_ids), 0)
-                spans[index] = replace(span, decode_rows=self._decode_rows(span))
+                place(index, sequence, len(token_ids), 0)
         padding = -(len(token_ids) - prefill_rows) % self._decode_tile
         token_ids.extend([0] * padding)
         positions.extend([0] * padding)
@@ -264,29 +274,37 @@ class ReferenceBackend:
         linear = self._tiled_linear(len(token_ids), prefill_rows)
         return _Layout(torch.tensor(token_ids), torch.tensor(positions), ordered, linear)
 
-    def _decode_rows(self, span: _Span) -> tuple[tuple[slice, torch.Tensor], ...]:
-        sequence = span.sequence
-        stop = sequence.start + len(sequence.token_ids)
-        slots = self._kv.slots(sequence.block_table, 0, stop)
-        rows = range(span.rows.start, span.rows.stop)
-        return tuple(
-            (slice(row, row + 1), slots[: sequence.start + offset + 1])
-            for offset, row in enumerate(rows)
-        )
+    def _decode_contexts(
+        self, sequence: SequenceInput, first: int, slots: torch.Tensor, window: int
+    ) -> tuple[_Context, ...]:
+        """One context for each token; `slots` are those of all positions, from row `first` on."""
+        contexts = []
+        for offset in range(len(sequence.token_ids)):
+            stop = sequence.start + offset + 1
+            begin = max(0, stop - window) if window else 0
+            row = first + offset
+            contexts.append(_Context(slice(row, row + 1), slots[begin:stop]))
+        return tuple(contexts)
 
-    def _prefill_tiles(self, sequence: SequenceInput, base: int) -> tuple[_PrefillTile, ...]:
-        stop = sequence.start + len(sequence.token_ids)
-        first_tile = sequence.start // PREFILL_TILE
-        tiles = []
-        for tile in range(first_tile, (stop - 1) // PREFILL_TILE + 1):
-            start = tile * PREFILL_TILE
-            context = start + PREFILL_TILE
-            slots = self._kv.slots(sequence.block_table, 0, min(context, stop))
-            visible = torch.arange(context)[None, :] <= torch.arange(start, context)[:, None]
-            mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-            row = base + (tile - first_tile) * PREFILL_TILE
-            tiles.append(_PrefillTile(slice(row, row + PREFILL_TILE), slots, mask))
-        return tuple(tiles)
+    def _prefill_contexts(
+        self, sequence: SequenceInput, first: int, slots: torch.Tensor, window: int
+    ) -> tuple[_Context, ...]:
+        """One context for each tile that the tokens touch; the first begins before row `first`."""
+        contexts = []
+        row = first - sequence.start % PREFILL_TILE
+        for start in range(
+            sequence.start - sequence.start % PREFILL_TILE, len(slots), PREFILL_TILE
+        ):
+            stop = start + PREFILL_TILE
+            begin = max(0, start + 1 - window) if window else 0
+            keys, queries = torch.arange(begin, stop)[None, :], torch.arange(start, stop)[:, None]
+            hidden = keys > queries
+            if window:
+                hidden |= keys <= queries - window
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            contexts.append(_Context(slice(row, row + PREFILL_TILE), slots[begin:stop], mask))
+            row += PREFILL_TILE
+        return tuple(contexts)
 
 
 def _rows_by_block(sequence: SequenceInput) -> list[slice]:

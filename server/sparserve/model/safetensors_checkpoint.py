@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from sparserve.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from sparserve.model.config import ModelConfig, naming
+from sparserve.model.config import ModelConfig
+from sparserve.model.fields import naming
 from sparserve.model.weights import HF_NAMES
 
 INDEX = "model.safetensors.index.json"

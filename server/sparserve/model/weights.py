@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -24,19 +24,31 @@ class LayerWeights:
     w_gate: torch.Tensor  # [intermediate, hidden]
     w_up: torch.Tensor  # [intermediate, hidden]
     w_down: torch.Tensor  # [hidden, intermediate]
+    # None where the architecture has none.
+    bq: torch.Tensor | None = None  # [num_heads * head_dim]
+    bk: torch.Tensor | None = None  # [num_kv_heads * head_dim]
+    bv: torch.Tensor | None = None  # [num_kv_heads * head_dim]
+    bo: torch.Tensor | None = None  # [hidden]
+    q_norm: torch.Tensor | None = None  # [head_dim]
+    k_norm: torch.Tensor | None = None  # [head_dim]
+
+    def to(self, device: torch.device) -> LayerWeights:
+        """The same on `device`; shares what is there already."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: t.to(device) for k, t in tensors.items() if t is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
     embedding: torch.Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
+    layers: Sequence[LayerWeights]
     norm: torch.Tensor  # [hidden]
     lm_head: torch.Tensor  # [vocab, hidden]; the embedding itself where tied
     rope_factors: torch.Tensor | None = None  # [head_dim / 2], GGUF's form of llama3 scaling
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].wq.dtype
+        return self.embedding.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,12 @@ HF_NAMES = TensorNames(
         "w_gate": "model.layers.{i}.mlp.gate_proj.weight",
         "w_up": "model.layers.{i}.mlp.up_proj.weight",
         "w_down": "model.layers.{i}.mlp.down_proj.weight",
+        "bq": "model.layers.{i}.self_attn.q_proj.bias",
+        "bk": "model.layers.{i}.self_attn.k_proj.bias",
+        "bv": "model.layers.{i}.self_attn.v_proj.bias",
+        "bo": "model.layers.{i}.self_attn.o_proj.bias",
+        "q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+        "k_norm": "model.layers.{i}.self_attn.k_norm.weight",
     },
 )
 
@@ -80,15 +98,21 @@ GGUF_NAMES = TensorNames(
         "w_gate": "blk.{i}.ffn_gate.weight",
         "w_up": "blk.{i}.ffn_up.weight",
         "w_down": "blk.{i}.ffn_down.weight",
+        "bq": "blk.{i}.attn_q.bias",
+        "bk": "blk.{i}.attn_k.bias",
+        "bv": "blk.{i}.attn_v.bias",
+        "bo": "blk.{i}.attn_output.bias",
+        "q_norm": "blk.{i}.attn_q_norm.weight",
+        "k_norm": "blk.{i}.attn_k_norm.weight",
     },
 )
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """LayerWeights field -> shape that `config` asks for."""
+    """LayerWeights field -> shape, of the fields that `config` asks for."""
     d, i = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "attn_norm": (d,),
         "wq": (q, d),
         "wk": (kv, d),
@@ -99,43 +123,52 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "w_up": (i, d),
         "w_down": (d, i),
     }
+    if config.qkv_bias:
+        shapes |= {"bq": (q,), "bk": (kv,), "bv": (kv,)}
+    if config.output_bias:
+        shapes |= {"bo": (d,)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    return shapes
+
+
+# read(name) returns the tensor in the dtype to compute with, or raises CorruptCheckpoint.
+Read = Callable[[str], torch.Tensor]
+
+
+def read_layer(config: ModelConfig, names: TensorNames, read: Read, index: int) -> LayerWeights:
+    """One layer, its shapes checked. Raises CorruptCheckpoint."""
+    return LayerWeights(
+        **{
+            field: _checked(read, names.layer[field].format(i=index), shape)
+            for field, shape in layer_shapes(config).items()
+        }
+    )
 
 
 def assemble(
     config: ModelConfig,
     names: TensorNames,
-    read: Callable[[str], torch.Tensor],
+    read: Read,
+    layers: Callable[[], Sequence[LayerWeights]],
     rope_factors: torch.Tensor | None = None,
 ) -> ModelWeights:
-    """Read every tensor once, checking its shape.
-
-    `read(name)` returns the tensor in the dtype to compute with, or raises CorruptCheckpoint.
-    """
-
-    def checked(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = read(name)
-        if tuple(tensor.shape) != shape:
-            raise CorruptCheckpoint(
-                f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
-            )
-        return tensor
-
+    """All weights, `layers()` among them, their shapes checked. Raises CorruptCheckpoint."""
     vocab = (config.vocab_size, config.hidden_size)
-    embedding = checked(names.embedding, vocab)
-    shapes = layer_shapes(config)
-    layers = tuple(
-        LayerWeights(
-            **{
-                field.name: checked(names.layer[field.name].format(i=i), shapes[field.name])
-                for field in fields(LayerWeights)
-            }
-        )
-        for i in range(config.num_layers)
-    )
+    embedding = _checked(read, names.embedding, vocab)
     return ModelWeights(
         embedding=embedding,
-        layers=layers,
-        norm=checked(names.norm, (config.hidden_size,)),
-        lm_head=embedding if config.tie_word_embeddings else checked(names.lm_head, vocab),
+        layers=layers(),
+        norm=_checked(read, names.norm, (config.hidden_size,)),
+        lm_head=embedding if config.tie_word_embeddings else _checked(read, names.lm_head, vocab),
         rope_factors=rope_factors,
     )
+
+
+def _checked(read: Read, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = read(name)
+    if tuple(tensor.shape) != shape:
+        raise CorruptCheckpoint(
+            f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}"
+        )
+    return tensor
