@@ -112,6 +112,15 @@ def test_a_constraint_forbids_all_other_tokens_and_is_fed_the_output():
     assert constraint.taken == [0, 3, 4, 7]
 
 
+def test_a_constraint_goes_on_past_an_ignored_eos():
+    request = GenerationRequest(
+        "a", (1,), stopping=StoppingParams(ignore_eos=True), constraint=Alternating()
+    )
+    made = LogitAdjuster(request, VOCAB, eos_token_ids=(2, 3))
+    possible = np.flatnonzero(np.isfinite(made.adjust(random_logits(1))))
+    assert possible.tolist() == [i for i in range(0, VOCAB, 2) if i != 2]
+
+
 @pytest.mark.parametrize(
     ("sampling", "stopping", "idle"),
     [

@@ -25,9 +25,11 @@ class LogitAdjuster:
         self._sampling = request.sampling
         self._min_tokens = request.stopping.min_tokens
         self._generated = 0
-        ending = set(request.stopping.stop_token_ids)
-        ending |= set() if request.stopping.ignore_eos else set(eos_token_ids)
+        eos, ignore_eos = sorted(eos_token_ids), request.stopping.ignore_eos
+        ending = {*request.stopping.stop_token_ids, *([] if ignore_eos else eos)}
         self._ending = np.array(sorted(ending), dtype=np.int64)
+        # A constraint allows them wherever its text may end.
+        self._ignored = np.array(eos if ignore_eos else [], dtype=np.int64)
         self._matcher: Matcher | None = None
         if request.constraint is not None:
             self._matcher = request.constraint.matcher()
@@ -95,4 +97,5 @@ class LogitAdjuster:
         if allowed is not None:
             bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")
             out[bits[: len(out)] == 0] = -np.inf
+            out[self._ignored] = -np.inf
         return out
