@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ MAX_CACHED = 1024
 # CPU time that one token may cost; the process that compiles tries a constraint out at a fifth of
 # it, but only on random texts.
 MAX_STEP_SECONDS = 0.25
+
+_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
 
 
 class ConstraintCompiler:
@@ -58,7 +61,12 @@ class ConstraintCompiler:
             vocabulary, vocab_size=vocab_size, stop_token_ids=eos
         )
         texts = [token_id for token_id, token in enumerate(vocabulary) if token]
-        self._text_mask = _bits(sorted({*texts} - {*eos}), vocab_size)
+        texts = sorted({*texts} - {*eos})
+        self._text_mask = _bits(texts, vocab_size)
+        # xgrammar lets raw control characters into JSON strings of a bounded length, though no line
+        # breaks. Outside of strings JSON can do without its only other one, the tab.
+        json_texts = [i for i in texts if not _CONTROL.search(vocabulary[i])]
+        self._json_text_mask = _bits(json_texts, vocab_size)
         self._eos_mask = _bits(eos, vocab_size)
         self._thread = ThreadPoolExecutor(1, "constraints")
         self._cache: OrderedDict[Constraint, GrammarConstraint] = OrderedDict()
@@ -106,7 +114,9 @@ class ConstraintCompiler:
         serialized = self._process.compile(constraint)
         grammar = xgrammar.CompiledGrammar.deserialize_json(serialized, self._tokenizer_info)
         size = grammar.memory_size_bytes + len(constraint.source)
-        return GrammarConstraint(constraint, grammar, self._text_mask, self._eos_mask, size)
+        is_json = constraint.kind in (ConstraintKind.JSON_SCHEMA, ConstraintKind.JSON_OBJECT)
+        text_mask = self._json_text_mask if is_json else self._text_mask
+        return GrammarConstraint(constraint, grammar, text_mask, self._eos_mask, size)
 
     @property
     def _cached_bytes(self) -> int:

@@ -125,7 +125,7 @@ class _Compiler:
         match constraint.kind:
             case ConstraintKind.JSON_SCHEMA:
                 schema = json.loads(source)
-                json_schema.prepare(schema)
+                json_schema.check(schema)
                 return self._compiler.compile_json_schema(json.dumps(schema))
             case ConstraintKind.JSON_OBJECT:
                 return self._compiler.compile_json_schema(_ANY_OBJECT)
