@@ -45,7 +45,7 @@ class ConstraintCompiler:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         *,
-        timeout_seconds: float = 5.0,
+        timeout_seconds: float = 10.0,
         max_memory_bytes: int = 1 << 30,
         cache_bytes: int = 256 << 20,
     ) -> None:
