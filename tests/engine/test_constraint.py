@@ -376,7 +376,7 @@ def test_a_dead_end_ends_the_choice(tiny: ConstraintCompiler) -> None:
 
 
 def test_a_constraint_that_is_slow_to_follow_is_refused(demo: ConstraintCompiler) -> None:
-    with pytest.raises(InvalidRequest, match=r"too slow to follow|more than 5 s"):
+    with pytest.raises(InvalidRequest, match=r"too slow to follow|takes more than"):
         matcher_of(demo, "regex", "(.{1,500}){1,20}")
 
 

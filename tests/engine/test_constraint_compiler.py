@@ -95,7 +95,7 @@ async def test_refused(compiler: ConstraintCompiler, kind: str, source: str, mes
         await compiler.compile(Constraint(ConstraintKind(kind), source))
     assert caught.value.field == f"constraint.{kind}"
     assert len(str(caught.value)) < 500
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     # None of them spoils the next one.
     assert await compiler.compile(regex("a")) is not None
 
@@ -109,7 +109,7 @@ async def test_large_is_served_or_refused(compiler: ConstraintCompiler, source: 
         await compiler.compile(regex(source))
     except InvalidRequest as error:
         assert error.field == "constraint.regex"  # noqa: PT017
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
 
 
 async def test_late_is_killed_and_the_loop_goes_on(tiny_model: LoadedModel) -> None:

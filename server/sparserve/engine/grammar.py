@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ MAX_CACHED = 1024
 # it, but only on random texts.
 MAX_STEP_SECONDS = 0.25
 
+_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
+
 
 class ConstraintCompiler:
     """Constraints of one model's requests, each compiled once while it stays in the cache.
@@ -42,7 +45,7 @@ class ConstraintCompiler:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         *,
-        timeout_seconds: float = 5.0,
+        timeout_seconds: float = 10.0,
         max_memory_bytes: int = 1 << 30,
         cache_bytes: int = 256 << 20,
         on_compiled: Callable[[ConstraintKind, float], None] = lambda kind, seconds: None,
@@ -59,7 +62,12 @@ class ConstraintCompiler:
             vocabulary, vocab_size=vocab_size, stop_token_ids=eos
         )
         texts = [token_id for token_id, token in enumerate(vocabulary) if token]
-        self._text_mask = _bits(sorted({*texts} - {*eos}), vocab_size)
+        texts = sorted({*texts} - {*eos})
+        self._text_mask = _bits(texts, vocab_size)
+        # xgrammar lets raw control characters into JSON strings of a bounded length, though no line
+        # breaks. Outside of strings JSON can do without its only other one, the tab.
+        json_texts = [i for i in texts if not _CONTROL.search(vocabulary[i])]
+        self._json_text_mask = _bits(json_texts, vocab_size)
         self._eos_mask = _bits(eos, vocab_size)
         self._thread = ThreadPoolExecutor(1, "constraints")
         self._cache: OrderedDict[Constraint, GrammarConstraint] = OrderedDict()
@@ -109,7 +117,9 @@ class ConstraintCompiler:
         serialized = self._process.compile(constraint)
         grammar = xgrammar.CompiledGrammar.deserialize_json(serialized, self._tokenizer_info)
         size = grammar.memory_size_bytes + len(constraint.source)
-        return GrammarConstraint(constraint, grammar, self._text_mask, self._eos_mask, size)
+        is_json = constraint.kind in (ConstraintKind.JSON_SCHEMA, ConstraintKind.JSON_OBJECT)
+        text_mask = self._json_text_mask if is_json else self._text_mask
+        return GrammarConstraint(constraint, grammar, text_mask, self._eos_mask, size)
 
     @property
     def _cached_bytes(self) -> int:

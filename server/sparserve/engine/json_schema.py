@@ -89,10 +89,8 @@ _SHAPES: dict[str, tuple[type, str]] = {
 }
 
 
-def prepare(schema: object, path: str = "$", depth: int = 0) -> None:
-    """Raises ValueError, naming the place, on what the grammar of `schema` would not keep; rewrites
-    in place what the compiler gets wrong but can say otherwise.
-    """
+def check(schema: object, path: str = "$", depth: int = 0) -> None:
+    """Raises ValueError, naming the place, on what the grammar of `schema` would not keep."""
     if depth > MAX_DEPTH:
         raise ValueError(f"the schema is nested more than {MAX_DEPTH} deep")
     if isinstance(schema, bool):
@@ -115,9 +113,9 @@ def prepare(schema: object, path: str = "$", depth: int = 0) -> None:
                 f"{path}: {keyword} is {value}; it must be an integer in [0, {MAX_REPEAT}]"
             )
     _check_properties(schema, path)
-    _prepare_string(schema, path)
+    _check_string(schema, path)
     for inner, place in _subschemas(schema, path):
-        prepare(inner, place, depth + 1)
+        check(inner, place, depth + 1)
 
 
 def _check_properties(schema: dict[str, Any], path: str) -> None:
@@ -131,17 +129,11 @@ def _check_properties(schema: dict[str, Any], path: str) -> None:
         _check_pattern(pattern, path)
 
 
-def _prepare_string(schema: dict[str, Any], path: str) -> None:
+def _check_string(schema: dict[str, Any], path: str) -> None:
     if "pattern" in schema:
         _check_pattern(schema["pattern"], path)
-    if not {"minLength", "maxLength"} & schema.keys():
-        return
-    if {"pattern", "format"} & schema.keys():
+    if {"minLength", "maxLength"} & schema.keys() and {"pattern", "format"} & schema.keys():
         raise ValueError(f"{path}: a length beside a pattern or a format is not supported")
-    # Under a length the compiler lets raw control characters into strings, which is no JSON; under a
-    # pattern it doesn't. Neither allows escapes.
-    low, high = schema.pop("minLength", 0), schema.pop("maxLength", "")
-    schema["pattern"] = f'^[^\\x00-\\x1f"\\\\\\ud800-\\udfff]{{{low},{high}}}$'
 
 
 # A negated class, an escape, a character.
