@@ -107,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 )
             )
             if constraint is not None:
-                compiled = await self._engine.constraints.compile(constraint)
+                compiled = await self._engine.compile(constraint)
                 generation = replace(generation, constraint=compiled)
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()

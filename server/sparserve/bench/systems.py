@@ -81,13 +81,8 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, model: LoadedModel) -> None:
-        """Raises ConfigError where transformers is not installed."""
-        try:
-            import transformers
-        except ImportError as error:
-            raise ConfigError(
-                "transformers is not installed; pip install 'sparserve[bench]', or --peers none"
-            ) from error
+        import transformers  # seconds, which only this needs
+
         transformers.utils.logging.set_verbosity_error()
         self._model = _to_transformers(transformers, model)
 

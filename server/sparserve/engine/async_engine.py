@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from functools import partial
+from typing import TYPE_CHECKING
 
+from sparserve.engine.constraint import CompiledConstraint, Constraint
 from sparserve.engine.engine import Engine
-from sparserve.engine.grammar import ConstraintCompiler
 from sparserve.engine.request import GenerationRequest, Update
 from sparserve.errors import (
     DuplicateRequest,
@@ -26,6 +27,9 @@ from sparserve.errors import (
     SparserveError,
     Unavailable,
 )
+
+if TYPE_CHECKING:
+    from sparserve.engine.grammar import ConstraintCompiler
 
 log = logging.getLogger(__name__)
 
@@ -141,14 +145,8 @@ class AsyncEngine:
         on_state: Callable[[EngineState], None] = lambda state: None,
     ) -> None:
         self.engine = engine
-        self.constraints = ConstraintCompiler(
-            engine.tokenizer.tokenizer,
-            engine.backend.config.vocab_size,
-            engine.backend.config.eos_token_ids,
-            on_compiled=lambda kind, seconds: engine.metrics.constraint_compilation.labels(
-                kind=kind.value
-            ).observe(seconds),
-        )
+        self._compiler: ConstraintCompiler | None = None
+        self._compiler_made = asyncio.Lock()
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
         self.max_stream_backlog = max_stream_backlog
@@ -198,6 +196,29 @@ class AsyncEngine:
         self._command(lambda: self.engine.add(replace(request, request_id=key)))
         return stream
 
+    async def compile(self, constraint: Constraint) -> CompiledConstraint:
+        """For `GenerationRequest.constraint`; the first takes seconds longer.
+
+        Raises InvalidRequest where the constraint cannot be used, QueueFull or Unavailable.
+        """
+        async with self._compiler_made:
+            if self._compiler is None:
+                self._compiler = await asyncio.to_thread(self._make_compiler)
+        return await self._compiler.compile(constraint)
+
+    def _make_compiler(self) -> ConstraintCompiler:
+        from sparserve.engine.grammar import ConstraintCompiler  # seconds, which many never need
+
+        config, metrics = self.engine.backend.config, self.engine.metrics
+        return ConstraintCompiler(
+            self.engine.tokenizer.tokenizer,
+            config.vocab_size,
+            config.eos_token_ids,
+            on_compiled=lambda kind, seconds: metrics.constraint_compilation.labels(
+                kind=kind.value
+            ).observe(seconds),
+        )
+
     async def warm_up(self) -> None:
         """Run the engine's warm-up on its thread. Raises what it raises."""
         done: asyncio.Future[None] = self._loop.create_future()
@@ -239,7 +260,9 @@ class AsyncEngine:
 
         False where the step does not end: the thread is left behind, and the process had better exit.
         """
-        await asyncio.to_thread(self.constraints.close)
+        async with self._compiler_made:
+            if self._compiler is not None:
+                await asyncio.to_thread(self._compiler.close)
         with self._wake:
             self._stopping = True
             self._wake.notify()
