@@ -87,7 +87,7 @@ CATALOG = {
         ),
         CatalogEntry(
             name="qwen2.5-coder-1.5b-instruct",
-            description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M GGUF; 6.2 GB of memory in float32",
+            description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M GGUF; 7 GB of memory in float32",
             licence="Apache-2.0",
             filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
