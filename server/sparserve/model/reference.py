@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from sparserve.model import llama
 from sparserve.model.backend import (
+    BLOCK_SIZE,
     NUM_CANDIDATES,
     BackendInfo,
     Candidates,
@@ -80,7 +81,7 @@ class ReferenceBackend:
         self._decode_tile = DECODE_TILE[weights.dtype]
         self._kv = PagedKVCache(config, num_blocks, weights.dtype)
         self._frequencies = llama.rope_frequencies(
-            config.rope, config.head_dim, weights.rope_factors
+            config.rope, config.head_dim, weights.rope_factors, num_blocks * BLOCK_SIZE
         )
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
         torch.set_num_threads(threads)
