@@ -149,6 +149,10 @@ def test_dynamic_frequencies_are_those_of_a_sequence_that_ends_with_the_position
     cos, sin = rope_tables(at, table)
     assert torch.equal(cos[1, 0], (150 * table[150]).cos())
     assert torch.equal(sin[2, 0], (500 * table[199]).sin()), "beyond the table: its last row"
+    for positions in (50, 100, 170):
+        assert torch.equal(rope_frequencies(rope, 16, None, positions), table[:positions])
+    endless = RopeConfig(kind="dynamic", factor=9.0, original_max_position_embeddings=2**31 - 1)
+    assert rope_frequencies(endless, 16, None, 64).shape == (64, 8)
 
 
 def test_scale_multiplies_what_is_rotated(random):

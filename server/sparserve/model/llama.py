@@ -21,13 +21,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rope_frequencies(
-    rope: RopeConfig, head_dim: int, factors: torch.Tensor | None = None
+    rope: RopeConfig, head_dim: int, factors: torch.Tensor | None = None, positions: int = 2**31
 ) -> torch.Tensor:
     """Inverse frequencies [head_dim / 2] in radians per position (arXiv 2104.09864).
 
     `factors` divide them; that is how GGUF files carry the llama3 scaling. As in llama.cpp, linear
-    scaling comes on top. Of the "dynamic" kind: [positions, head_dim / 2], where those of the last
-    position hold for all beyond.
+    scaling comes on top. Of the "dynamic" kind: [positions, head_dim / 2] for at most `positions` of
+    the context, where those of the last position hold for all beyond.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
@@ -37,7 +37,7 @@ def rope_frequencies(
         case "linear":
             return frequencies / rope.factor
         case "dynamic":
-            return _dynamic_frequencies(rope, frequencies)
+            return _dynamic_frequencies(rope, frequencies, positions)
         case "llama3":
             return _llama3_frequencies(rope, frequencies)
         case "yarn":
@@ -45,7 +45,9 @@ def rope_frequencies(
     return frequencies
 
 
-def _dynamic_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+def _dynamic_frequencies(
+    rope: RopeConfig, frequencies: torch.Tensor, positions: int
+) -> torch.Tensor:
     """NTK-aware scaling as it is at the moment when a position is the sequence's last.
 
     transformers `_compute_dynamic_ntk_parameters` takes the length seen so far for all tokens of a
@@ -53,7 +55,10 @@ def _dynamic_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.T
     transformers run that decodes token by token, however a prompt is cut.
     """
     original, head_dim = rope.original_max_position_embeddings, 2 * len(frequencies)
-    lengths = torch.arange(original + 1, rope.context(original) + 1, dtype=torch.float64)
+    positions = min(positions, rope.context(original))
+    if positions <= original:
+        return frequencies.expand(positions, -1)
+    lengths = torch.arange(original + 1, positions + 1, dtype=torch.float64)
     grown = (rope.factor * lengths / original - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     beyond = 1.0 / ((rope.theta * grown)[:, None] ** exponents)

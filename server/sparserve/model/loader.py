@@ -80,6 +80,15 @@ def _find(model: str, on_download: catalog.DownloadProgress) -> tuple[str, Path]
     return (path.stem if os.path.isfile(path) else Path(os.path.abspath(path)).name), path
 
 
+def _require_layers(path: Path, checkpoint: Checkpoint) -> None:
+    """The count of layers comes from outside; what is planned for each must not come before this."""
+    present = checkpoint.tensor_names
+    for i in range(checkpoint.config.num_layers):
+        name = checkpoint.names.layer["attn_norm"].format(i=i)
+        if name not in present:
+            raise CorruptCheckpoint(f"tensor {name} is missing from {path}")
+
+
 def _refuse_unread(path: Path, checkpoint: Checkpoint, read_names: set[str]) -> None:
     """A tensor that nothing here reads (a bias, an adapter) means another model than we would run."""
     known = {checkpoint.names.lm_head, "rope_freqs.weight"}  # tied files may repeat the head
@@ -127,6 +136,7 @@ def load_model(
         # Norm weights are used in float32 and cost nothing; matrices must be contiguous rows.
         return (tensor.float() if tensor.dim() == 1 else tensor.to(target)).contiguous()
 
+    _require_layers(path, checkpoint)
     config, names = checkpoint.config, checkpoint.names
     devices = plan(placement, config, target)
     weights = assemble(
