@@ -84,7 +84,7 @@ class EngineSettings(BaseSettings):
             description="Tokens in one engine step at most; long prompts are cut into such chunks.",
         ),
     ] = 512
-    max_mixed_prefill_tokens: Annotated[
+    mixed_prefill_tokens: Annotated[
         int,
         Field(
             ge=1,
@@ -108,7 +108,11 @@ class EngineSettings(BaseSettings):
     ] = 16
     default_max_tokens: Annotated[
         int,
-        Field(ge=1, lt=2**31, description="New tokens for a request that names no max_tokens."),
+        Field(
+            ge=1,
+            lt=2**31,
+            description="New tokens for a request that names no max_tokens; never more than max_new_tokens.",
+        ),
     ] = 256
 
     @model_validator(mode="after")
@@ -117,11 +121,6 @@ class EngineSettings(BaseSettings):
             raise ValueError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_running {self.max_running}: "
                 "every running request decodes one token in every step"
-            )
-        if 0 < self.max_new_tokens < self.default_max_tokens:
-            raise ValueError(
-                f"default_max_tokens {self.default_max_tokens} is above max_new_tokens "
-                f"{self.max_new_tokens}, the most that a request may ask for"
             )
         return self
 

@@ -191,7 +191,7 @@ async def test_too_many_waiting(compiler: ConstraintCompiler) -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     full = [result for result in results if isinstance(result, QueueFull)]
     assert len(full) == 3
-    assert "16 constraints wait to be compiled" in str(full[0])
+    assert "16 constraints waiting to be compiled" in str(full[0])
     assert not any(isinstance(r, BaseException) for r in results if r not in full)
 
 

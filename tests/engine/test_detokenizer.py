@@ -109,3 +109,29 @@ def test_invalid_bytes_of_a_byte_fallback_tokenizer_do_not_fail():
     # That decoder spoils a whole run of bytes for one bad byte, after the good ones are out already.
     words = "".join(pieces).replace("\N{REPLACEMENT CHARACTER}", "")
     assert words == "hi\nthere hié hi"
+
+
+def words_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "▁hi": 2, "▁there": 3, "1": 4}, []))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("before", "ids", "text"),
+    [((2,), [3], " there"), ((2, 2), [1, 4, 3], " 1 there"), ((), [2, 3], "hi there")],
+)
+def test_the_first_space_depends_on_the_prompt(before, ids, text):
+    detokenizer = Detokenizer(words_tokenizer(), before=before)
+    assert "".join(detokenizer.push(i)[0] for i in ids) + detokenizer.flush() == text
+
+
+def test_the_prompt_is_not_searched_for_stop_strings(bytes_tokenizer):
+    prompt = bytes_tokenizer.encode("END").ids
+    detokenizer = Detokenizer(bytes_tokenizer, ("END", "D!"), before=prompt)
+    assert [detokenizer.push(i) for i in bytes_tokenizer.encode("!x").ids] == [
+        ("!", None),
+        ("x", None),
+    ]

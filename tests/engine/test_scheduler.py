@@ -182,7 +182,7 @@ def test_a_prompt_shares_the_budget_with_running_decodes(tiny_model):
 
 
 def test_a_long_prompt_beside_decodes_takes_small_steps(tiny_model):
-    scheduler = Scheduler(BlockManager(100), 4, 400, max_mixed_prefill_tokens=32)
+    scheduler = Scheduler(BlockManager(100), 4, 400, mixed_prefill_tokens=32)
     scheduler.add(sequence_of(tiny_model, 300, 50))
     assert [item.count for item in step(scheduler).scheduled] == [300], "nobody else waits"
     scheduler.add(sequence_of(tiny_model, 300, 50))

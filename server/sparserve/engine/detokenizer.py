@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 _REPLACEMENT = "\ufffd"
 # Invalid bytes in a row that are waited for, in tokens; bounds the work on a stream of nothing else.
 _MAX_UNFINISHED_TOKENS = 64
+# Of a prompt: enough for its last word or character.
+_CONTEXT_TOKENS = 5
 
 
 class Detokenizer:
@@ -23,16 +25,19 @@ class Detokenizer:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         *,
+        before: Sequence[int] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        """`include_stop`: the text ends with the stop string instead of before it."""
+        """`before`: the prompt, whose end decides about a first space; `include_stop`: the text ends with
+        the stop string instead of before it.
+        """
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # The last tokens: those before `_read` are context (decoders treat the first word and word
         # pieces by their neighbours), their text is out already.
-        self._window: list[int] = []
-        self._read = 0
+        self._window = list(before[-_CONTEXT_TOKENS:])
+        self._read = len(self._window)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held = ""

@@ -72,7 +72,7 @@ class Engine:
             self._blocks,
             limits.max_running,
             limits.max_batched_tokens,
-            limits.max_mixed_prefill_tokens,
+            limits.mixed_prefill_tokens,
         )
         self._requests: dict[str, _Request] = {}
         self._failures = 0
@@ -145,6 +145,7 @@ class Engine:
         config, stopping = self.backend.config, request.stopping
         detokenizer = self.tokenizer.detokenizer(
             stopping.stop,
+            before=request.prompt_token_ids,
             include_stop=stopping.include_stop,
             skip_special_tokens=request.output.skip_special_tokens,
         )

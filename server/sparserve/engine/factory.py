@@ -67,13 +67,14 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
     tokenizer = TextTokenizer(
         model.tokenizer, model.chat_template, config.vocab_size, special_tokens
     )
+    max_tokens = settings.max_new_tokens or 2**31 - 1
     limits = EngineLimits(
         max_context=max_context,
         max_running=settings.max_running,
         max_batched_tokens=settings.max_batched_tokens,
-        max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
-        default_max_tokens=settings.default_max_tokens,
-        max_tokens=settings.max_new_tokens or 2**31 - 1,
+        mixed_prefill_tokens=settings.mixed_prefill_tokens,
+        default_max_tokens=min(settings.default_max_tokens, max_tokens),
+        max_tokens=max_tokens,
         max_choices=settings.max_choices,
         prefix_cache=settings.prefix_cache,
     )

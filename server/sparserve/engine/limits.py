@@ -14,7 +14,7 @@ class EngineLimits:
     max_context: int  # positions, prompt and new tokens together
     max_running: int = 16
     max_batched_tokens: int = 512
-    max_mixed_prefill_tokens: int = 128  # prompt tokens in a step that also decodes
+    mixed_prefill_tokens: int = 128  # prompt tokens in a step that also decodes
     default_max_tokens: int = 256
     max_tokens: int = 2**31 - 1  # that a request may ask for
     max_choices: int = 16

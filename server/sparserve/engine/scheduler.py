@@ -9,7 +9,7 @@ Invariants, true between any two calls:
    the order of `Sequence.order`: priority, then arrival.
 3. A step takes at most `max_batched_tokens` tokens of at most `max_running` sequences. Every running
    sequence that decodes gets its token in every step; beside them prompts get at most
-   `max_mixed_prefill_tokens`, so that a long prompt does not hold up who is decoding.
+   `mixed_prefill_tokens`, so that a long prompt does not hold up who is decoding.
 4. Half of the prompt tokens go to the first prompt in order, the others to the shortest first: a long
    prompt neither starves nor holds up short ones.
 5. Blocks are taken from the last in order only, so the first always goes on: with a pool that
@@ -73,13 +73,13 @@ class Scheduler:
         blocks: BlockManager,
         max_running: int,
         max_batched_tokens: int,
-        max_mixed_prefill_tokens: int | None = None,
+        mixed_prefill_tokens: int | None = None,
     ) -> None:
         assert max_batched_tokens >= max_running, "every running sequence decodes in every step"
         self.blocks = blocks
         self.max_running = max_running
         self.max_batched_tokens = max_batched_tokens
-        self.max_mixed_prefill_tokens = max_mixed_prefill_tokens or max_batched_tokens
+        self.mixed_prefill_tokens = mixed_prefill_tokens or max_batched_tokens
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
 
@@ -96,7 +96,7 @@ class Scheduler:
             self._admit(plan)
         budget = self.max_batched_tokens - len(plan.scheduled)
         if plan.scheduled:
-            budget = min(budget, self.max_mixed_prefill_tokens)
+            budget = min(budget, self.mixed_prefill_tokens)
         self._schedule_prompts(budget, plan)
         return plan
 

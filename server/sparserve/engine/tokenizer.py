@@ -82,11 +82,17 @@ class TextTokenizer:
         return text
 
     def detokenizer(
-        self, stop: Sequence[str], *, include_stop: bool, skip_special_tokens: bool
+        self,
+        stop: Sequence[str],
+        *,
+        before: Sequence[int],
+        include_stop: bool,
+        skip_special_tokens: bool,
     ) -> Detokenizer:
         return Detokenizer(
             self.tokenizer,
             stop,
+            before=before,
             include_stop=include_stop,
             skip_special_tokens=skip_special_tokens,
         )
