@@ -10,6 +10,11 @@ from sparserve.client import make_request
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def read_all(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 async def test_a_stream_that_nobody_reads_ends_and_frees_its_blocks(
     serving, connect, until, details_of
 ):
@@ -28,8 +33,7 @@ async def test_a_stream_that_nobody_reads_ends_and_frees_its_blocks(
         answer = await wire.inference.Generate(make_request("others go on", max_tokens=3))
         assert answer.usage.completion_tokens > 0
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            while True:
-                await unread.read()
+            await read_all(unread)
     assert error.value.code() is EXHAUSTED
     assert "the limit is 20" in error.value.details()
     assert details_of(error.value)["ErrorInfo"].reason == "SLOW_READER"

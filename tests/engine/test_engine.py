@@ -243,7 +243,7 @@ def test_a_failed_step_ends_only_its_own_requests(tiny_engine, monkeypatch, capl
 def test_tokens_made_before_a_failure_in_the_same_step_are_not_lost(tiny_engine, monkeypatch):
     import sparserve.engine.engine as module
 
-    engine, real, calls = tiny_engine(), module.sample, []
+    engine, real, calls = tiny_engine(), module.draw, []
 
     def second_fails(*args, **kwargs):
         calls.append(1)
@@ -251,7 +251,7 @@ def test_tokens_made_before_a_failure_in_the_same_step_are_not_lost(tiny_engine,
             raise RuntimeError("planted")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "sample", second_fails)
+    monkeypatch.setattr(module, "draw", second_fails)
     engine.add(request("a", [1, 2], max_tokens=1))
     engine.add(request("b", [3, 4], max_tokens=1))
     finishes = {u.request_id: finish_of(u).reason for u in engine.step() if u.finish}

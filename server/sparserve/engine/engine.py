@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import time
 import uuid
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.next_token import continue_text, draw
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -20,7 +20,7 @@ from sparserve.engine.request import (
     PromptToken,
     Update,
 )
-from sparserve.engine.sampler import Row, adjusted_row, generated_token, rows_of, sample
+from sparserve.engine.sampler import Row, rows_of
 from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap
 from sparserve.engine.sequence import Sequence
 from sparserve.engine.tokenizer import TextTokenizer
@@ -74,6 +74,7 @@ class Engine:
             limits.max_batched_tokens,
             limits.mixed_prefill_tokens,
         )
+        self._eos = frozenset(backend.config.eos_token_ids)
         self._requests: dict[str, _Request] = {}
         self._failures = 0
         metrics.watch_engine(
@@ -219,7 +220,7 @@ class Engine:
             )
 
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
-        token = self._draw(sequence, row)
+        token = draw(sequence, row)
         now = time.monotonic()
         prompt: tuple[PromptToken, ...] = ()
         if sequence.last_token is None:
@@ -231,59 +232,12 @@ class Engine:
             self.metrics.observe_next_token(now - sequence.last_token)
         sequence.last_token = now
         sequence.output_token_ids.append(token.id)
-        text, finish = self._advance_text(sequence, token.id)
+        text, finish = continue_text(sequence, token.id, self._eos, self.limits.max_context)
         if finish is None:
             return Update(
                 sequence.request.request_id, sequence.choice, text, (token,), prompt=prompt
             )
         return self._end(sequence, finish, text, (token,), prompt)
-
-    def _draw(self, sequence: Sequence, row: Row) -> GeneratedToken:
-        """The next token. Raises InvalidRequest where the request forbids every token."""
-        if not math.isfinite(row.log_normalizer_1):
-            raise FloatingPointError("the model's logits are not finite")
-        sampling, adjuster = sequence.request.sampling, sequence.adjuster
-        chosen_from = row
-        if not adjuster.is_idle:
-            chosen_from = adjusted_row(adjuster.adjust(row.full_logits()), sampling.temperature)
-            if not math.isfinite(chosen_from.log_normalizer):
-                raise InvalidRequest(
-                    "sampling",
-                    f"no token is left to choose from after {len(sequence.output_token_ids)} tokens: "
-                    "allowed_token_ids, min_tokens and the constraint exclude each other here",
-                )
-        step = len(sequence.output_token_ids)
-        token_id = sample(chosen_from, sampling, sequence.seed, sequence.choice, step)
-        adjuster.accept(token_id)
-        return generated_token(row, token_id, sequence.request.output.top_logprobs)
-
-    def _advance_text(self, sequence: Sequence, token_id: int) -> tuple[str, Finish | None]:
-        """The text that a new token completes, and the choice's end where this is it."""
-        stopping, adjuster = sequence.request.stopping, sequence.adjuster
-        is_eos = token_id in self.backend.config.eos_token_ids and not stopping.ignore_eos
-        if adjuster.may_end and (is_eos or token_id in stopping.stop_token_ids):
-            text = sequence.detokenizer.push(token_id)[0] if stopping.include_stop else ""
-            reason = FinishReason.STOP_EOS if is_eos else FinishReason.STOP_TOKEN
-            finish = sequence.finish(reason, stop_token_id=token_id)
-            return text + sequence.detokenizer.flush(), finish
-        text, stop = sequence.detokenizer.push(token_id, may_stop=adjuster.may_end)
-        if stop is not None:
-            return text, sequence.finish(FinishReason.STOP_STRING, stop_string=stop)
-        end = self._end_after(sequence)
-        if end is None:
-            return text, None
-        return text + sequence.detokenizer.flush(), sequence.finish(end)
-
-    def _end_after(self, sequence: Sequence) -> FinishReason | None:
-        """Why no token follows the one just taken, if none does."""
-        if sequence.adjuster.is_finished:
-            return FinishReason.STOP_EOS
-        generated = len(sequence.output_token_ids)
-        if generated >= sequence.max_tokens:
-            return FinishReason.LENGTH
-        if sequence.prompt_len + generated >= self.limits.max_context:
-            return FinishReason.CONTEXT
-        return None
 
     def _release_choices(self, sequence: Sequence) -> None:
         """A request's first choice has its prompt's KV: the others find it in the prefix cache."""
