@@ -93,7 +93,10 @@ class EngineSettings(BaseSettings):
         ),
     ] = 128
     prefix_cache: Annotated[
-        bool, Field(description="Keep the KV of prompts for requests that begin alike.")
+        bool,
+        Field(
+            description="Keep the KV of prompts for requests that begin alike; a model's own answers are computed again as prompt."
+        ),
     ] = True
     max_new_tokens: Annotated[
         int,
@@ -128,9 +131,12 @@ class EngineSettings(BaseSettings):
 class ServerSettings(EngineSettings):
     """Everything `sparserve serve` can be told."""
 
-    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 for all interfaces.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        str,
+        Field(
+            description="Address to listen on; 0.0.0.0 for all interfaces. There is no encryption and no authentication yet: keep it private."
+        ),
+    ] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="gRPC port; 0 picks a free one.")] = (
         50051
     )

@@ -111,7 +111,9 @@ class QueueFull(SparserveError):
     """Too much waits; try again after `retry_after` seconds."""
 
     def __init__(self, what: str, count: int, limit: int, retry_after: float) -> None:
-        super().__init__(f"{count} {what}, the limit is {limit}; retry in {retry_after:g} s")
+        super().__init__(
+            f"the queue is full: {count} {what}, the limit is {limit}; retry in {retry_after:g} s"
+        )
         self.what = what
         self.retry_after = retry_after
 

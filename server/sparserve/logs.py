@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO
 
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, format_span_id, format_trace_id
@@ -31,6 +31,10 @@ class CallRecord:
     user: str = ""
     prompt_tokens: int | None = None  # None: it was refused before they were counted
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    ttft_seconds: float = 0.0
+    finish_reasons: list[str] = field(default_factory=list)  # of its choices
+    blamed_field: str = ""  # what an error is about; never its value
 
     def context(self) -> dict[str, str]:
         """The fields of every line that is written during the call."""
@@ -48,6 +52,12 @@ class CallRecord:
         if self.prompt_tokens is not None:
             known["prompt_tokens"] = self.prompt_tokens
             known["completion_tokens"] = self.completion_tokens
+        if self.finish_reasons:
+            known["finish_reason"] = ",".join(self.finish_reasons)
+            known["cached_tokens"] = self.cached_tokens
+            known["ttft_ms"] = round(self.ttft_seconds * 1000, 1)
+        if self.blamed_field:
+            known["field"] = self.blamed_field[:_MAX_LENGTH]
         return known
 
 

@@ -46,6 +46,7 @@ VLLM_FINISHED_REASONS = {
     "context": "length",
     "cancelled": "abort",
     "deadline": "abort",
+    "invalid": "abort",  # found only while it ran: a constraint that its other options exclude
     "error": "error",
 }
 

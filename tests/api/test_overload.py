@@ -92,3 +92,56 @@ async def test_the_operators_maximums_hold(serving, connect, fields, named):
         assert error.value.details() == named
         answer = await wire.inference.Generate(make_request("hello", ignore_eos=True))
         assert answer.usage.completion_tokens == 30
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_deadline_counts_as_one_however_the_call_learns_of_it(
+    serving, connect, controlled, until, caplog, streaming
+):
+    caplog.set_level("INFO", "sparserve.access")
+    async with serving() as server:
+        wire = connect(server)
+        request = make_request("hello", max_tokens=300, ignore_eos=True)
+        with controlled(server) as forward:
+            forward.seconds = 0.02
+            for _ in range(5):
+                call = (wire.inference.GenerateStream if streaming else wire.inference.Generate)(
+                    request, timeout=0.2
+                )
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await (read_all(call) if streaming else call)
+                assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await until(lambda: not server.engine.engine.has_work)
+        finished = server.engine.engine.metrics.requests_finished
+        assert finished.labels(reason="deadline")._value.get() == 5
+        assert finished.labels(reason="cancelled")._value.get() == 0
+        codes = [r.code for r in caplog.records if r.name == "sparserve.access"]
+        assert codes == ["DEADLINE_EXCEEDED"] * 5
+
+
+async def test_the_log_line_of_a_call_tells_how_it_went(serving, connect, caplog):
+    caplog.set_level("INFO", "sparserve.access")
+    async with serving() as server:
+        wire = connect(server)
+        request = make_request("x" * 40, max_tokens=3, ignore_eos=True, n=2, request_id="mine")
+        await wire.inference.Generate(request)
+        await wire.inference.Generate(request)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await wire.inference.Generate(make_request("x", temperature=3))
+    first, second, refused = (r for r in caplog.records if r.name == "sparserve.access")
+    assert (first.finish_reason, first.cached_tokens) == ("length,length", 0)
+    assert first.ttft_ms > 0
+    assert second.cached_tokens == 32
+    assert refused.field == "sampling.temperature"
+
+
+async def test_options_that_exclude_each_other_are_the_callers_fault(serving, connect):
+    async with serving() as server:
+        wire = connect(server)
+        request = make_request("x", regex="a+", allowed_token_ids=[66])
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await wire.inference.Generate(request)
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        finished = server.engine.engine.metrics.requests_finished
+        assert finished.labels(reason="invalid")._value.get() == 1
+        assert finished.labels(reason="error")._value.get() == 0

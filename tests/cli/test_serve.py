@@ -8,9 +8,10 @@ import urllib.request
 
 import pytest
 
+from sparserve.api.server import check_ports, is_loopback
 from sparserve.client import AsyncClient
 from sparserve.config import ServerSettings
-from sparserve.errors import CallFailed
+from sparserve.errors import CallFailed, ConfigError
 
 ANY_PORTS = ("--port", "0", "--metrics-port", "0")
 SMALL = ("--threads", "1", "--kv-cache-gib", "0.05")
@@ -106,6 +107,7 @@ async def test_a_port_in_use_is_one_clear_line_and_exit_status_1(spawn, tiny_fol
         )
         assert await served.ended() == 1
     (line,) = told(served.lines)
+    assert not [line for line in served.lines if "parameters" in line], "the model was loaded first"
     assert line.startswith(f"error: cannot listen on 127.0.0.1:{port} for ")
     assert "Address already in use" in line
     assert f"choose another --{taken}" in line
@@ -177,3 +179,13 @@ def test_help_names_unit_default_and_variable_of_every_setting(run_main, monkeyp
         assert f"[env: SPARSERVE_{setting.upper()}]" in text
         assert UNITS.get(setting, "") in text
     assert "…" not in out
+
+
+def test_only_addresses_of_this_machine_count_as_private():
+    addresses = ["127.0.0.1", "127.9.9.9", "::1", "localhost", "0.0.0.0", "::", "10.0.0.1", "host"]
+    assert [is_loopback(a) for a in addresses] == [True] * 4 + [False] * 4
+
+
+def test_equal_ports_are_refused():
+    with pytest.raises(ConfigError, match="both 4999"):
+        check_ports(ServerSettings(port=4999, metrics_port=4999))

@@ -14,7 +14,9 @@ from opentelemetry.trace import SpanContext, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from sparserve.api.status import status_of, trailing_metadata
-from sparserve.logs import CallRecord, set_current_call
+from sparserve.engine.async_engine import DEADLINE_SLACK_SECONDS
+from sparserve.errors import RequestError
+from sparserve.logs import CallRecord, current_call, set_current_call
 
 log = logging.getLogger("sparserve.access")
 
@@ -90,7 +92,8 @@ def _logged(method: str, context: Any) -> Iterator[None]:
         code = context.code() or grpc.StatusCode.OK
     # A stream that is cancelled while it writes is not told but closed.
     except (asyncio.CancelledError, GeneratorExit):
-        late = context.time_remaining() == 0
+        left = context.time_remaining()
+        late = left is not None and left <= DEADLINE_SLACK_SECONDS
         code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
         raise
     except Exception:  # aborted; not always an AbortError where the client was gone already
@@ -150,5 +153,7 @@ def _guard_stream(behavior: Any) -> Any:
 
 
 async def _abort(context: Any, error: Exception) -> None:
+    if isinstance(error, RequestError):
+        current_call().blamed_field = error.field
     code, message, details = status_of(error)
     await context.abort(code, message, trailing_metadata(code, message, details))

@@ -136,9 +136,14 @@ class Responder:
         )
 
     def _note(self, update: Update) -> None:
-        current_call().completion_tokens += len(update.tokens)
+        call = current_call()
+        call.completion_tokens += len(update.tokens)
         if update.finish is not None:
             self._finishes[update.index] = update.finish
+            call.finish_reasons.append(update.finish.reason.value)
+            if update.index == 0:
+                call.cached_tokens = update.finish.cached_tokens
+                call.ttft_seconds = update.finish.timings.ttft
 
     def _in_order(self) -> list[tuple[int, Finish]]:
         return sorted(self._finishes.items(), key=lambda item: item[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -142,17 +143,14 @@ class Server:
     def _listen(self) -> int:
         """The port of the gRPC listener. Raises ConfigError."""
         host, port = self._settings.host, self._settings.port
+        # gRPC logs a failed bind at length and keeps the reason, so a plain socket tries first.
+        _try_port(host, port, "gRPC", "--port")
         try:
-            # gRPC logs a failed bind at length and keeps the reason, so a plain socket tries first.
-            socket.create_server((host, port), family=address_family(host)).close()
             return self._grpc.add_insecure_port(
                 f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             )
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or "in use, or not an address of this machine"
-            raise ConfigError(
-                f"cannot listen on {host}:{port} for gRPC: {reason}; choose another --port or --host"
-            ) from error
+        except RuntimeError as error:
+            raise _cannot_listen(host, port, "gRPC", "--port", None) from error
 
     async def _close(self, grace: float) -> None:
         await self._grpc.stop(grace)
@@ -164,3 +162,33 @@ class Server:
         log.info("engine is %s", state.value)
         if state is not EngineState.READY:
             self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+
+def check_ports(settings: ServerSettings) -> None:
+    """Raises ConfigError where a server with these settings could not listen."""
+    _try_port(settings.host, settings.port, "gRPC", "--port")
+    _try_port(settings.host, settings.metrics_port, "metrics", "--metrics-port")
+    if settings.port == settings.metrics_port != 0:
+        raise ConfigError(f"--port and --metrics-port are both {settings.port}; choose two")
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _try_port(host: str, port: int, what: str, flag: str) -> None:
+    try:
+        socket.create_server((host, port), family=address_family(host)).close()
+    except OSError as error:
+        raise _cannot_listen(host, port, what, flag, error.strerror) from error
+
+
+def _cannot_listen(host: str, port: int, what: str, flag: str, reason: str | None) -> ConfigError:
+    reason = reason or "in use, or not an address of this machine"
+    return ConfigError(
+        f"cannot listen on {host}:{port} for {what}: {reason}; choose another {flag} or --host"
+    )

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 
 from sparserve import logs
-from sparserve.api.server import Server
+from sparserve.api.server import Server, check_ports, is_loopback
 from sparserve.cli.options import with_settings
 from sparserve.cli.output import err, progress_bars
 from sparserve.config import ServerSettings
 from sparserve.engine.factory import build_engine
+
+log = logging.getLogger(__name__)
 
 
 @with_settings(ServerSettings)
 def serve(settings: ServerSettings) -> None:
     """Serve a model over gRPC until SIGTERM or Ctrl-C, then finish what is in flight."""
     logs.configure(settings.log_level, settings.log_format)
+    check_ports(settings)  # before the minutes that a large model takes to load
+    if not is_loopback(settings.host):
+        log.warning(
+            "%s is open to the network, without encryption or authentication: keep it in a private "
+            "network or behind a proxy that has both",
+            settings.host,
+        )
     with progress_bars() as bars:
         built = build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
 
     async def run() -> None:
         server = Server(built.engine, built.model_name, settings)
         await server.start()
-        err.print(
+        told = (
             f"serving {built.model_name} on {settings.host}:{server.port} (gRPC), "
-            f"metrics on http://{settings.host}:{server.metrics_port}/metrics",
-            markup=False,
-            soft_wrap=True,
+            f"metrics on http://{settings.host}:{server.metrics_port}/metrics"
         )
+        if settings.log_format == "json":
+            log.info(told)
+        else:
+            err.print(told, markup=False, soft_wrap=True)
         await server.run_until_signalled()
         if not server.ended:
             # A step that never ends holds the interpreter's exit up as well.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sparserve.engine.constraint import CompiledConstraint, Constraint
 from sparserve.engine.engine import Engine
-from sparserve.engine.request import GenerationRequest, Update
+from sparserve.engine.request import FinishReason, GenerationRequest, Update
 from sparserve.errors import (
     DuplicateRequest,
     EngineFailure,
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 # Python hands the GIL over after so long; the default of 5 ms is longer than a fast engine step.
 _GIL_SWITCH_INTERVAL = 0.0005
+
+# A call that is cancelled so shortly before its deadline has met it: the clocks differ a little.
+DEADLINE_SLACK_SECONDS = 0.02
 
 # Stopping waits so long for the current step to end.
 _LAST_STEP_SECONDS = 10.0
@@ -183,7 +186,11 @@ class AsyncEngine:
 
         def close() -> None:
             if key in self._streams:
-                self._command(partial(self._abort_silently, key))
+                # gRPC cancels a call at its deadline, mostly before the engine looks at the clock.
+                end = request.deadline
+                late = end is not None and time.monotonic() >= end - DEADLINE_SLACK_SECONDS
+                reason = FinishReason.DEADLINE if late else FinishReason.CANCELLED
+                self._command(partial(self._abort_silently, key, reason))
                 self._forget(key)
 
         choices = request.sampling.n
@@ -275,9 +282,9 @@ class AsyncEngine:
         self._fail_all(Unavailable("the server stopped before this request was done"))
         return not self._thread.is_alive()
 
-    def _abort_silently(self, key: str) -> None:
+    def _abort_silently(self, key: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """On the engine thread: nobody listens to this request any more."""
-        self.engine.abort(key)
+        self.engine.abort(key, reason)
 
     def _check_admission(self, request: GenerationRequest) -> None:
         self.check_room(request.sampling.n, len(request.prompt_token_ids))

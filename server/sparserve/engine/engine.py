@@ -29,6 +29,7 @@ from sparserve.errors import (
     DeadlineExceeded,
     EngineFailure,
     InvalidRequest,
+    RequestError,
 )
 from sparserve.metrics import Metrics
 from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
@@ -160,11 +161,10 @@ class Engine:
             choice=choice,
         )
 
-    def abort(self, request_id: str) -> list[Update]:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
         """End a request now, its blocks free at once; [] where it is not in flight."""
         return [
-            self._end(s, s.finish(FinishReason.CANCELLED), s.detokenizer.flush())
-            for s in self._choices(request_id)
+            self._end(s, s.finish(reason), s.detokenizer.flush()) for s in self._choices(request_id)
         ]
 
     def step(self) -> list[Update]:
@@ -271,8 +271,9 @@ class Engine:
             if sequence.first_token is None:
                 self._release_choices(sequence)  # the first choice failed; theirs is another fate
         request.longest = max(request.longest, finish.completion_tokens)
+        at_fault = isinstance(finish.error, RequestError)
         self.metrics.observe_finish(
-            finish.reason.value,
+            "invalid" if at_fault else finish.reason.value,
             e2e_seconds=time.monotonic() - sequence.request.arrival,
             prefill_seconds=finish.timings.prefill,
             decode_seconds=finish.timings.decode,

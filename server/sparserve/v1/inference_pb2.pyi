@@ -1074,7 +1074,9 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
-    """Prompt tokens whose KV came from a prefix cache."""
+    """Prompt tokens whose KV came from the prefix cache: whole blocks of 16 that were part of an earlier prompt. What the
+    model itself said is computed again.
+    """
     completion_tokens: _builtins.int
     def __init__(
         self,
