@@ -96,14 +96,15 @@ async def test_a_stream_that_fails_half_way_ends_with_a_status_after_its_tokens(
             await read()
         assert error.value.code() is grpc.StatusCode.INTERNAL
         assert set(kinds) == {"started", "delta"}
-        assert tokens == forward.calls - 1  # every token of the steps before
+        # Every token of the steps before: not the one that failed, not the test of the backend after it.
+        assert tokens == forward.calls - 2
         assert (await wire.inference.Generate(SHORT)).usage.completion_tokens == 3
 
 
 async def test_failures_with_good_steps_between_do_not_end_the_engine(server, wire, controlled):
     with controlled(server) as forward:
         for _ in range(4):
-            forward.fail(RuntimeError("broken"), times=2)
+            forward.fail(RuntimeError("broken"), times=4)  # two steps, each with a test after it
             for _ in range(2):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await wire.inference.Generate(SHORT)
@@ -142,7 +143,7 @@ async def test_a_backend_that_always_fails_takes_the_server_out_of_service(
             calls = asyncio.gather(*calls, return_exceptions=True)
             errors = await asyncio.wait_for(calls, 30)
             # The third failure in a row ended those that had not run, too.
-            assert forward.calls == 3
+            assert forward.calls == 6  # with a test of the backend after each
         for error in errors:
             assert error.code() is grpc.StatusCode.INTERNAL
             assert details_of(error)["ErrorInfo"].metadata["error_id"] in caplog.text

@@ -58,12 +58,12 @@ async def test_a_call_leaves_one_line_with_status_time_tokens_and_trace(wire, ac
     await wire.inference.Generate(request, metadata=[("traceparent", TRACEPARENT)])
     (line,) = await access()
     assert line.pop("timestamp")
-    assert line.pop("duration_ms") > 0
+    assert line.pop("duration_ms") > line.pop("ttft_ms") > 0
     assert re.fullmatch(r"ipv4:127\.0\.0\.1:\d+", line.pop("peer"))
     assert line == {
         "level": "INFO", "logger": "sparserve.access", "message": "call ended", "method": GENERATE,
         "code": "OK", "request_id": "r1", "prompt_tokens": 5, "completion_tokens": 4,
-        "trace_id": TRACE_ID, "span_id": SPAN_ID,
+        "trace_id": TRACE_ID, "span_id": SPAN_ID, "cached_tokens": 0, "finish_reason": "length",
     }  # fmt: skip
 
 

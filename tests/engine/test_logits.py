@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.logits import LogitAdjuster, refused_tokens
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 
 VOCAB = 40
@@ -14,7 +14,8 @@ tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
 
 def adjuster(prompt, output, sampling, stopping=StoppingParams()) -> LogitAdjuster:
     request = GenerationRequest("a", tuple(prompt), sampling, stopping)
-    made = LogitAdjuster(request, VOCAB, eos_token_ids=(3, 5))
+    refused = refused_tokens(request, VOCAB)
+    made = LogitAdjuster(request, VOCAB, (3, 5), refused)
     for token_id in output:
         made.accept(token_id)
     return made
@@ -29,7 +30,7 @@ def random_logits(seed: int) -> np.ndarray:
     prompt=tokens,
     output=tokens,
     seed=st.integers(0, 1000),
-    repetition=st.floats(0.1, 10),
+    repetition=st.floats(0.01, 10),
     presence=st.floats(-2, 2),
     frequency=st.floats(-2, 2),
     bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100), max_size=5),

@@ -264,3 +264,47 @@ def test_options_that_leave_no_token_end_the_request_alone_with_a_clear_error(ti
     assert "no token is left" in str(finishes["a"].error)
     assert finishes["b"].reason is FinishReason.LENGTH
     assert engine.broken is None
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.05)])
+def test_a_draw_beyond_what_rounding_left_takes_a_token_that_can_come(monkeypatch, sampling):
+    """The candidates hold all the probability, up to rounding; the draw falls into the rest."""
+    from sparserve.engine import sampler
+
+    class Late:
+        def random(self) -> float:
+            return 1 - 2**-53
+
+    monkeypatch.setattr(sampler.np.random, "Generator", lambda _: Late())
+    for seed in range(30):
+        logits = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).numpy() * 3
+        allowed = [(seed + 7 * i) % 1000 for i in range(40)]
+        masked = logits.copy()
+        masked[:] = -float("inf")
+        masked[allowed] = logits[allowed]
+        row = sampler.adjusted_row(masked, sampling.softmax_temperature)
+        assert sampler.sample(row, sampling, 0, 0, 0) in allowed
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=1e-46), SamplingParams(1e-30)])
+def test_the_smallest_temperatures_are_as_good_as_greedy(generate, greedy_ids, sampling):
+    assert ids_of(generate(sampling=sampling)[0]) == greedy_ids
+
+
+def test_a_failed_first_choice_ends_those_that_wait_for_its_prompt(tiny_engine, monkeypatch):
+    engine = tiny_engine()
+    real = engine.backend.forward
+
+    def poisoned(batch: ForwardBatch):
+        if any(66 in sequence.token_ids for sequence in batch.sequences):
+            raise RuntimeError("planted")
+        return real(batch)
+
+    monkeypatch.setattr(engine.backend, "forward", poisoned)
+    for attempt in range(5):
+        engine.add(GenerationRequest(f"bad {attempt}", (66,) * 40, SamplingParams(n=4)))
+        updates = engine.step()
+        assert [u.finish.reason for u in updates] == [FinishReason.ERROR] * 4
+        assert not engine.has_work
+    assert engine.broken is None, "one request, however often, does not end the server"
+    assert engine.used_blocks == 0

@@ -10,6 +10,7 @@ from sparserve.engine.request import (
     PromptToken,
     Timings,
     Update,
+    merge_finishes,
 )
 from sparserve.errors import EngineFailure, SlowReader
 
@@ -88,3 +89,16 @@ async def test_a_long_answer_that_has_ended_waits_for_its_reader():
     stream.put(Update("a", 0, "x", (GeneratedToken(1, -1.0),), finish=end(0).finish))
     (update,) = await read(stream)
     assert len(update.tokens) == 3
+
+
+def test_choices_without_a_token_do_not_count_in_the_times_of_the_whole():
+    def ended(*times: float) -> Finish:
+        return Finish(FinishReason.CANCELLED, Timings(*times), 1, 1)
+
+    merged = merge_finishes(
+        [ended(0.1, 0.5, 0.4, 2.0), ended(0.1, 0, 0, 0), ended(0.2, 0.9, 0.7, 3.0)]
+    )
+    assert (merged.timings.ttft, merged.timings.decode) == (0.5, pytest.approx(3.4))
+    assert merged.timings.queue == 0.1
+    assert merged.completion_tokens == 3
+    assert merge_finishes([ended(0.1, 0, 0, 0)]).timings == Timings(0.1, 0, 0, 0)

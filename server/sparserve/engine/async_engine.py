@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 # Python hands the GIL over after so long; the default of 5 ms is longer than a fast engine step.
 _GIL_SWITCH_INTERVAL = 0.0005
 
-# A call that is cancelled so shortly before its deadline has met it: the clocks differ a little.
-DEADLINE_SLACK_SECONDS = 0.02
+# A call that is cancelled so shortly before its deadline has met it: the client's clock began earlier
+# by the time that the request was under way.
+DEADLINE_SLACK_SECONDS = 0.1
 
 # Stopping waits so long for the current step to end.
 _LAST_STEP_SECONDS = 10.0
@@ -209,6 +210,8 @@ class AsyncEngine:
         Raises InvalidRequest where the constraint cannot be used, QueueFull or Unavailable.
         """
         async with self._compiler_made:
+            if self._stopping:
+                raise Unavailable("the server is stopping")
             if self._compiler is None:
                 self._compiler = await asyncio.to_thread(self._make_compiler)
         return await self._compiler.compile(constraint)
@@ -242,7 +245,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> bool:
         """End a request with FinishReason.CANCELLED; False where it is not in flight."""
-        key = self._keys.get(request_id)
+        key = self._keys.pop(request_id, None)
         if key is None:
             return False
         self._command(lambda: self.engine.abort(key))
@@ -372,7 +375,10 @@ class AsyncEngine:
 
     def _forget(self, key: str) -> None:
         """The request has ended, read or not: its id and its place are free."""
-        del self._keys[self._streams.pop(key).request_id], self._choices[key]
+        request_id = self._streams.pop(key).request_id
+        if self._keys.get(request_id) == key:  # not that of a later request
+            del self._keys[request_id]
+        del self._choices[key]
         self._unstarted.pop(key, None)
         if not self._streams:
             self._idle.set()

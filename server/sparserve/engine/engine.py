@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.limits import EngineLimits, validate
-from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
 from sparserve.engine.next_token import continue_text, draw
 from sparserve.engine.request import (
     Finish,
@@ -30,13 +30,14 @@ from sparserve.errors import (
     EngineFailure,
     InvalidRequest,
     RequestError,
+    SparserveError,
 )
 from sparserve.metrics import Metrics
 from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
 
 log = logging.getLogger(__name__)
 
-# After so many failed steps without a good one between, the engine stops taking requests.
+# After so many failed steps without a sign of life between, the engine stops taking requests.
 MAX_CONSECUTIVE_FAILURES = 3
 
 
@@ -131,8 +132,10 @@ class Engine:
             keys = tuple(prefix_keys(request.prompt_token_ids, request.cache_salt))
         seed = request.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
+        refused = refused_tokens(request, self.backend.config.vocab_size)
         first, *others = (
-            self._new_sequence(request, keys, seed, choice) for choice in range(request.sampling.n)
+            self._new_sequence(request, keys, refused, seed, choice)
+            for choice in range(request.sampling.n)
         )
         shares = bool(others) and len(keys) > 0
         entry = _Request([first] if shares else [first, *others], others if shares else [])
@@ -142,7 +145,12 @@ class Engine:
         self.metrics.prompt_tokens.inc(first.prompt_len)
 
     def _new_sequence(
-        self, request: GenerationRequest, keys: tuple[bytes, ...], seed: int, choice: int
+        self,
+        request: GenerationRequest,
+        keys: tuple[bytes, ...],
+        refused: Mask | None,
+        seed: int,
+        choice: int,
     ) -> Sequence:
         config, stopping = self.backend.config, request.stopping
         detokenizer = self.tokenizer.detokenizer(
@@ -155,7 +163,7 @@ class Engine:
             request,
             max_tokens=stopping.max_tokens or self.limits.default_max_tokens,
             detokenizer=detokenizer,
-            adjuster=LogitAdjuster(request, config.vocab_size, config.eos_token_ids),
+            adjuster=LogitAdjuster(request, config.vocab_size, config.eos_token_ids, refused),
             keys=keys,
             seed=seed,
             choice=choice,
@@ -202,13 +210,9 @@ class Engine:
             try:
                 updates.append(self._take_token(sequence, row))
             except InvalidRequest as error:
-                updates.append(
-                    self._end(sequence, sequence.finish(FinishReason.ERROR, error=error))
-                )
+                updates += self._end_failed(sequence, error)
             except Exception:  # the step is done: nobody else is touched
-                updates.append(
-                    self._end_failed(sequence, self._log_failure("a request's own step"))
-                )
+                updates += self._end_failed(sequence, self._log_failure("a request's own step"))
 
     def _note_first_schedule(self, sequence: Sequence, now: float) -> None:
         if sequence.first_scheduled is not None:
@@ -313,17 +317,44 @@ class Engine:
     def _fail(self, plan: Plan) -> list[Update]:
         """End what was in the failed step; without a plan, everything, for nothing can be trusted."""
         error = self._log_failure("an engine step")
+        # A swap that did not happen leaves a sequence without its KV, so those count too.
+        lost = [swap for swap in plan.swaps_out if swap.sequence.host_blocks is None]
+        parts: list[Scheduled | Swap] = [*plan.scheduled, *lost, *plan.swaps_in]
+        updates = self._end_all([part.sequence for part in parts], error)
+        if not parts:
+            updates += self._end_everything(error)
+        if self._works():  # then it was something about these requests
+            self._failures = 0
+            return updates
         self._failures += 1
         if self._failures >= MAX_CONSECUTIVE_FAILURES:
             self.broken = error.error_id
-        # A swap that did not happen leaves a sequence without its KV, so those count too.
-        parts: list[Scheduled | Swap] = [*plan.scheduled, *plan.swaps_out, *plan.swaps_in]
-        involved = {id(part.sequence): part.sequence for part in parts}
-        if self.broken or not involved:
-            everything = [s for request_id in self._requests for s in self._choices(request_id)]
-            involved = {id(sequence): sequence for sequence in everything}
-        in_flight = [s for s in involved.values() if s in self._choices(s.request.request_id)]
-        return [self._end_failed(sequence, error) for sequence in in_flight]
+            updates += self._end_everything(error)
+        return updates
+
+    def _end_everything(self, error: EngineFailure) -> list[Update]:
+        everything = [s for request_id in self._requests for s in self._choices(request_id)]
+        return self._end_all(everything, error)
+
+    def _end_all(self, sequences: list[Sequence], error: EngineFailure) -> list[Update]:
+        updates: list[Update] = []
+        for sequence in sequences:
+            if sequence in self._choices(sequence.request.request_id):
+                updates += self._end_failed(sequence, error)
+        return updates
+
+    def _works(self) -> bool:
+        """The backend can still run a token."""
+        if not self._blocks.num_free:
+            return True  # the next step will show
+        blocks = self._blocks.allocate(1)
+        try:
+            self.backend.forward(ForwardBatch([SequenceInput((0,), 0, blocks, Phase.PREFILL)]))
+        except Exception:
+            return False
+        finally:
+            self._blocks.free(blocks)
+        return True
 
     def _log_failure(self, what: str) -> EngineFailure:
         error = EngineFailure(uuid.uuid4().hex[:12])
@@ -331,8 +362,13 @@ class Engine:
         self.metrics.step_failures.inc()
         return error
 
-    def _end_failed(self, sequence: Sequence, error: EngineFailure) -> Update:
-        return self._end(sequence, sequence.finish(FinishReason.ERROR, error=error))
+    def _end_failed(self, sequence: Sequence, error: SparserveError) -> list[Update]:
+        """End a choice, and those that waited for its prefill: theirs would fail as well."""
+        request = self._requests[sequence.request.request_id]
+        return [
+            self._end(s, s.finish(FinishReason.ERROR, error=error))
+            for s in (*request.held_back, sequence)
+        ]
 
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.observe_step(
@@ -358,7 +394,7 @@ def _input(item: Scheduled) -> SequenceInput:
         phase=item.phase,
         policy=sequence.request.policy,
         output_offsets=(count - 1,) if item.wants_token else (),
-        temperature=sequence.request.sampling.temperature or 1.0,
+        temperature=sequence.request.sampling.softmax_temperature,
         collect_statistics=in_prompt and sequence.wants_statistics,
         targets=targets,
         num_top=sequence.request.output.prompt_logprobs or 0,

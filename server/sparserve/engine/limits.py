@@ -31,6 +31,11 @@ def validate(request: GenerationRequest, limits: EngineLimits, vocab_size: int) 
     _check_prompt(request, limits, vocab_size)
     sampling, stopping = request.sampling, request.stopping
     check_token_ids("sampling.logit_bias", (i for i, _ in sampling.logit_bias), vocab_size)
+    if len(sampling.allowed_token_ids) > vocab_size:  # before a look at each of them
+        raise InvalidRequest(
+            "sampling.allowed_token_ids",
+            f"{len(sampling.allowed_token_ids)} allowed tokens given; the vocabulary has {vocab_size}",
+        )
     check_token_ids("sampling.allowed_token_ids", sampling.allowed_token_ids, vocab_size)
     check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocab_size)
     if sampling.n > limits.max_choices:

@@ -11,6 +11,16 @@ from sparserve.engine.constraint import Matcher
 from sparserve.engine.request import GenerationRequest
 
 Logits = npt.NDArray[np.float32]  # [vocab]
+Mask = npt.NDArray[np.bool_]  # [vocab]
+
+
+def refused_tokens(request: GenerationRequest, vocab_size: int) -> Mask | None:
+    """All but the allowed tokens; None where all are allowed."""
+    if not request.sampling.allowed_token_ids:
+        return None
+    refused = np.ones(vocab_size, dtype=np.bool_)
+    refused[list(request.sampling.allowed_token_ids)] = False
+    return refused
 
 
 class LogitAdjuster:
@@ -20,8 +30,13 @@ class LogitAdjuster:
     """
 
     def __init__(
-        self, request: GenerationRequest, vocab_size: int, eos_token_ids: Collection[int]
+        self,
+        request: GenerationRequest,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        refused: Mask | None = None,
     ) -> None:
+        """`refused`: what `refused_tokens` made of the request; its choices share it."""
         self._sampling = request.sampling
         self._min_tokens = request.stopping.min_tokens
         self._generated = 0
@@ -36,11 +51,8 @@ class LogitAdjuster:
         bias = dict(request.sampling.logit_bias)
         self._biased = np.array(list(bias), dtype=np.int64)
         self._bias = np.array(list(bias.values()), dtype=np.float32)
-        self._refused: npt.NDArray[np.bool_] | None = None  # [vocab]
-        if request.sampling.allowed_token_ids:
-            self._refused = np.ones(vocab_size, dtype=np.bool_)
-            self._refused[list(request.sampling.allowed_token_ids)] = False
-        self._seen: npt.NDArray[np.bool_] | None = None  # [vocab], in prompt or output
+        self._refused = refused
+        self._seen: Mask | None = None  # [vocab], in prompt or output
         if request.sampling.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, dtype=np.bool_)
             self._seen[list(request.prompt_token_ids)] = True

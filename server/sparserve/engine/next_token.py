@@ -20,7 +20,7 @@ def draw(sequence: Sequence, row: Row) -> GeneratedToken:
     sampling, adjuster = sequence.request.sampling, sequence.adjuster
     step, chosen_from = len(sequence.output_token_ids), row
     if not adjuster.is_idle:
-        chosen_from = adjusted_row(adjuster.adjust(row.full_logits()), sampling.temperature)
+        chosen_from = adjusted_row(adjuster.adjust(row.full_logits()), sampling.softmax_temperature)
         if not math.isfinite(chosen_from.log_normalizer):
             raise InvalidRequest(
                 "sampling",

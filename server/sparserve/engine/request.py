@@ -51,7 +51,8 @@ class SamplingParams:
         _check(0 <= self.min_p <= 1, "sampling.min_p", self.min_p, "in [0, 1]")
         _check(0 < self.typical_p <= 1, "sampling.typical_p", self.typical_p, "in (0, 1]")
         repetition = self.repetition_penalty
-        _check(0 < repetition <= 10, "sampling.repetition_penalty", repetition, "in (0, 10]")
+        allowed = "in [0.01, 10]"
+        _check(0.01 <= repetition <= 10, "sampling.repetition_penalty", repetition, allowed)
         for name in ("presence_penalty", "frequency_penalty"):
             penalty = getattr(self, name)
             _check(-2 <= penalty <= 2, f"sampling.{name}", penalty, "in [-2, 2]")
@@ -61,6 +62,11 @@ class SamplingParams:
         _check_count("sampling.logit_bias", "biases", len(self.logit_bias), MAX_LOGIT_BIASES)
         for token_id, bias in self.logit_bias:
             _check(-100 <= bias <= 100, f"sampling.logit_bias[{token_id}]", bias, "in [-100, 100]")
+
+    @property
+    def softmax_temperature(self) -> float:
+        """What logits are divided by: float32 must hold it, and greedy choice does not ask."""
+        return max(self.temperature, 1e-30) if self.temperature else 1.0
 
     @property
     def has_penalties(self) -> bool:
@@ -232,11 +238,13 @@ def merge_finishes(finishes: Sequence[Finish]) -> Finish:
     those of the whole; everything else is the first choice's."""
     first = finishes[0]
     times = [finish.timings for finish in finishes]
+    started = [t for t in times if t.ttft > 0]  # others ended before their first token
+    ttft = min((t.ttft for t in started), default=0.0)
     timings = Timings(
         queue=min(t.queue for t in times),
-        ttft=min(t.ttft for t in times),
+        ttft=ttft,
         prefill=first.timings.prefill,
-        decode=max(t.ttft + t.decode for t in times) - min(t.ttft for t in times),
+        decode=max((t.ttft + t.decode for t in started), default=0.0) - ttft,
     )
     return Finish(
         reason=first.reason,

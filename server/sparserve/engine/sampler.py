@@ -55,7 +55,7 @@ def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
 
 def adjusted_row(logits: npt.NDArray[np.float32], temperature: float) -> Row:
     """The row of logits that a request changed, [vocab]; -inf is a token that must not come."""
-    candidates = top_candidates(torch.from_numpy(logits)[None], torch.tensor([temperature or 1.0]))
+    candidates = top_candidates(torch.from_numpy(logits)[None], torch.tensor([temperature]))
     return rows_of(candidates, len(logits))[0]
 
 
@@ -73,12 +73,12 @@ def sample(row: Row, params: SamplingParams, seed: int, choice: int, step: int) 
     uniform = float(generator.random())
     top_k = params.top_k if 0 < params.top_k < row.vocab_size else row.vocab_size
     if top_k == row.vocab_size and params.top_p == params.typical_p == 1 and params.min_p == 0:
-        return _sample_whole(row, params.temperature, uniform)
-    probabilities = _probabilities(row, row.logits, params.temperature)
+        return _sample_whole(row, params.softmax_temperature, uniform)
+    probabilities = _probabilities(row, row.logits, params.softmax_temperature)
     kept = _truncate_head(probabilities, top_k, params, row.vocab_size)
     if kept is not None:
         return int(row.ids[_draw(kept, uniform)])
-    whole = _probabilities(row, row.full_logits().astype(np.float64), params.temperature)
+    whole = _probabilities(row, row.full_logits().astype(np.float64), params.softmax_temperature)
     return _draw(_truncate_whole(whole, top_k, params), uniform)
 
 
@@ -106,6 +106,8 @@ def _sample_whole(row: Row, temperature: float, uniform: float) -> int:
         return int(row.ids[_index_at(head, uniform)])
     rest = _probabilities(row, row.full_logits().astype(np.float64), temperature)
     rest[row.ids] = 0.0
+    if not rest.any():  # what the candidates lack of 1 is rounding
+        return int(row.ids[_index_at(head, mass)])
     return _draw(rest, (uniform - mass) / (1 - mass))  # uniform in [0, 1) again
 
 
@@ -195,6 +197,7 @@ def _least_holding(keys: Array, weights: Array, target: float) -> Mask:
 def _draw(weights: Array, uniform: float) -> int:
     """Index drawn in proportion to `weights`."""
     cumulative = np.cumsum(weights)
+    assert cumulative[-1] > 0, "there is something to draw"
     return _index_at(cumulative, uniform * float(cumulative[-1]))
 
 

@@ -200,7 +200,9 @@ class Sequence:
         error: SparserveError | None = None,
     ) -> Finish:
         """The record of this sequence's end; freeing its blocks is the scheduler's."""
-        total = self.statistics.total() if self.statistics else None
+        # Sorting them takes long for a large model, so only where somebody will read it.
+        ended = error is None and reason is not FinishReason.CANCELLED
+        total = self.statistics.total() if self.statistics and ended else None
         return Finish(
             reason=reason,
             timings=self.timings(),

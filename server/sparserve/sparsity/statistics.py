@@ -56,6 +56,7 @@ class PromptStatistics:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._whole: list[torch.Tensor] = []  # [num_layers, intermediate] fp16 each
+        self._sum: torch.Tensor | None = None  # of them, [num_layers, intermediate] int64
         self._open: NeuronStatistics | None = None  # of the block that `extend` may go on with
         self._tokens = 0
 
@@ -64,7 +65,7 @@ class PromptStatistics:
         assert self._open is None, "cached blocks come before computed ones"
         # The first token of a prompt, the attention sink, counts nowhere.
         self._tokens += self._block_size - (0 if self._whole else 1)
-        self._whole.append(rounded)
+        self._add(rounded)
 
     def extend(self, start: int, parts: Sequence[NeuronStatistics]) -> None:
         """Tokens from position `start` on: one part for each block that they touch."""
@@ -86,19 +87,21 @@ class PromptStatistics:
 
     def total(self) -> NeuronStatistics | None:
         """Over the whole prompt; None before its first token."""
-        deltas = [*self._whole, *([] if self._open is None else [_rounded(self._open)])]
-        if not deltas:
-            return None
-        # fp16 numbers are multiples of 2^-24, so UNIT holds them exactly.
-        total = _in_units(deltas[0])
-        for delta in deltas[1:]:
-            total = total + _in_units(delta)
-        return NeuronStatistics(total, self._tokens)
+        total = self._sum
+        if self._open is not None:
+            last = _in_units(_rounded(self._open))
+            total = last if total is None else total + last
+        return None if total is None else NeuronStatistics(total, self._tokens)
 
     def _close(self) -> None:
         if self._open is not None:
-            self._whole.append(_rounded(self._open))
+            self._add(_rounded(self._open))
             self._open = None
+
+    def _add(self, rounded: torch.Tensor) -> None:
+        self._whole.append(rounded)
+        units = _in_units(rounded)
+        self._sum = units if self._sum is None else self._sum + units
 
 
 def _rounded(statistics: NeuronStatistics) -> torch.Tensor:
@@ -106,6 +109,7 @@ def _rounded(statistics: NeuronStatistics) -> torch.Tensor:
 
 
 def _in_units(rounded: torch.Tensor) -> torch.Tensor:
+    # fp16 numbers are multiples of 2^-24, so UNIT holds them exactly.
     return (rounded.double() / UNIT).to(torch.int64)
 
 

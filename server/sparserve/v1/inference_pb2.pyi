@@ -437,7 +437,7 @@ class Sampling(_message.Message):
     tokens whose information is nearest the expected first. In (0, 1]; default 1.
     """
     repetition_penalty: _builtins.float
-    """Divides the positive and multiplies the negative logits of tokens in prompt or output. In (0, 10]; default 1."""
+    """Divides the positive and multiplies the negative logits of tokens in prompt or output. In [0.01, 10]; default 1."""
     presence_penalty: _builtins.float
     """Taken from the logits of tokens in the output. In [-2, 2]; default 0."""
     frequency_penalty: _builtins.float
@@ -530,7 +530,9 @@ class Stopping(_message.Message):
     max_tokens: _builtins.int
     """New tokens at most; default: the server's. A full context ends the text earlier, with FINISH_REASON_CONTEXT."""
     min_tokens: _builtins.int
-    """Before so many new tokens nothing but max_tokens and a full context ends the text. At most max_tokens."""
+    """Before so many new tokens nothing ends the text but max_tokens, a full context, or a constraint that nothing may
+    follow. At most max_tokens.
+    """
     ignore_eos: _builtins.bool
     """Do not end at the model's end-of-sequence tokens."""
     include_stop: _builtins.bool
