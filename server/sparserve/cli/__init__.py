@@ -7,7 +7,7 @@ import sys
 import typer
 
 from sparserve import __version__
-from sparserve.cli import bench, chat, demo, generate, models, serve
+from sparserve.cli import bench, chat, demo, evaluate, generate, models, serve
 from sparserve.cli.output import fail
 from sparserve.errors import SparserveError
 
@@ -25,6 +25,7 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(models.app, name="models")
 
 
