@@ -9,8 +9,33 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand, TyperGroup
 
+from sparserve.cli.environment import check_environment
 from sparserve.config import ServerSettings, Settings, load_settings
+
+NO_VALUE = ""  # metavar of a flag that takes none: by itself typer shows <bool>
+
+
+class Command(TyperCommand):
+    """A command whose --help is a flag without a value too."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _without_value(super().get_help_option(ctx))
+
+
+class Group(TyperGroup):
+    """The same for a group of commands."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _without_value(super().get_help_option(ctx))
+
+
+def _without_value(option: Any) -> Any:
+    if option is not None:
+        option.metavar = NO_VALUE
+    return option
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -36,6 +61,7 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
         def run(**values: Any) -> None:
             given = {flag.name: values.pop(flag.name) for flag in flags}
             path = values.pop("config", None)
+            check_environment([name for name, value in given.items() if value is None])
             command(settings=load_settings(kind, given, path), **values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -48,23 +74,26 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     kind: Any = field.annotation
     choices = get_args(kind) if get_origin(kind) is Literal else ()
+    default = ("off", "on")[field.default] if kind is bool else field.default
     help_text = " ".join(
         [
             *([f"One of {', '.join(choices)}."] if choices else []),
-            f"{field.description} [default: {field.default}] [env: SPARSERVE_{name.upper()}]",
+            f"{field.description} [default: {default}] [env: SPARSERVE_{name.upper()}]",
         ]
     )
-    option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=help_text,
-        metavar=f"<{'choice' if choices else kind.__name__}>",
-        show_default=False,
-    )
+    flag = f"--{name.replace('_', '-')}"
+    annotation: Any
+    if kind is bool:
+        both = typer.Option(
+            f"{flag}/--no-{flag[2:]}", metavar=NO_VALUE, help=help_text, show_default=False
+        )
+        annotation = Annotated[bool | None, both]
+    else:
+        metavar = f"<{'choice' if choices else kind.__name__}>"
+        option = typer.Option(flag, help=help_text, metavar=metavar, show_default=False)
+        annotation = Annotated[str | None, option]  # parsed like the environment and the file
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[str | None, option],  # parsed like the environment and the file
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
 
 

@@ -6,16 +6,17 @@ import asyncio
 import os
 
 from sparserve import logs
-from sparserve.api.server import Server
 from sparserve.cli.options import with_settings
 from sparserve.cli.output import err, progress_bars
 from sparserve.config import ServerSettings
-from sparserve.engine.factory import build_engine
 
 
 @with_settings(ServerSettings)
 def serve(settings: ServerSettings) -> None:
     """Serve a model over gRPC until SIGTERM or Ctrl-C, then finish what is in flight."""
+    from sparserve.api.server import Server
+    from sparserve.engine.factory import build_engine
+
     logs.configure(settings.log_level, settings.log_format)
     with progress_bars() as bars:
         built = build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
