@@ -56,16 +56,21 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
             if p.name != "settings"
         ]
         flags = [_flag(name, field) for name, field in kind.model_fields.items()]
+        switches = [name for name, field in kind.model_fields.items() if field.annotation is bool]
+        negations = [_negation(name) for name in switches]
         config = [_config_flag()] if issubclass(kind, ServerSettings) else []
 
         def run(**values: Any) -> None:
             given = {flag.name: values.pop(flag.name) for flag in flags}
+            for name in switches:
+                if values.pop(f"no_{name}"):
+                    given[name] = False
             path = values.pop("config", None)
             check_environment([name for name, value in given.items() if value is None])
             command(settings=load_settings(kind, given, path), **values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature([*own, *flags, *config])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature([*own, *flags, *negations, *config])  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -74,26 +79,35 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     kind: Any = field.annotation
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    default = ("off", "on")[field.default] if kind is bool else field.default
     help_text = " ".join(
         [
             *([f"One of {', '.join(choices)}."] if choices else []),
-            f"{field.description} [default: {default}] [env: SPARSERVE_{name.upper()}]",
+            str(field.description),
+            *([f"--no-{name.replace('_', '-')} turns it off."] if kind is bool else []),
+            f"[default: {field.default}] [env: SPARSERVE_{name.upper()}]",
         ]
     )
-    flag = f"--{name.replace('_', '-')}"
-    annotation: Any
-    if kind is bool:
-        both = typer.Option(
-            f"{flag}/--no-{flag[2:]}", metavar=NO_VALUE, help=help_text, show_default=False
-        )
-        annotation = Annotated[bool | None, both]
-    else:
-        metavar = f"<{'choice' if choices else kind.__name__}>"
-        option = typer.Option(flag, help=help_text, metavar=metavar, show_default=False)
-        annotation = Annotated[str | None, option]  # parsed like the environment and the file
+    metavar = NO_VALUE if kind is bool else f"<{'choice' if choices else kind.__name__}>"
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=help_text, metavar=metavar, show_default=False
+    )
+    annotation: Any = bool if kind is bool else str  # parsed like the environment and the file
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[annotation | None, option],
+    )
+
+
+def _negation(name: str) -> inspect.Parameter:
+    # Typer's own --x/--no-x takes a column of its own, which leaves too little for the texts.
+    option = typer.Option(f"--no-{name.replace('_', '-')}", hidden=True)
+    return inspect.Parameter(
+        f"no_{name}",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, option],
     )
 
 

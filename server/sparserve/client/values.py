@@ -62,9 +62,11 @@ def set_value(message: Message, name: str, value: Any, path: str, told: str = ""
 
 def extend(into: Any, field: Any, values: Iterable[Any], path: str, told: str) -> None:
     """Append each of `values` to a repeated field."""
-    into.extend(
-        checked(field, value, f"{path}[{i}]", f"{told}[{i}]") for i, value in enumerate(values)
-    )
+    for i, value in enumerate(values):
+        try:
+            into.append(checked(field, value, path, told))
+        except InvalidRequest:  # a prompt can have a million ids: only the one at fault is named
+            checked(field, value, f"{path}[{i}]", f"{told}[{i}]")
 
 
 def checked(field: Any, value: Any, path: str, told: str) -> Any:
