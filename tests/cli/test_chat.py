@@ -15,7 +15,7 @@ from rich.control import strip_control_codes
 
 from sparserve.cli.chat import converse
 from sparserve.cli.dialogue import COMMANDS, SETTINGS, CommandError, Dialogue, Quit
-from sparserve.client import AsyncClient
+from sparserve.client import AsyncClient, InvalidRequest
 
 TINY = ("--threads", "1", "--kv-cache-gib", "0.01")
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -156,10 +156,10 @@ async def test_ctrl_c_stops_an_answer_and_its_request_and_the_talk_goes_on(
 
 async def test_an_error_ends_its_answer_and_not_the_conversation(terminal, until, capsys):
     _, dialogue, keys, task = terminal
-    keys("/set temperature 7\rhello\r")
-    await until(lambda: "sampling.temperature is 7" in capsys.readouterr().err)
+    keys("/set min_tokens 9\rhello\r")
+    await until(lambda: "INVALID_ARGUMENT" in capsys.readouterr().err)
     assert dialogue.turns == []  # a question without an answer is not kept
-    keys("/set temperature 0\rhello\r")
+    keys("/set min_tokens 0\rhello\r")
     await until(lambda: len(dialogue.turns) == 2)
     assert not task.done()
 
@@ -210,6 +210,23 @@ def test_a_command_that_cannot_be_is_an_error_and_changes_nothing(line):
     dialogue = Dialogue()
     with pytest.raises(CommandError):
         dialogue.command(line)
+    assert dialogue == Dialogue()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/set temperature 9", "sampling.temperature is 9; it must be in [0, 2]"),
+        ("/set top_p nan", "sampling.top_p is nan; it must be in (0, 1]"),
+        ("/set max_tokens 0", "stopping.max_tokens is 0; it must be >= 1"),
+        ("/set seed -1", "sampling.seed is -1; it must be in [0, 2^64)"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_at_once_with_the_range(line, told):
+    dialogue = Dialogue()
+    with pytest.raises(InvalidRequest) as refused:
+        dialogue.command(line)
+    assert str(refused.value) == told
     assert dialogue == Dialogue()
 
 

@@ -1,12 +1,15 @@
 """The other commands: generate, models, demo, and the command itself."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 from rich.control import strip_control_codes
 
 import sparserve
 from sparserve.client import AsyncClient, Choice, Generation, Result, make_request
+from sparserve.model.catalog import CATALOG
 
 TINY = ("--threads", "1", "--kv-cache-gib", "0.01")
 
@@ -18,6 +21,39 @@ def test_version_is_printed(run_main):
 def test_without_a_command_help_is_shown(run_main):
     _, out, err = run_main()
     assert all(command in out + err for command in ("serve", "demo", "chat", "generate", "models"))
+
+
+# What a command may load only when it runs a model here.
+HEAVY = ("torch", "transformers", "xgrammar", "tokenizers", "numpy")
+LIGHT = [
+    ["--version"], ["--help"], ["models"], ["models", "--help"],
+    *([name, "--help"] for name in ("demo", "serve", "chat", "generate", "bench")),
+    ["generate", "hello", "--server", "127.0.0.1:1"], ["chat", "--server", "127.0.0.1:1"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_what_runs_no_model_here_starts_without_torch(arguments):
+    code = (
+        "import atexit, sys; from sparserve.cli import main\n"
+        f"atexit.register(lambda: print('loaded', [m for m in {HEAVY} if m in sys.modules]))\n"
+        f"sys.argv[1:] = {arguments}; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="hello\n", capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.endswith("loaded []\n")
+    assert done.returncode == (1 if "--server" in arguments else 0)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["serve"], ["chat"], ["generate"], ["bench"], ["models"], ["models", "list"]]
+)  # fmt: skip
+def test_help_shows_a_value_only_where_one_is_taken(run_main, command):
+    status, out, _ = run_main(*command, "--help")
+    assert (status, "<bool>" in out) == (0, False)
+    assert "--help" in out
 
 
 @pytest.mark.parametrize("arguments", [["nope"], ["serve", "--nope"], ["generate"]])
@@ -44,6 +80,14 @@ def test_generate_can_use_the_chat_template_and_report_neurons(run_main, tiny_fo
     assert status == 0
     assert f"{len('<user>hello' + chr(10) + '<assistant>')} prompt + 2 new" in err
     assert "% of the neurons" in err
+
+
+def test_a_prompt_too_short_to_report_neurons_is_told(run_main, tiny_folder):
+    status, _, err = run_main(
+        "generate", "h", "--model", tiny_folder, *TINY, "--max-tokens", "2", "--report-neurons"
+    )
+    assert status == 0
+    assert "--report-neurons needs a prompt of 2 tokens or more" in err
 
 
 async def test_generate_asks_a_server_and_prints_the_same(run_main, serving, tiny_folder):
@@ -107,21 +151,78 @@ def test_generate_sends_what_its_flags_say(run_main, sent, tmp_path):
     grammar.write_text('root ::= "ja"')
     flags = {
         "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.5,
-        "min_p": 0.25, "repetition_penalty": 1.5, "presence_penalty": 0.5,
+        "min_p": 0.25, "typical_p": 0.75, "repetition_penalty": 1.5, "presence_penalty": 0.5,
         "frequency_penalty": -0.5, "seed": 7,
     }  # fmt: skip
     given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     server = ("generate", "hello", "--server", "127.0.0.1:1")
     assert run_main(*server, *given, "--stop", "a", "--stop", "b")[0] == 0
     assert sent[-1] == make_request("hello", **flags, n=1, stop=["a", "b"])
+    assert run_main(*server)[0] == 0
+    assert sent[-1] == make_request("hello", temperature=0, n=1)  # the rest is the server's
+    more = [
+        "--stop-token-id",
+        "3",
+        "--stop-token-id",
+        "4",
+        "--logit-bias",
+        "5=-1.5",
+        "--logit-bias=6=2",
+    ]
+    assert run_main(*server, *more, "--logprobs", "--report-neurons")[0] == 0
+    assert sent[-1] == make_request(
+        "hello", temperature=0, n=1, stop_token_ids=[3, 4], logit_bias={5: -1.5, 6: 2}, logprobs=True,
+        report_neurons=True,
+    )  # fmt: skip
     for flag, value, field in (
         ("--json-schema", schema, {"json_schema": '{"type": "object"}'}),
         ("--grammar", grammar, {"grammar": 'root ::= "ja"'}),
         ("--regex", "a+", {"regex": "a+"}),
         ("--choice", "ja", {"choice": ["ja"]}),
+        ("--json-object", "--seed=1", {"json_object": True}),
     ):
         assert run_main(*server, flag, value)[0] == 0
         assert sent[-1].constraint == make_request("hello", **field).constraint
+
+
+async def test_generate_lists_tokens_with_their_log_probabilities(run_main, serving):
+    fields = ["--max-tokens", "3", "--temperature", "1", "--seed", "4", "--logprobs"]
+    async with serving() as server:
+        target = f"127.0.0.1:{server.port}"
+        _, out, err = await asyncio.to_thread(
+            run_main, "generate", "hi", "--server", target, *fields
+        )
+        two = await asyncio.to_thread(
+            run_main, "generate", "hi", "--server", target, *fields, "--n", "2"
+        )
+        async with AsyncClient(target) as client:
+            answer = await client.generate(
+                "hi", max_tokens=3, temperature=1, seed=4, logprobs=True, n=2
+            )
+    assert out == strip_control_codes(answer.text) + "\n"
+    for table, tokens in (
+        (err, answer.choices[0].tokens),
+        (two[2], [token for choice in answer.choices for token in choice.tokens]),
+    ):
+        rows = [line.split("│") for line in table.splitlines() if line.startswith("│")]
+        assert [int(row[2]) for row in rows] == [token.id for token in tokens]
+        assert [float(row[3]) for row in rows] == pytest.approx(
+            [token.logprob for token in tokens], abs=1e-4
+        )
+
+
+async def test_generate_puts_a_system_message_before_its_chat(run_main, serving):
+    flags = ["--chat", "--system", "Be kind.", "--max-tokens", "4"]
+    async with serving() as server:
+        target = f"127.0.0.1:{server.port}"
+        _, out, _ = await asyncio.to_thread(run_main, "generate", "hi", "--server", target, *flags)
+        async with AsyncClient(target) as client:
+            messages = [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "hi"},
+            ]
+            answer = await client.chat(messages, max_tokens=4, temperature=0)
+    assert out == strip_control_codes(answer.text) + "\n"
 
 
 def test_generate_prints_each_of_several_texts(run_main, sent):
@@ -143,6 +244,9 @@ def test_generate_tells_of_a_file_that_cannot_be_read(run_main, tmp_path):
     ("flags", "told"),
     [
         (["--temperature", "3"], "sampling.temperature is 3"),
+        (["--logit-bias", "5"], "--logit-bias 5: each must be a token id and a number"),
+        (["--logit-bias", "a=1"], "--logit-bias a=1: each must be"),
+        (["--system", "Be kind."], "--system is for a chat; give --chat too"),
         (["--n", "0"], "sampling.n is 0"),
         (["--regex", "a", "--choice", "b"], "choice is a second constraint"),
         (["--max-tokens", "0"], "stopping.max_tokens is 0"),
@@ -172,6 +276,7 @@ def test_models_are_listed_and_an_unknown_one_cannot_be_fetched(run_main):
         assert status == 0
         assert "smollm2" in out
         assert "Apache" in out
+        assert all(name in out for name in CATALOG)  # not cut at 80 columns
     status, _, err = run_main("models", "fetch", "nope")
     assert status == 1
     assert err.startswith("error: no model is named 'nope'; there are: smollm2-135m-instruct")

@@ -3,9 +3,12 @@
 import contextlib
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from sparserve.cli.options import with_settings
 from sparserve.config import EngineSettings, ServerSettings, load_settings
 from sparserve.errors import ConfigError
 
@@ -182,3 +185,19 @@ def test_a_settings_file_that_is_not_there_or_a_folder_is_named(tmp_path):
 def test_any_values_give_settings_or_a_config_error(values):
     with contextlib.suppress(ConfigError):
         assert isinstance(load_settings(ServerSettings, values), ServerSettings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], True), (["--prefix-cache"], True), (["--no-prefix-cache"], False)]
+)
+def test_a_setting_that_is_on_or_off_is_a_flag_with_its_opposite(flags, expected):
+    seen = []
+
+    @with_settings(ServerSettings)
+    def command(settings: ServerSettings) -> None:
+        seen.append(settings)
+
+    app = typer.Typer()
+    app.command()(command)
+    CliRunner().invoke(app, flags, catch_exceptions=False)
+    assert [settings.prefix_cache for settings in seen] == [expected]

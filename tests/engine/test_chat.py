@@ -137,6 +137,59 @@ def test_tools_are_refused_where_the_template_does_not_look_at_them():
     assert refused.value.field == "tools"
 
 
+# It writes what it knows and nothing of other roles.
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}{% elif m['role'] == 'assistant' %}"
+    "A {{ m.content }}{% endif %}{% endfor %}"
+)
+RESULT = {"role": "tool", "content": "no", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "field"),
+    [
+        (CHATML, CALL, "tool_calls"),
+        (STRICT, CALL, "tool_calls"),
+        (CHATML, RESULT, "tool_call_id"),
+        (STRICT, {"role": "tool", "content": "no"}, "role"),
+        (CHATML, {"role": "user", "content": "x", "name": "Ann"}, "name"),
+        ("{# m.tool_calls #}tool_calls" + CHATML, CALL, "tool_calls"),
+    ],
+)
+def test_what_a_template_would_leave_out_is_refused(template, message, field):
+    conversation = Conversation([{"role": "user", "content": "x"}, message])
+    with pytest.raises(InvalidRequest, match="does not know") as refused:
+        ChatTemplate(template, SPECIAL).render(conversation)
+    assert refused.value.field == f"messages[1].{field}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML, {"role": "tool", "content": "no"}),  # it writes any role
+        (STRICT.replace("user", "tool"), {"role": "tool", "content": "no"}),
+        (WITH_TOOLS, RESULT),  # by the order of calls and results
+        ("{{ messages[1].name }}", {"role": "user", "content": "x", "name": "Ann"}),
+        ("{{ messages[1]['name'] }}", {"role": "user", "content": "x", "name": "Ann"}),
+        ("{{ messages[1].get('tool_call_id') }}" + CHATML, RESULT),
+    ],
+)
+def test_what_a_template_knows_is_rendered_as_by_transformers(template, message):
+    conversation = Conversation([{"role": "user", "content": "x"}, message])
+    ours = ChatTemplate(template, SPECIAL).render(conversation)
+    assert ours == by_transformers(template, conversation)
+    without = Conversation([conversation.messages[0], {**message, "content": "", "name": ""}])
+    assert ours != by_transformers(template, without)  # it is in the prompt
+
+
+def test_only_what_the_assistant_said_can_be_continued():
+    conversation = Conversation([{"role": "user", "content": "x"}], continue_final_message=True)
+    with pytest.raises(InvalidRequest) as refused:
+        ChatTemplate(CHATML, {}).render(conversation)
+    assert refused.value.field == "continue_final_message"
+    assert str(refused.value) == "the last message's role is 'user'; it must be assistant"
+
+
 def test_what_the_server_sets_cannot_be_an_argument():
     for name in ("messages", "tools", "documents", "add_generation_prompt"):
         conversation = Conversation([{"role": "user", "content": "x"}], arguments={name: 1})

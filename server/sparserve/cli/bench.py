@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from sparserve.bench.offline import Plan, Report, run_offline
-from sparserve.bench.systems import Sparserve, System, Transformers
 from sparserve.cli.options import with_settings
 from sparserve.cli.output import counting_bar, err, out, progress_bars
 from sparserve.config import EngineSettings
-from sparserve.engine.factory import assemble_engine
 from sparserve.errors import ConfigError
-from sparserve.model.loader import load_model
 
-PEERS = {"transformers": Transformers}
+if TYPE_CHECKING:
+    from sparserve.bench.offline import Report
+
+PEERS = ("transformers",)
 
 
 @with_settings(EngineSettings)
@@ -57,6 +56,11 @@ def bench(
 
     Prints the memory-read ceiling of the same run and what share of the byte bound was reached.
     """
+    from sparserve.bench.offline import Plan, run_offline
+    from sparserve.bench.systems import Sparserve, Transformers
+    from sparserve.engine.factory import assemble_engine
+    from sparserve.model.loader import load_model
+
     names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
     if unknown := [name for name in names if name not in PEERS]:
         raise ConfigError(
@@ -72,7 +76,7 @@ def bench(
             on_download=bars.on_download,
         )
     built = assemble_engine(model, settings)
-    rivals: list[System] = [PEERS[name](model) for name in names]
+    rivals = [Transformers(model) for _ in names]  # the only peer that there is
     concurrency = min(concurrency, settings.max_running)
     plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
     with counting_bar() as on_progress:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
+from sparserve.cli.environment import check_environment
 from sparserve.cli.local import build_with_bars, local_server, server_settings
 from sparserve.cli.output import err, out, print_text
 from sparserve.client import AsyncClient, Result
 from sparserve.config import ServerSettings
-from sparserve.engine.factory import BuiltEngine
 from sparserve.errors import CallFailed
+
+if TYPE_CHECKING:
+    from sparserve.engine.factory import BuiltEngine
 
 QUESTIONS = (
     "What is the capital of France, and what is it known for?",
@@ -35,6 +38,7 @@ def demo(
     Prints each answer as it arrives, then time to first token, tokens per second and the metrics that
     the server counted meanwhile. Engine settings are taken from the environment (SPARSERVE_…).
     """
+    check_environment(())
     settings = server_settings()
     built = build_with_bars(settings)
     asyncio.run(_run(built, settings, tuple(question or QUESTIONS), max_tokens))

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparserve.errors import SparserveError
 
-# What /set takes; ranges are the server's to check.
+# What /set takes.
 SETTINGS: dict[str, type[int] | type[float]] = {
     "temperature": float,
     "top_p": float,
@@ -67,7 +67,10 @@ class Dialogue:
             self.turns.pop()
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with a slash; -> what to tell. Raises CommandError or Quit."""
+        """Carry out a line that begins with a slash; -> what to tell.
+
+        Raises CommandError, InvalidRequest or Quit.
+        """
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         match name:
@@ -114,8 +117,21 @@ class Dialogue:
         if kind is None or len(words) != 2:
             raise CommandError(f"/set takes a value for one of {', '.join(SETTINGS)}")
         name, value = words
+        if value == "none":
+            self.settings[name] = None
+            return f"{name} is the server's default"
         try:
-            self.settings[name] = None if value == "none" else kind(value)
+            number = kind(value)
         except ValueError as error:
             raise CommandError(f"{name} is a {kind.__name__}, not {value!r}") from error
-        return f"{name} is {value}" if value != "none" else f"{name} is the server's default"
+        _check_range(name, number)
+        self.settings[name] = number
+        return f"{name} is {value}"
+
+
+def _check_range(name: str, value: float) -> None:
+    """As the server will; what depends on its settings is left to it. Raises InvalidRequest."""
+    from sparserve.engine.request import SamplingParams, StoppingParams
+
+    kind: Any = SamplingParams if name in SamplingParams.__annotations__ else StoppingParams
+    kind(**{name: value})

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from sparserve.cli.dialogue import Dialogue
 from sparserve.cli.local import connected
-from sparserve.cli.options import with_settings
-from sparserve.cli.output import err, out, print_text, tell_result
-from sparserve.client import AsyncClient
+from sparserve.cli.options import NO_VALUE, with_settings
+from sparserve.cli.output import err, out, print_logprobs, print_text, tell_result
+from sparserve.client import AsyncClient, Token
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
+
+SERVERS = "Default: the server's."
 
 
 @with_settings(EngineSettings)
@@ -25,27 +28,49 @@ def generate(
         typer.Option(help="host:port of a running server; without it the model runs here."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask it as a chat message, by the model's template.")
+        bool,
+        typer.Option(
+            "--chat", metavar=NO_VALUE, help="Ask it as a chat message, by the model's template."
+        ),
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
-    min_tokens: Annotated[int, typer.Option(help="New tokens at least.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; at most 2.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 0,
+    system: Annotated[str, typer.Option(help="The system message; with --chat.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(help=f"New tokens at most. {SERVERS}")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help=f"New tokens at least. {SERVERS}")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy, whatever is said below; at most 2.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help=f"Sample from so many likeliest tokens; 0: all. {SERVERS}")
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the fewest tokens that hold this probability.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help=f"Sample from the fewest tokens that hold this probability. {SERVERS}"),
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(help="Sample from tokens at least so likely, times the likeliest.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help=f"Sample from tokens at least so likely, times the likeliest. {SERVERS}"),
+    ] = None,
+    typical_p: Annotated[
+        float | None,
+        typer.Option(help=f"Sample from typical tokens that hold this probability. {SERVERS}"),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens of prompt and output are less likely.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help=f"Above 1, tokens of prompt and output are less likely. {SERVERS}"),
+    ] = None,
     presence_penalty: Annotated[
-        float, typer.Option(help="Above 0, tokens of the output are less likely.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help=f"Above 0, tokens of the output are less likely. {SERVERS}"),
+    ] = None,
     frequency_penalty: Annotated[
-        float, typer.Option(help="The same, for each time that they occur.")
-    ] = 0.0,
+        float | None, typer.Option(help=f"The same, for each time that they occur. {SERVERS}")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=BIAS", help="Added to the logit of a token id; may be given again."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: random.")] = None,
     n: Annotated[
         int, typer.Option("--n", help="Texts to generate; printed when all are done.")
@@ -53,9 +78,15 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given again.")
     ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End with this token; may be given again.")
+    ] = None,
     json_schema: Annotated[
         Path | None, typer.Option(help="File with a JSON schema that the text must fit.")
     ] = None,
+    json_object: Annotated[
+        bool, typer.Option("--json-object", metavar=NO_VALUE, help="The text is a JSON object.")
+    ] = False,
     regex: Annotated[
         str | None, typer.Option(help="Regular expression that the whole text must match.")
     ] = None,
@@ -65,30 +96,47 @@ def generate(
     choice: Annotated[
         list[str] | None, typer.Option(help="The text is one of these; may be given again.")
     ] = None,
+    logprobs: Annotated[
+        bool,
+        typer.Option(
+            "--logprobs",
+            metavar=NO_VALUE,
+            help="List each token with its log-probability at the end.",
+        ),
+    ] = False,
     report_neurons: Annotated[
         bool,
         typer.Option(
-            "--report-neurons", help="Tell how few neurons carry the prompt's activations."
+            "--report-neurons",
+            metavar=NO_VALUE,
+            help="Tell how few neurons carry the prompt's activations.",
         ),
     ] = False,
 ) -> None:
-    """Continue a prompt, here or on a server, printing the text as it is made."""
+    """Continue a prompt, here or on a server, printing the text as it is made.
+
+    Greedy unless --temperature is above 0. Everything else that is not given is the server's default.
+    """
+    if system and not chat:
+        raise ConfigError("--system is for a chat; give --chat too")
     fields = {
-        "max_tokens": max_tokens, "min_tokens": min_tokens or None, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "min_p": min_p or None,
+        "max_tokens": max_tokens, "min_tokens": min_tokens, "temperature": temperature,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "seed": seed, "n": n, "stop": stop or (),
-        "json_schema": _text_of(json_schema), "regex": regex, "grammar": _text_of(grammar),
-        "choice": choice or None, "report_neurons": report_neurons or None,
+        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias), "seed": seed, "n": n,
+        "stop": stop, "stop_token_ids": stop_token_id, "json_schema": _text_of(json_schema),
+        "json_object": json_object, "regex": regex, "grammar": _text_of(grammar), "choice": choice,
+        "logprobs": logprobs or None, "report_neurons": report_neurons or None,
     }  # fmt: skip
-    asyncio.run(_generate(server, settings, prompt, chat, fields))
+    question = Dialogue(system)
+    question.ask(prompt)
+    asyncio.run(_generate(server, settings, question.messages if chat else prompt, chat, fields))
 
 
 async def _generate(
-    target: str | None, settings: EngineSettings, prompt: str, chat: bool, fields: dict[str, Any]
+    target: str | None, settings: EngineSettings, asked: Any, chat: bool, fields: dict[str, Any]
 ) -> None:
     async with connected(target, settings) as client:
-        asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
         if fields["n"] == 1:
             await _stream(client, asked, chat, fields)
             return
@@ -96,15 +144,32 @@ async def _generate(
         for each in answer.choices:
             err.print(f"[dim]{each.index + 1} of {fields['n']}, {each.finish_reason.lower()}:[/]")
             out.out(each.text, highlight=False)
-        tell_result(answer.result)
+            if fields["logprobs"]:
+                print_logprobs(each.tokens)
+        tell_result(answer.result, asked_for_neurons=bool(fields["report_neurons"]))
 
 
 async def _stream(client: AsyncClient, asked: Any, chat: bool, fields: dict[str, Any]) -> None:
+    tokens: list[Token] = []
     async for delta in (client.chat_stream if chat else client.stream)(asked, **fields):
         print_text(delta.text)
+        tokens += delta.tokens
         if delta.result is not None:
             out.out("")
-            tell_result(delta.result)
+            if fields["logprobs"]:
+                print_logprobs(tokens)
+            tell_result(delta.result, asked_for_neurons=bool(fields["report_neurons"]))
+
+
+def _biases(given: list[str] | None) -> dict[int, float] | None:
+    """Raises ConfigError."""
+    try:
+        pairs = [each.split("=") for each in given or ()]
+        return {int(token_id): float(bias) for token_id, bias in pairs} or None
+    except ValueError as error:
+        raise ConfigError(
+            f"--logit-bias {' '.join(given or ())}: each must be a token id and a number, such as 42=-100"
+        ) from error
 
 
 def _text_of(path: Path | None) -> str | None:

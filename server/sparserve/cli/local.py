@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
-from sparserve.api.server import Server
 from sparserve.cli.output import progress_bars
 from sparserve.client import AsyncClient
 from sparserve.config import EngineSettings, ServerSettings, load_settings
-from sparserve.engine.factory import BuiltEngine, build_engine
 from sparserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparserve.api.server import Server
+    from sparserve.engine.factory import BuiltEngine
 
 
 def server_settings(settings: EngineSettings | None = None) -> ServerSettings:
@@ -34,6 +37,8 @@ def _refuse_engine_flags(settings: EngineSettings) -> None:
 
 def build_with_bars(settings: EngineSettings) -> BuiltEngine:
     """Load the model, with bars for what takes long. Raises ModelError or ConfigError."""
+    from sparserve.engine.factory import build_engine
+
     with progress_bars() as bars:
         return build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
 
@@ -57,6 +62,8 @@ async def connected(target: str | None, settings: EngineSettings) -> AsyncIterat
 @asynccontextmanager
 async def local_server(built: BuiltEngine, settings: ServerSettings) -> AsyncIterator[Server]:
     """A real server over `built`; its address is `settings.host` and `Server.port`."""
+    from sparserve.api.server import Server
+
     server = Server(built.engine, built.model_name, settings)
     await server.start()
     try:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
+from sparserve.cli.options import Command, Group
 from sparserve.cli.output import err, out, progress_bars
 from sparserve.errors import ModelNotFound
 from sparserve.model import catalog
 
-app = typer.Typer(help="List and fetch the models that can be named.", invoke_without_command=True)
+app = typer.Typer(
+    help="List and fetch the models that can be named.", invoke_without_command=True, cls=Group
+)
 
 
 @app.callback()
@@ -20,11 +23,16 @@ def _default(context: typer.Context) -> None:
         list_models()
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_models() -> None:
     """List the models that can be named, and which of them are here."""
     table = Table(
-        "name", "what", "size", "licence", "cached", title=f"cache: {catalog.cache_dir()}"
+        Column("name", no_wrap=True),
+        Column("what", overflow="fold"),
+        "size",
+        "licence",
+        "cached",
+        title=f"cache: {catalog.cache_dir()}",
     )
     for entry in catalog.CATALOG.values():
         size, cached = f"{entry.size / 1e6:.0f} MB", "yes" if entry.is_cached else "no"
@@ -36,7 +44,7 @@ def list_models() -> None:
     )
 
 
-@app.command("fetch")
+@app.command("fetch", cls=Command)
 def fetch(
     name: Annotated[str, typer.Argument(help="A name that `sparserve models list` shows.")],
 ) -> None:

@@ -9,8 +9,33 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand, TyperGroup
 
+from sparserve.cli.environment import check_environment
 from sparserve.config import ServerSettings, Settings, load_settings
+
+NO_VALUE = ""  # metavar of a flag that takes none: by itself typer shows <bool>
+
+
+class Command(TyperCommand):
+    """A command whose --help is a flag without a value too."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _without_value(super().get_help_option(ctx))
+
+
+class Group(TyperGroup):
+    """The same for a group of commands."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _without_value(super().get_help_option(ctx))
+
+
+def _without_value(option: Any) -> Any:
+    if option is not None:
+        option.metavar = NO_VALUE
+    return option
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -31,15 +56,21 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
             if p.name != "settings"
         ]
         flags = [_flag(name, field) for name, field in kind.model_fields.items()]
+        switches = [name for name, field in kind.model_fields.items() if field.annotation is bool]
+        negations = [_negation(name) for name in switches]
         config = [_config_flag()] if issubclass(kind, ServerSettings) else []
 
         def run(**values: Any) -> None:
             given = {flag.name: values.pop(flag.name) for flag in flags}
+            for name in switches:
+                if values.pop(f"no_{name}"):
+                    given[name] = False
             path = values.pop("config", None)
+            check_environment([name for name, value in given.items() if value is None])
             command(settings=load_settings(kind, given, path), **values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature([*own, *flags, *config])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature([*own, *flags, *negations, *config])  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -51,20 +82,32 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     help_text = " ".join(
         [
             *([f"One of {', '.join(choices)}."] if choices else []),
-            f"{field.description} [default: {field.default}] [env: SPARSERVE_{name.upper()}]",
+            str(field.description),
+            *([f"--no-{name.replace('_', '-')} turns it off."] if kind is bool else []),
+            f"[default: {field.default}] [env: SPARSERVE_{name.upper()}]",
         ]
     )
+    metavar = NO_VALUE if kind is bool else f"<{'choice' if choices else kind.__name__}>"
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=help_text,
-        metavar=f"<{'choice' if choices else kind.__name__}>",
-        show_default=False,
+        f"--{name.replace('_', '-')}", help=help_text, metavar=metavar, show_default=False
     )
+    annotation: Any = bool if kind is bool else str  # parsed like the environment and the file
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[str | None, option],  # parsed like the environment and the file
+        annotation=Annotated[annotation | None, option],
+    )
+
+
+def _negation(name: str) -> inspect.Parameter:
+    # Typer's own --x/--no-x takes a column of its own, which leaves too little for the texts.
+    option = typer.Option(f"--no-{name.replace('_', '-')}", hidden=True)
+    return inspect.Parameter(
+        f"no_{name}",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, option],
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -15,10 +18,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
-from sparserve.client import Result
+from sparserve.client import Result, Token
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.loader import LoadProgress
+
+if TYPE_CHECKING:
+    from sparserve.model.loader import LoadProgress
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -27,6 +34,11 @@ err = Console(stderr=True, highlight=False)
 def fail(error: Exception) -> None:
     err.print("[bold red]error:[/] ", end="")
     err.print(str(error), markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    err.print("[yellow]warning:[/] ", end="")
+    err.print(text, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,17 @@ def print_text(text: str) -> None:
     out.file.flush()
 
 
-def tell_result(result: Result) -> None:
+def print_logprobs(tokens: Iterable[Token]) -> None:
+    """A table on stderr; texts are quoted, so that spaces and line ends show."""
+    table = Table("token", "id", "log-probability", "probability")
+    for token in tokens:
+        logprob = token.logprob if token.logprob is not None else math.nan
+        text, share = json.dumps(token.text, ensure_ascii=False), f"{math.exp(logprob):.1%}"
+        table.add_row(Text(text), str(token.id), f"{logprob:.4f}", share)
+    err.print(table)
+
+
+def tell_result(result: Result, *, asked_for_neurons: bool = False) -> None:
     """One dim line on stderr: how a generation ended, and how fast it was."""
     speed = result.decode_tokens_per_second
     parts = [
@@ -80,3 +102,7 @@ def tell_result(result: Result) -> None:
     if result.core_share is not None:
         share = f"{result.core_share:.1%} of the neurons carry 90 % of this prompt's activations"
         err.print(f"[dim]{share}[/]")
+    elif asked_for_neurons:
+        err.print(
+            "[dim]--report-neurons needs a prompt of 2 tokens or more: the first one does not count[/]"
+        )

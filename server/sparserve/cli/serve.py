@@ -7,11 +7,9 @@ import logging
 import os
 
 from sparserve import logs
-from sparserve.api.server import Server, check_ports, is_loopback
 from sparserve.cli.options import with_settings
 from sparserve.cli.output import err, progress_bars
 from sparserve.config import ServerSettings
-from sparserve.engine.factory import build_engine
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +17,9 @@ log = logging.getLogger(__name__)
 @with_settings(ServerSettings)
 def serve(settings: ServerSettings) -> None:
     """Serve a model over gRPC until SIGTERM or Ctrl-C, then finish what is in flight."""
+    from sparserve.api.server import Server, check_ports, is_loopback
+    from sparserve.engine.factory import build_engine
+
     logs.configure(settings.log_level, settings.log_format)
     check_ports(settings)  # before the minutes that a large model takes to load
     if not is_loopback(settings.host):

@@ -7,8 +7,9 @@
         for delta in client.chat_stream([{"role": "user", "content": "Hello!"}], temperature=0.8):
             print(delta.text, end="", flush=True)
 
-Every failed call raises `sparserve.errors.CallFailed` with the status name, the message and what
-the server said about retrying. Needs only the protocol: no model code, no torch.
+A call that the server refuses raises `CallFailed` with the status name, the message, the fields at
+fault and what the server said about retrying; a value that cannot be sent raises `InvalidRequest`
+with its field. Needs only the protocol: no model code, no torch.
 """
 
 from sparserve.client.asynchronous import AsyncClient
@@ -23,15 +24,18 @@ from sparserve.client.responses import (
     Tokenization,
     TopToken,
 )
+from sparserve.errors import CallFailed, InvalidRequest
 
 __all__ = [
     "AsyncClient",
+    "CallFailed",
     "ChatFields",
     "Choice",
     "Client",
     "Delta",
     "Fields",
     "Generation",
+    "InvalidRequest",
     "Result",
     "Token",
     "Tokenization",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
 
-from sparserve.client.plain import OPTIONS
-from sparserve.client.requests import ChatFields, Fields, Message, make_chat_request, make_request
+from sparserve.client.calls import (
+    ChannelOptions,
+    Metadata,
+    call_options,
+    open_channel,
+)
+from sparserve.client.messages import Message
+from sparserve.client.requests import ChatFields, Fields, make_chat_request, make_request
 from sparserve.client.responses import (
     ArchiveReader,
     Delta,
@@ -21,6 +27,7 @@ from sparserve.client.responses import (
     generation,
     tokenization,
 )
+from sparserve.client.values import filled
 from sparserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from sparserve.v1 import inference_pb2 as pb
 
@@ -28,74 +35,137 @@ from sparserve.v1 import inference_pb2 as pb
 class AsyncClient:
     """As `Client`, for asyncio; use it on the loop it was made on."""
 
-    def __init__(self, target: str) -> None:
-        self._channel: Any = grpc.aio.insecure_channel(target, options=OPTIONS)
+    def __init__(
+        self,
+        target: str,
+        *,
+        options: ChannelOptions = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._channel = open_channel(grpc.aio, target, options, credentials)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 
     async def generate(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Unpack[Fields]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **fields: Unpack[Fields],
     ) -> Generation:
         """One whole generation. Raises CallFailed."""
         request = make_request(prompt, **fields)
         with call_errors():
-            return generation(await self._inference.Generate(request, timeout=timeout))
+            return generation(
+                await self._inference.Generate(request, **call_options(timeout, metadata))
+            )
 
     async def chat(
         self,
         messages: Sequence[Message],
         *,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
         **fields: Unpack[ChatFields],
     ) -> Generation:
         """The model's answer to a conversation. Raises CallFailed."""
         request = make_chat_request(messages, **fields)
         with call_errors():
-            return generation(await self._inference.Chat(request, timeout=timeout))
+            return generation(
+                await self._inference.Chat(request, **call_options(timeout, metadata))
+            )
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **fields: Unpack[Fields]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **fields: Unpack[Fields],
     ) -> AsyncIterator[Delta]:
         """Pieces as they are made; closing the iterator cancels the request. Raises CallFailed."""
         request = make_request(prompt, **fields)
-        return self._deltas(self._inference.GenerateStream, request, timeout)
+        return self._deltas(
+            self._inference.GenerateStream, request, call_options(timeout, metadata)
+        )
 
     def chat_stream(
         self,
         messages: Sequence[Message],
         *,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
         **fields: Unpack[ChatFields],
     ) -> AsyncIterator[Delta]:
         """As `stream`, for a conversation."""
         request = make_chat_request(messages, **fields)
-        return self._deltas(self._inference.ChatStream, request, timeout)
+        return self._deltas(self._inference.ChatStream, request, call_options(timeout, metadata))
 
-    async def tokenize(self, text: str) -> Tokenization:
+    async def tokenize(
+        self,
+        text: str,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> Tokenization:
         """The token ids that a prompt would have."""
+        request = filled(pb.TokenizeRequest(), text=text, model=model)
         with call_errors():
-            return tokenization(await self._inference.Tokenize(pb.TokenizeRequest(text=text)))
+            return tokenization(
+                await self._inference.Tokenize(request, **call_options(timeout, metadata))
+            )
 
     async def tokenize_chat(
-        self, messages: Sequence[Message], **fields: Unpack[ChatFields]
+        self,
+        messages: Sequence[Message],
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+        **fields: Unpack[ChatFields],
     ) -> Tokenization:
         """The prompt that `chat` would make of a conversation."""
         request = pb.TokenizeRequest(chat=make_chat_request(messages, **fields))
         with call_errors():
-            return tokenization(await self._inference.Tokenize(request))
+            return tokenization(
+                await self._inference.Tokenize(request, **call_options(timeout, metadata))
+            )
 
     async def detokenize(
-        self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str | None = None,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> str:
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        """The text of token ids, by default without special tokens."""
+        request = filled(
+            pb.DetokenizeRequest(),
+            token_ids=token_ids,
+            skip_special_tokens=skip_special_tokens,
+            model=model,
+        )
         with call_errors():
-            return (await self._inference.Detokenize(request)).text
+            response = await self._inference.Detokenize(request, **call_options(timeout, metadata))
+        return str(response.text)
 
-    async def tokenizer_files(self) -> dict[str, bytes]:
+    async def tokenizer_files(
+        self,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> dict[str, bytes]:
         """The tokenizer as the files of a Hugging Face folder: name -> content."""
+        request = filled(control_pb2.GetTokenizerRequest(), model=model)
         reader = ArchiveReader()
         with call_errors():
-            async for part in self._control.GetTokenizer(control_pb2.GetTokenizerRequest()):
+            async for part in self._control.GetTokenizer(
+                request, **call_options(timeout, metadata)
+            ):
                 reader.read(part)
         return reader.files()
 
@@ -103,36 +173,87 @@ class AsyncClient:
         self,
         timeout_seconds: float | None = None,
         on_progress: Callable[[int], None] = lambda in_flight: None,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> None:
         """Have the server take no new requests, and wait until none is in flight.
 
-        `timeout_seconds` is what those in flight get. Leaving the wait does not undo the drain.
+        `timeout_seconds` is what those in flight get, `timeout` what this call gets. Leaving the wait
+        does not undo the drain.
         """
-        request = control_pb2.DrainRequest(timeout_seconds=timeout_seconds)
+        request = filled(control_pb2.DrainRequest(), timeout_seconds=timeout_seconds)
         reader = DrainReader()
         with call_errors():
-            async for response in self._control.Drain(request):
+            async for response in self._control.Drain(request, **call_options(timeout, metadata)):
                 on_progress(reader.read(response))
         reader.check_complete()
 
-    async def abort(self, request_id: str) -> bool:
-        """True where the request was in flight and is now ended."""
-        request = control_pb2.AbortRequest(request_ids=[request_id])
+    async def abort(
+        self,
+        request_ids: str | Iterable[str],
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> tuple[str, ...]:
+        """End requests by their id, one or several; -> those that were in flight."""
+        ids = [request_ids] if isinstance(request_ids, str) else request_ids
+        request = filled(control_pb2.AbortRequest(), request_ids=ids)
         with call_errors():
-            response = await self._control.Abort(request)
-        return bool(response.aborted)
+            response = await self._control.Abort(request, **call_options(timeout, metadata))
+        return tuple(response.aborted)
 
-    async def model_info(self) -> control_pb2.GetModelInfoResponse:
+    async def list_models(
+        self,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> tuple[str, ...]:
+        """The names that `model` takes."""
+        request = control_pb2.ListModelsRequest()
         with call_errors():
-            return await self._control.GetModelInfo(control_pb2.GetModelInfoRequest())
+            response = await self._control.ListModels(request, **call_options(timeout, metadata))
+        return tuple(model.name for model in response.models)
 
-    async def server_info(self) -> control_pb2.GetServerInfoResponse:
+    async def model_info(
+        self,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> control_pb2.GetModelInfoResponse:
+        request = filled(control_pb2.GetModelInfoRequest(), model=model)
         with call_errors():
-            return await self._control.GetServerInfo(control_pb2.GetServerInfoRequest())
+            response: control_pb2.GetModelInfoResponse = await self._control.GetModelInfo(
+                request, **call_options(timeout, metadata)
+            )
+        return response
 
-    async def load(self) -> control_pb2.GetLoadResponse:
+    async def server_info(
+        self,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> control_pb2.GetServerInfoResponse:
+        request = control_pb2.GetServerInfoRequest()
         with call_errors():
-            return await self._control.GetLoad(control_pb2.GetLoadRequest())
+            response: control_pb2.GetServerInfoResponse = await self._control.GetServerInfo(
+                request, **call_options(timeout, metadata)
+            )
+        return response
+
+    async def load(
+        self,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> control_pb2.GetLoadResponse:
+        request = control_pb2.GetLoadRequest()
+        with call_errors():
+            response: control_pb2.GetLoadResponse = await self._control.GetLoad(
+                request, **call_options(timeout, metadata)
+            )
+        return response
 
     async def close(self) -> None:
         await self._channel.close()
@@ -149,9 +270,9 @@ class AsyncClient:
         await self.close()
 
     async def _deltas(
-        self, method: Any, request: pb.GenerateRequest | pb.ChatRequest, timeout: float | None
+        self, method: Any, request: pb.GenerateRequest | pb.ChatRequest, options: dict[str, Any]
     ) -> AsyncIterator[Delta]:
-        call = method(request, timeout=timeout)
+        call = method(request, **options)
         reader = StreamReader()
         try:
             with call_errors():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypedDict, Unpack
 
+from sparserve.client.messages import Message, ToolSpec, chat_messages, chat_tools, json_text
+from sparserve.client.values import extend, set_value, text, wrong
 from sparserve.errors import InvalidRequest
 from sparserve.v1 import inference_pb2 as pb
-
-Message = Mapping[str, Any] | pb.ChatMessage
-ToolSpec = Mapping[str, Any] | pb.Tool
 
 
 class Fields(TypedDict, total=False):
@@ -38,7 +36,7 @@ class Fields(TypedDict, total=False):
     # stopping
     max_tokens: int | None
     min_tokens: int | None
-    stop: Sequence[str] | None
+    stop: Sequence[str] | str | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
     include_stop: bool | None
@@ -71,7 +69,7 @@ class Fields(TypedDict, total=False):
 class ChatFields(Fields, total=False):
     """The same for a chat, and what makes its prompt beside the messages."""
 
-    tools: Sequence[ToolSpec]
+    tools: Sequence[ToolSpec] | None
     continue_final_message: bool | None
     template_arguments: Mapping[str, Any] | None
 
@@ -86,127 +84,117 @@ _GROUPS: dict[str, str] = {
     for field in kind.DESCRIPTOR.fields
 }
 _SPARSITY = {
-    "policy": "policy",
     "density": "density",
     "target_kl": "target_kl",
     "refresh_interval": "refresh_interval",
     "report_neurons": "report",
 }
 _CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
+_POLICIES = {
+    name.removeprefix("SPARSITY_POLICY_").lower(): number
+    for name, number in pb.SparsityPolicy.items()
+    if number != pb.SPARSITY_POLICY_UNSPECIFIED
+}
 
 
 def make_request(prompt: str | Sequence[int], **fields: Unpack[Fields]) -> pb.GenerateRequest:
     """A request message; a prompt is text or token ids.
 
-    Raises InvalidRequest on a value that the protocol cannot carry, such as a negative seed.
+    Raises InvalidRequest on a value that the protocol cannot carry, such as a negative seed; ranges
+    are the server's to check. Raises TypeError on a keyword that does not exist.
     """
-    with _carried():
-        request = pb.GenerateRequest(**_grouped(fields))
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.ids.extend(prompt)
-            request.token_ids.SetInParent()
+    request = pb.GenerateRequest()
+    if isinstance(prompt, str):
+        request.text = text(prompt, "text", "the prompt")
+    elif isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
+        raise wrong("prompt", "the prompt", prompt, "a text or a list of token ids")
+    else:
+        ids = request.token_ids.DESCRIPTOR.fields_by_name["ids"]
+        extend(request.token_ids.ids, ids, prompt, "token_ids", "the prompt")
+        request.token_ids.SetInParent()
+    _fill(request, fields, Fields)
     return request
 
 
-def make_chat_request(
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[ToolSpec] = (),
-    continue_final_message: bool | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
-    **fields: Unpack[Fields],
-) -> pb.ChatRequest:
+def make_chat_request(messages: Sequence[Message], **fields: Unpack[ChatFields]) -> pb.ChatRequest:
     """A chat request; messages and tools in the shape that OpenAI's API and transformers take.
 
-    Raises InvalidRequest on a value that the protocol cannot carry.
+    Raises InvalidRequest on a value that the protocol cannot carry, and TypeError on a keyword that
+    does not exist.
     """
-    with _carried():
-        request = pb.ChatRequest(
-            messages=[_message(message) for message in messages],
-            tools=[_tool(tool) for tool in tools],
-            continue_final_message=continue_final_message,
-            **_grouped(fields),
-        )
-        request.template_arguments.update(template_arguments or {})
+    given: dict[str, Any] = dict(fields)
+    request = pb.ChatRequest(
+        messages=chat_messages(messages), tools=chat_tools(given.pop("tools", None))
+    )
+    _set_template_arguments(request, given.pop("template_arguments", None))
+    _fill(request, given, ChatFields)
     return request
 
 
-def _grouped(fields: Fields) -> dict[str, Any]:
-    """Keywords as the fields of a request message."""
-    groups: dict[str, Any] = {}
+def _fill(
+    request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any], kind: type[Any]
+) -> None:
     for name, value in fields.items():
-        if name not in Fields.__annotations__:
-            raise TypeError(f"a request has no field {name!r}")
+        if name not in kind.__annotations__:
+            raise TypeError(_unknown(name, kind))
         if value is None:
             continue
         if name in _GROUPS:
-            groups.setdefault(_GROUPS[name], {})[name] = value
+            group = _GROUPS[name]
+            if name == "stop" and isinstance(value, str):
+                value = [value]
+            set_value(getattr(request, group), name, value, f"{group}.{name}", name)
         elif name in _SPARSITY:
-            groups.setdefault("sparsity", {})[_SPARSITY[name]] = value
+            field = _SPARSITY[name]
+            set_value(request.sparsity, field, value, f"sparsity.{field}", name)
+        elif name == "policy":
+            request.sparsity.policy = _policy(value)
         elif name in _CONSTRAINTS:
-            if "constraint" in groups:
-                raise InvalidRequest(
-                    "constraint", f"{name} is a second constraint; only one can hold"
-                )
-            groups["constraint"] = {name: _constraint(name, value)}
+            _constrain(request, name, value)
         else:
-            groups[name] = value
-    policy = groups.get("sparsity", {}).get("policy")
-    if policy is not None:
-        groups["sparsity"]["policy"] = f"SPARSITY_POLICY_{policy.upper()}"
-    return groups
+            set_value(request, name, value, name)
 
 
-def _constraint(name: str, value: Any) -> Any:
-    if name == "json_schema" and not isinstance(value, str):
-        return json.dumps(value)
-    return {"options": value} if name == "choice" else value
-
-
-def _message(message: Message) -> pb.ChatMessage:
-    if isinstance(message, pb.ChatMessage):
-        return message
-    calls = [_tool_call(call) for call in message.get("tool_calls") or ()]
-    return pb.ChatMessage(
-        role=message["role"],
-        content=message.get("content") or "",
-        name=message.get("name"),
-        tool_calls=calls,
-        tool_call_id=message.get("tool_call_id"),
+def _unknown(name: str, kind: type[Any]) -> str:
+    near = get_close_matches(name, kind.__annotations__)
+    if name in ChatFields.__annotations__:
+        return f"{name!r} is for a chat; a generation has no such field"
+    return f"a request has no field {name!r}" + (
+        f"; did you mean {' or '.join(near)}?" if near else ""
     )
 
 
-def _tool_call(call: Mapping[str, Any]) -> pb.ToolCall:
-    function = call.get("function", call)
-    return pb.ToolCall(
-        id=call.get("id") or "",
-        name=function["name"],
-        arguments=_json(function.get("arguments")),
-    )
+def _policy(value: Any) -> pb.SparsityPolicy.ValueType:
+    if not isinstance(value, str) or value.lower() not in _POLICIES:
+        raise wrong("sparsity.policy", "policy", value, f"one of {', '.join(_POLICIES)}")
+    return _POLICIES[value.lower()]
 
 
-def _tool(tool: ToolSpec) -> pb.Tool:
-    if isinstance(tool, pb.Tool):
-        return tool
-    function = tool.get("function", tool)
-    return pb.Tool(
-        name=function["name"],
-        description=function.get("description") or "",
-        parameters=_json(function.get("parameters")),
-    )
+def _constrain(request: pb.GenerateRequest | pb.ChatRequest, name: str, value: Any) -> None:
+    if name == "json_object" and value is False:
+        return
+    if request.HasField("constraint"):
+        raise InvalidRequest("constraint", f"{name} is a second constraint; only one can hold")
+    path = f"constraint.{name}"
+    if name == "choice":
+        set_value(request.constraint.choice, "options", value, path, name)
+        request.constraint.choice.SetInParent()
+    else:
+        value = json_text(value, path, name) if name == "json_schema" else value
+        set_value(request.constraint, name, value, path, name)
 
 
-def _json(value: object) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-@contextmanager
-def _carried() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:  # UnicodeEncodeError is one too
-        raise InvalidRequest("request", f"the protocol cannot carry a value: {error}") from error
+def _set_template_arguments(request: pb.ChatRequest, arguments: Any) -> None:
+    path = "template_arguments"
+    if arguments is None:
+        return
+    if not isinstance(arguments, Mapping):
+        raise wrong(path, path, arguments, 'a mapping such as {"enable_thinking": False}')
+    for name, value in arguments.items():
+        text(name, path, f"a key of {path}")
+        try:
+            request.template_arguments[name] = value
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            raise wrong(
+                f"{path}.{name}", f"{path}[{name!r}]", value, "what JSON can hold"
+            ) from None

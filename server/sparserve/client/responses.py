@@ -39,8 +39,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a request went. `finish_reason` and `stop` are the first choice's, `finish_reason` e.g.
-    "STOP_EOS"; tokens are those of all choices; times are seconds, server-side.
+    """How a request went. `finish_reason`, `stop` and `stop_token_id` are the first choice's,
+    `finish_reason` e.g. "STOP_EOS"; tokens are those of all choices; times are seconds, server-side.
     """
 
     finish_reason: str
@@ -54,6 +54,8 @@ class Result:
     core_share: float | None = None
     stop: str | None = None
     cached_tokens: int = 0
+    stop_token_id: int | None = None
+    request_id: str = ""
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -65,7 +67,9 @@ class Result:
 class Delta:
     """A piece of a stream: text and tokens of one choice, or its end, or something of them all.
 
-    `finish_reason` comes with a choice's last piece, `prompt` before the first text, `result` last.
+    The first piece comes when the request is accepted and has nothing but `request_id`, which stands
+    on every piece; `finish_reason` with what matched (`stop` or `stop_token_id`) comes with a choice's
+    last piece, `prompt` before the first text, `result` last.
     """
 
     text: str = ""
@@ -74,6 +78,9 @@ class Delta:
     finish_reason: str | None = None
     prompt: tuple[Token, ...] = ()
     result: Result | None = None
+    request_id: str = ""
+    stop: str | None = None
+    stop_token_id: int | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -139,25 +146,39 @@ class StreamReader:
     """Turns the events of one stream into deltas."""
 
     def __init__(self) -> None:
+        self._request_id = ""
         self._first: pb.Finished | None = None
         self._complete = False
 
     def read(self, response: pb.GenerateStreamResponse) -> Delta | None:
+        """None for an event of a later protocol."""
         match response.WhichOneof("event"):
+            case "started":
+                self._request_id = response.started.request_id
+                return Delta(request_id=self._request_id)
             case "prompt":
-                return Delta(prompt=_tokens(response.prompt.tokens))
+                prompt = _tokens(response.prompt.tokens)
+                return Delta(prompt=prompt, request_id=self._request_id)
             case "delta":
                 delta = response.delta
-                return Delta(delta.text, _tokens(delta.tokens), delta.index)
+                tokens = _tokens(delta.tokens)
+                return Delta(delta.text, tokens, delta.index, request_id=self._request_id)
             case "finished":
                 finished = response.finished
                 if finished.index == 0:
                     self._first = finished
-                return Delta(index=finished.index, finish_reason=_reason(finished))
+                return Delta(
+                    index=finished.index,
+                    finish_reason=_reason(finished),
+                    request_id=self._request_id,
+                    stop=_stop(finished),
+                    stop_token_id=_stop_token_id(finished),
+                )
             case "summary":
                 assert self._first is not None
                 self._complete = True
-                return Delta(result=_result(self._first, response.summary))
+                result = _result(self._first, response.summary, self._request_id)
+                return Delta(result=result, request_id=self._request_id)
         return None
 
     def check_complete(self) -> None:
@@ -169,7 +190,7 @@ def generation(response: pb.GenerateResponse) -> Generation:
     return Generation(
         request_id=response.request_id,
         choices=tuple(_choice(choice) for choice in response.choices),
-        result=_result(response.choices[0].finished, response),
+        result=_result(response.choices[0].finished, response, response.request_id),
         prompt=_tokens(response.prompt.tokens),
     )
 
@@ -229,8 +250,8 @@ def _choice(choice: pb.Choice) -> Choice:
         text=choice.text,
         finish_reason=_reason(finished),
         tokens=_tokens(choice.tokens),
-        stop=finished.stop if finished.HasField("stop") else None,
-        stop_token_id=finished.token_id if finished.HasField("token_id") else None,
+        stop=_stop(finished),
+        stop_token_id=_stop_token_id(finished),
     )
 
 
@@ -258,7 +279,17 @@ def _reason(finished: pb.Finished) -> str:
     return pb.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_")
 
 
-def _result(finished: pb.Finished, summary: pb.Summary | pb.GenerateResponse) -> Result:
+def _stop(finished: pb.Finished) -> str | None:
+    return finished.stop if finished.HasField("stop") else None
+
+
+def _stop_token_id(finished: pb.Finished) -> int | None:
+    return finished.token_id if finished.HasField("token_id") else None
+
+
+def _result(
+    finished: pb.Finished, summary: pb.Summary | pb.GenerateResponse, request_id: str
+) -> Result:
     sparsity = summary.sparsity
     return Result(
         finish_reason=_reason(finished),
@@ -270,8 +301,10 @@ def _result(finished: pb.Finished, summary: pb.Summary | pb.GenerateResponse) ->
         policy=pb.SparsityPolicy.Name(sparsity.policy).removeprefix("SPARSITY_POLICY_").lower(),
         density=sparsity.density,
         core_share=sparsity.core_share if sparsity.HasField("core_share") else None,
-        stop=finished.stop if finished.HasField("stop") else None,
+        stop=_stop(finished),
         cached_tokens=summary.usage.cached_tokens,
+        stop_token_id=_stop_token_id(finished),
+        request_id=request_id,
     )
 
 

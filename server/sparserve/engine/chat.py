@@ -38,7 +38,8 @@ class Conversation:
     """What a template is given: messages and tools in the shape that transformers takes.
 
     A message is {"role", "content", "name"?, "tool_calls"?, "tool_call_id"?}, a tool {"type":
-    "function", "function": {"name", "description", "parameters"}}.
+    "function", "function": {"name", "description", "parameters"}}. What a model's template does not
+    know is refused, never left out.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -59,7 +60,7 @@ class ChatTemplate:
 
         Takes milliseconds, and up to MAX_RENDER_SECONDS: call it off the event loop. Raises
         ChatUnavailable where the template is no template, and InvalidRequest where it does not take
-        this conversation.
+        this conversation, or would leave a part of it out unsaid.
         """
         template = self._template
         for name in _OWN_NAMES:
@@ -71,8 +72,15 @@ class ChatTemplate:
             raise InvalidRequest(
                 "tools", "this model's chat template does not know tools; leave them out"
             )
+        for i, message in enumerate(conversation.messages):
+            self._check_message(message, f"messages[{i}]")
         messages = [dict(message) for message in conversation.messages]
         if conversation.continue_final_message:
+            if (role := messages[-1]["role"]) != "assistant":
+                raise InvalidRequest(
+                    "continue_final_message",
+                    f"the last message's role is {role!r}; it must be assistant",
+                )
             messages[-1]["content"] += _CONTINUE_TAG
         names = {
             **self._special_tokens,
@@ -103,10 +111,62 @@ class ChatTemplate:
                 "send a plain prompt with Generate"
             ) from error
 
+    def _check_message(self, message: Mapping[str, Any], path: str) -> None:
+        """Raises InvalidRequest for what the template would leave out of the prompt, unsaid.
+
+        That is what it mentions nowhere: `tool_calls`, `name`, the role `tool` (unless it writes
+        whatever role there is), and `tool_call_id` where it knows no `tool_calls` either: a template
+        that does tells by the order of messages which call a result belongs to.
+        """
+        mentions = self._mentions
+        left_out = [name for name in ("tool_calls", "name") if name not in mentions]
+        if not mentions & {"tool_calls", "tool_call_id"}:
+            left_out.append("tool_call_id")
+        for name in left_out:
+            if name in message:
+                raise InvalidRequest(
+                    f"{path}.{name}",
+                    f"this model's chat template does not know {name}; leave it out",
+                )
+        if message["role"] == "tool" and "tool" not in mentions and not self._writes_any_role:
+            raise InvalidRequest(
+                f"{path}.role", "this model's chat template does not know the role tool"
+            )
+
     @cached_property
     def _knows_tools(self) -> bool:
-        names = _ENVIRONMENT.parse(self.source).find_all(nodes.Name)
-        return any(name.name == "tools" for name in names)
+        return any(name.name == "tools" for name in self._tree.find_all(nodes.Name))
+
+    @cached_property
+    def _mentions(self) -> set[str]:
+        """Names that follow a dot and constants: message.role, message["role"], role == "tool"."""
+        constants = (node.value for node in self._tree.find_all(nodes.Const))
+        return {node.attr for node in self._tree.find_all(nodes.Getattr)} | {
+            value for value in constants if isinstance(value, str)
+        }
+
+    @cached_property
+    def _writes_any_role(self) -> bool:
+        """It takes a role for more than to compare it with the roles that it knows."""
+        compared = [
+            read
+            for compare in self._tree.find_all(nodes.Compare)
+            for read in _reads(compare, "role")
+        ]
+        return len(_reads(self._tree, "role")) > len(compared)
+
+    @cached_property
+    def _tree(self) -> nodes.Template:
+        return _ENVIRONMENT.parse(self.source)
+
+
+def _reads(node: nodes.Node, key: str) -> list[nodes.Node]:
+    """Where something's item or attribute `key` is read: m.role, m["role"]."""
+    items = node.find_all(nodes.Getitem)
+    return [
+        *(each for each in node.find_all(nodes.Getattr) if each.attr == key),
+        *(each for each in items if isinstance(each.arg, nodes.Const) and each.arg.value == key),
+    ]
 
 
 class _Refused(TemplateError):

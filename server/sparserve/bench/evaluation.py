@@ -1,0 +1,81 @@
+"""Quality of a model as served, in several formats, against the original in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparserve.bench.offline import BenchProgress
+from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
+from sparserve.bench.scored import Original, ServedModel
+from sparserve.config import EngineSettings
+from sparserve.engine.engine import Engine
+from sparserve.engine.factory import assemble_engine
+from sparserve.errors import ConfigError
+from sparserve.model.loader import LoadedModel
+
+WINDOWS_AT_ONCE = 4
+
+# (model, dtype) -> the model in memory
+Load = Callable[[str, str], LoadedModel]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    text: Path
+    formats: Sequence[str]
+    original: str | None  # None: the model itself
+    windows: int
+    prompt_tokens: int
+    decode_tokens: int
+
+
+def evaluate_formats(
+    settings: EngineSettings, plan: Plan, load: Load, on_progress: BenchProgress
+) -> list[Quality]:
+    """One row for each format of `settings.model`. Raises ConfigError or ModelError."""
+    reference = load(plan.original or settings.model, "float32")
+    windows = cut_windows(
+        _tokens(plan.text, reference), plan.windows, plan.prompt_tokens, plan.decode_tokens
+    )
+    tokens = plan.prompt_tokens + plan.decode_tokens
+    settings = settings.model_copy(update={"max_context": tokens})
+    systems: list[Scored] = []
+    for name in plan.formats:
+        is_original = name == "float32" and plan.original is None
+        model = reference if is_original else load(settings.model, name)
+        _check_vocabulary(model, reference)
+        systems.append(_served(model, settings, windows))
+    judge = Original(_engine(reference, settings).backend)
+    return measure(judge.logits, systems, windows, on_progress, WINDOWS_AT_ONCE)
+
+
+def _tokens(path: Path, model: LoadedModel) -> list[int]:
+    """Raises ConfigError where the file cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _engine(model: LoadedModel, settings: EngineSettings) -> Engine:
+    """With a KV cache for the few windows that are scored together."""
+    tokens = max(settings.max_batched_tokens, WINDOWS_AT_ONCE)
+    own = {"max_running": WINDOWS_AT_ONCE, "max_batched_tokens": tokens}
+    return assemble_engine(model, settings.model_copy(update=own)).engine
+
+
+def _served(model: LoadedModel, settings: EngineSettings, windows: list[Window]) -> Scored:
+    engine = _engine(model, settings)
+    return ServedModel(engine.backend, model.weights, windows, engine.limits.max_batched_tokens)
+
+
+def _check_vocabulary(model: LoadedModel, reference: LoadedModel) -> None:
+    ours, theirs = model.config.vocab_size, reference.config.vocab_size
+    if ours != theirs:
+        raise ConfigError(
+            f"{model.name} has a vocabulary of {ours} tokens, {reference.name} one of {theirs}: "
+            "their distributions cannot be compared"
+        )
