@@ -18,7 +18,7 @@ import pytest
 
 PATIENCE = 200.0  # seconds; a start takes three, on a very busy machine fifty
 SERVING = re.compile(
-    r"^serving (\S+) on (\S+):(\d+) \(gRPC\), metrics on http://\S+:(\d+)/metrics$"
+    r"serving (\S+) on (\S+):(\d+) \(gRPC\), metrics on http://[^\s/]+:(\d+)/metrics"
 )
 
 
@@ -37,7 +37,7 @@ class Served:
     async def ready(self) -> None:
         """Read stderr until the line that names the ports."""
         while line := await self.line():
-            if found := SERVING.match(line):
+            if found := SERVING.search(line):
                 self.port, self.metrics_port = int(found[3]), int(found[4])
                 return
         raise AssertionError("\n".join(["it ended without serving", *self.lines]))
