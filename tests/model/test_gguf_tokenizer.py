@@ -25,13 +25,21 @@ CORPUS = [
     "HTMLParser camelCase snake_case https://example.org/a/b?c=1&d=2#e   \t  end  ",
     "🙂🙃 e\u0301 ﬁ ½ ² Ⅷ ४२ नमस्ते \u00a0 \u3000",
 ] * 2
+
+
+def is_settled(character: str) -> bool:
+    """The libraries compared know different versions of Unicode, and new characters differ in them."""
+    category = unicodedata.category(character)
+    return category != "Cn" and category == unicodedata.ucd_3_2_0.category(character)
+
+
 TEXTS = st.lists(
     st.sampled_from(CORPUS).flatmap(
         lambda line: st.tuples(st.integers(0, len(line)), st.integers(0, 20)).map(
             lambda cut: line[cut[0] : sum(cut)]
         )
     )
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+    | st.text(st.characters(exclude_categories=["Cs", "Cn"]).filter(is_settled), max_size=6)
     | st.sampled_from(["\n", "\r\n", "  ", "'S", "'ll", "/", "9", "▁", "<|end|>", "'"]),
     max_size=8,
 ).map("".join)
