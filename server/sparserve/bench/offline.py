@@ -127,9 +127,11 @@ def run_offline(
         prompt = _prompts(source, engine, 1, plan.prompt_tokens)
         for system in systems:
             alone[system.name].append(system.run(prompt, plan.new_tokens))
-        prompts = _prompts(source, engine, plan.concurrency, plan.prompt_tokens)
-        together.append(ours.run(prompts, plan.new_tokens))
-        in_sequence.append(sum(ours.run([p], plan.new_tokens).total for p in prompts))
+        prompts = _prompts(source, engine, 2 * plan.concurrency, plan.prompt_tokens)
+        together.append(ours.run(prompts[: plan.concurrency], plan.new_tokens))
+        # Others: the prefix cache would know those.
+        later = prompts[plan.concurrency :]
+        in_sequence.append(sum(ours.run([p], plan.new_tokens).total for p in later))
         if plan.conversation_tokens:
             (first,) = _prompts(source, engine, 1, plan.conversation_tokens)
             (rest,) = _prompts(source, engine, 1, SECOND_TURN_TOKENS)
