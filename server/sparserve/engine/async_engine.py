@@ -59,9 +59,16 @@ class RequestStream:
     """
 
     def __init__(
-        self, request_id: str, choices: int, max_backlog: int, on_close: Callable[[], None]
+        self,
+        request_id: str,
+        choices: int,
+        max_backlog: int,
+        on_close: Callable[[], None],
+        prompt_tokens: int = 0,
     ) -> None:
         self.request_id = request_id
+        self.choices = choices
+        self.waiting_tokens = prompt_tokens  # none once something was put
         self._on_close = on_close
         self._max_backlog = max_backlog
         self._pending: dict[int, Update] = {}  # by choice, in the order of arrival
@@ -85,6 +92,7 @@ class RequestStream:
 
     def put(self, update: Update) -> None:
         """Called by the engine's owner on the event loop."""
+        self.waiting_tokens = 0
         if self.is_complete:
             return
         if update.finish is not None:
@@ -144,8 +152,8 @@ class AsyncEngine:
         engine: Engine,
         *,
         max_waiting: int,
-        max_waiting_tokens: int = 2**62,
-        max_stream_backlog: int = 4096,
+        max_waiting_tokens: int,
+        max_stream_backlog: int,
         on_state: Callable[[EngineState], None] = lambda state: None,
     ) -> None:
         self.engine = engine
@@ -159,8 +167,6 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._counter = itertools.count()
         self._streams: dict[str, RequestStream] = {}  # by the engine's key
-        self._unstarted: dict[str, int] = {}  # by the engine's key: prompt tokens, no answer yet
-        self._choices: dict[str, int] = {}  # by the engine's key
         self._keys: dict[str, str] = {}  # request id -> the engine's key
         self._idle = asyncio.Event()
         self._idle.set()
@@ -194,11 +200,13 @@ class AsyncEngine:
                 self._command(partial(self._abort_silently, key, reason))
                 self._forget(key)
 
-        choices = request.sampling.n
-        stream = RequestStream(request.request_id, choices, self.max_stream_backlog, close)
-        self._streams[key] = stream
-        self._unstarted[key] = len(request.prompt_token_ids)
-        self._choices[key] = choices
+        stream = self._streams[key] = RequestStream(
+            request.request_id,
+            request.sampling.n,
+            self.max_stream_backlog,
+            close,
+            len(request.prompt_token_ids),
+        )
         self._keys[request.request_id] = key
         self._idle.clear()
         self._command(lambda: self.engine.add(replace(request, request_id=key)))
@@ -309,7 +317,8 @@ class AsyncEngine:
                 retry_after=1.0 if self.state is EngineState.DRAINING else None,
             )
         limit = self.engine.limits.max_running + self.max_waiting
-        in_flight, waiting = sum(self._choices.values()), sum(self._unstarted.values())
+        in_flight = sum(stream.choices for stream in self._streams.values())
+        waiting = sum(stream.waiting_tokens for stream in self._streams.values())
         # A request larger than either limit still gets its turn, alone.
         if in_flight and in_flight + choices > limit:
             rejected.labels(reason="queue_full").inc()
@@ -364,7 +373,6 @@ class AsyncEngine:
             stream = self._streams.get(update.request_id)
             if stream is None:
                 continue
-            self._unstarted.pop(update.request_id, None)
             stream.put(update)
             if stream.is_complete:
                 if stream.is_slow:
@@ -378,8 +386,6 @@ class AsyncEngine:
         request_id = self._streams.pop(key).request_id
         if self._keys.get(request_id) == key:  # not that of a later request
             del self._keys[request_id]
-        del self._choices[key]
-        self._unstarted.pop(key, None)
         if not self._streams:
             self._idle.set()
 

@@ -12,13 +12,13 @@ from sparserve.errors import InvalidRequest, PromptTooLong
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     max_context: int  # positions, prompt and new tokens together
-    max_running: int = 16
-    max_batched_tokens: int = 512
-    mixed_prefill_tokens: int = 128  # prompt tokens in a step that also decodes
-    default_max_tokens: int = 256
-    max_tokens: int = 2**31 - 1  # that a request may ask for
-    max_choices: int = 16
-    prefix_cache: bool = True
+    max_running: int
+    max_batched_tokens: int
+    mixed_prefill_tokens: int  # prompt tokens in a step that also decodes
+    default_max_tokens: int
+    max_tokens: int  # that a request may ask for
+    max_choices: int
+    prefix_cache: bool
 
 
 def validate(request: GenerationRequest, limits: EngineLimits, vocab_size: int) -> None:
