@@ -11,11 +11,12 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import sparserve
+from sparserve.api.requests import check_model
 from sparserve.api.responses import POLICY_NUMBERS
 from sparserve.api.tokenizer_archive import tokenizer_archive
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
-from sparserve.errors import InvalidRequest, NotBuiltYet, UnknownModel
+from sparserve.errors import InvalidRequest, NotBuiltYet
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.sparsity.policy import DENSE
 from sparserve.v1 import control_pb2 as pb
@@ -48,7 +49,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Any
     ) -> pb.GetModelInfoResponse:
-        self._check_model(request.model)
+        check_model(request.model, self._model_name)
         engine = self._engine.engine
         config = engine.backend.config
         return pb.GetModelInfoResponse(
@@ -124,7 +125,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def GetTokenizer(
         self, request: pb.GetTokenizerRequest, context: Any
     ) -> AsyncIterator[pb.GetTokenizerResponse]:
-        self._check_model(request.model)
+        check_model(request.model, self._model_name)
         if self._archive is None:
             self._archive = await asyncio.to_thread(self._make_archive)
         data, sha256 = self._archive
@@ -174,8 +175,3 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         engine = self._engine.engine
         data = tokenizer_archive(engine.tokenizer, engine.backend.config, engine.limits.max_context)
         return data, hashlib.sha256(data).hexdigest()
-
-    def _check_model(self, name: str) -> None:
-        """Raises UnknownModel."""
-        if name and name != self._model_name:
-            raise UnknownModel(name, self._model_name)

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from sparserve.api import requests
+from sparserve.api.requests import check_model
 from sparserve.api.responses import Responder
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.limits import check_token_ids
 from sparserve.engine.request import GenerationRequest
 from sparserve.engine.tokenizer import TextTokenizer
-from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, RequestError, UnknownModel
+from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, RequestError
 from sparserve.logs import current_call
 from sparserve.v1 import inference_pb2 as pb
 from sparserve.v1 import inference_pb2_grpc
@@ -47,7 +48,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return self._stream(request, context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        self._check_model(request.model)
+        check_model(request.model, self._model_name)
         text, ids = await asyncio.to_thread(_tokenize, request, self._tokenizer)
         return pb.TokenizeResponse(
             token_ids=ids, text=text, max_context_length=self._engine.engine.limits.max_context
@@ -56,7 +57,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: Any
     ) -> pb.DetokenizeResponse:
-        self._check_model(request.model)
+        check_model(request.model, self._model_name)
         text = await asyncio.to_thread(_detokenize, request, self._tokenizer)
         return pb.DetokenizeResponse(text=text)
 
@@ -91,7 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._engine.check_room()  # before the work of tokenizing
         engine = self._engine.engine
         try:
-            self._check_model(request.model)
+            check_model(request.model, self._model_name)
             seconds_left = context.time_remaining()
             generation, constraint = await asyncio.to_thread(
                 lambda: (
@@ -116,11 +117,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         call.prompt_tokens = len(generation.prompt_token_ids)
         responder = Responder(generation, request.response, engine.tokenizer, self._model_name)
         return generation, responder
-
-    def _check_model(self, name: str) -> None:
-        """Raises UnknownModel."""
-        if name and name != self._model_name:
-            raise UnknownModel(name, self._model_name)
 
 
 def _tokenize(request: pb.TokenizeRequest, tokenizer: TextTokenizer) -> tuple[str, tuple[int, ...]]:

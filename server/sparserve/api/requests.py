@@ -20,7 +20,7 @@ from sparserve.engine.request import (
     StoppingParams,
 )
 from sparserve.engine.tokenizer import TextTokenizer
-from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong
+from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, UnknownModel
 from sparserve.sparsity.policy import Policy, PolicyKind
 from sparserve.v1 import inference_pb2 as pb
 
@@ -37,6 +37,12 @@ MAX_USER_LENGTH = 256
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
 MAX_NESTING = 32  # of lists and objects inside tools and template arguments
+
+
+def check_model(name: str, served: str) -> None:
+    """A request may name the model, or leave it empty. Raises UnknownModel."""
+    if name and name != served:
+        raise UnknownModel(name, served)
 
 
 def parse_request(
