@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,13 @@ import typer
 from rich.table import Table
 
 from sparserve.cli.options import with_settings
-from sparserve.cli.output import counting_bar, err, out, progress_bars
+from sparserve.cli.output import (
+    check_json_file,
+    counting_bar,
+    out,
+    progress_bars,
+    write_json,
+)
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 
@@ -58,23 +63,16 @@ def bench(
     """
     from sparserve.bench.offline import Plan, run_offline
     from sparserve.bench.systems import Sparserve, Transformers
-    from sparserve.engine.factory import assemble_engine
-    from sparserve.model.loader import load_model
+    from sparserve.engine.factory import assemble_engine, load_by_settings
 
     names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
     if unknown := [name for name in names if name not in PEERS]:
         raise ConfigError(
             f"no peer is named {', '.join(unknown)}; there are: {', '.join(PEERS)}, none"
         )
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise ConfigError(f"the folder of --json {json_file} does not exist")
+    check_json_file(json_file)
     with progress_bars() as bars:
-        model = load_model(
-            settings.model,
-            dtype=settings.dtype,
-            on_tensor=bars.on_tensor,
-            on_download=bars.on_download,
-        )
+        model = load_by_settings(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
     built = assemble_engine(model, settings)
     rivals = [Transformers(model) for _ in names]  # the only peer that there is
     concurrency = min(concurrency, settings.max_running)
@@ -90,9 +88,7 @@ def bench(
             on_progress,
         )
     _print(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        err.print(f"report written to {json_file}")
+    write_json(json_file, report.as_json())
 
 
 def _print(report: Report) -> None:

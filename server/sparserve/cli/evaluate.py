@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -11,7 +10,7 @@ import typer
 from rich.table import Table
 
 from sparserve.cli.options import with_settings
-from sparserve.cli.output import err, out, progress_bars
+from sparserve.cli.output import check_json_file, out, progress_bars, write_json
 from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
 
@@ -54,28 +53,24 @@ def evaluate(
     a decode step reads.
     """
     from sparserve.bench.evaluation import Plan, evaluate_formats
-    from sparserve.model.loader import load_model
+    from sparserve.engine.factory import load_by_settings
 
     names = [name.strip() for name in formats.split(",")] if formats else [settings.dtype]
     if unknown := [name for name in names if name not in FORMATS]:
         raise ConfigError(
             f"no format is named {', '.join(unknown)}; there are: {', '.join(FORMATS)}"
         )
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise ConfigError(f"the folder of --json {json_file} does not exist")
+    check_json_file(json_file)
     plan = Plan(text, names, original, windows, prompt_tokens, decode_tokens)
     with progress_bars() as bars:  # one display for loading and scoring
 
         def load(name: str, dtype: str) -> LoadedModel:
-            return load_model(
-                name, dtype=dtype, on_tensor=bars.on_tensor, on_download=bars.on_download
-            )
+            own = settings.model_copy(update={"model": name, "dtype": dtype})
+            return load_by_settings(own, on_tensor=bars.on_tensor, on_download=bars.on_download)
 
         rows = evaluate_formats(settings, plan, load, bars.on_download)
     _print(settings.model, rows)
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        err.print(f"rows written to {json_file}")
+    write_json(json_file, [asdict(row) for row in rows])
 
 
 def _print(model: str, rows: list[Quality]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparserve.client import Result, Token
+from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
 
 if TYPE_CHECKING:
@@ -106,3 +108,16 @@ def tell_result(result: Result, *, asked_for_neurons: bool = False) -> None:
         err.print(
             "[dim]--report-neurons needs a prompt of 2 tokens or more: the first one does not count[/]"
         )
+
+
+def check_json_file(path: Path | None) -> None:
+    """Before the minutes that a report takes. Raises ConfigError."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(f"the folder of --json {path} does not exist")
+
+
+def write_json(path: Path | None, report: object) -> None:
+    """What a command measured, where --json asked for it."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        err.print(f"report written to {path}")

@@ -38,14 +38,24 @@ def build_engine(
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> BuiltEngine:
     """Load the model and size the KV cache. Raises ModelError or ConfigError."""
-    model = load_model(
+    model = load_by_settings(settings, on_tensor=on_tensor, on_download=on_download)
+    return assemble_engine(model, settings)
+
+
+def load_by_settings(
+    settings: EngineSettings,
+    *,
+    on_tensor: LoadProgress = lambda done, total: None,
+    on_download: DownloadProgress = lambda what, done, total: None,
+) -> LoadedModel:
+    """The model that `settings` name, in their dtype, where they place it. Raises ModelError or ConfigError."""
+    return load_model(
         settings.model,
         dtype=settings.dtype,
         placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
         on_tensor=on_tensor,
         on_download=on_download,
     )
-    return assemble_engine(model, settings)
 
 
 def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine:
