@@ -89,7 +89,7 @@ def scored(tiny_folder, windows):
         model = load_model(str(tiny_folder), dtype=dtype)
         settings = EngineSettings(threads=1, kv_cache_gib=0.01, max_context=PROMPT + DECODE)
         backend = assemble_engine(model, settings).engine.backend
-        return ServedModel(backend, model.weights, windows, chunk), Original(backend)
+        return ServedModel(backend, windows, chunk), Original(backend)
 
     return served
 

@@ -69,7 +69,7 @@ def _engine(model: LoadedModel, settings: EngineSettings) -> Engine:
 
 def _served(model: LoadedModel, settings: EngineSettings, windows: list[Window]) -> Scored:
     engine = _engine(model, settings)
-    return ServedModel(engine.backend, model.weights, windows, engine.limits.max_batched_tokens)
+    return ServedModel(engine.backend, windows, engine.limits.max_batched_tokens)
 
 
 def _check_vocabulary(model: LoadedModel, reference: LoadedModel) -> None:

@@ -10,7 +10,7 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from sparserve import __version__
 from sparserve.bench.systems import Prompts, Run, System
 from sparserve.engine.engine import Engine
 from sparserve.errors import ConfigError
-from sparserve.model.weights import ModelWeights
 
 # What a conversation's second turn adds: the model's answer and the user's next words.
 SECOND_TURN_TOKENS = 64 + 24
@@ -89,16 +88,8 @@ class Report:
         return asdict(self)
 
 
-def weight_bytes(weights: ModelWeights) -> int:
-    """Bytes that a decode step reads: all but the embedding, of which it takes one row."""
-    layers = [getattr(layer, field.name) for layer in weights.layers for field in fields(layer)]
-    tensors = [t for t in layers if t is not None] + [weights.norm, weights.lm_head]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def run_offline(
     engine: Engine,
-    weights: ModelWeights,
     model_name: str,
     ours: System,
     peers: Sequence[System],
@@ -112,7 +103,7 @@ def run_offline(
             f"{engine.limits.max_context}; lower --prompt-tokens, --conversation-tokens or --new-tokens"
         )
     source = random.Random(plan.seed)
-    step_bytes = weight_bytes(weights)
+    step_bytes = engine.backend.info.weight_bytes
     systems = [ours, *peers]
     alone: dict[str, list[Run]] = {system.name: [] for system in systems}
     together: list[Run] = []

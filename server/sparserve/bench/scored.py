@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sparserve.bench.offline import weight_bytes
 from sparserve.bench.quality import Logits, Window
 from sparserve.engine.block_manager import blocks_for
 from sparserve.errors import ConfigError
-from sparserve.model.backend import BLOCK_SIZE, Backend, ForwardBatch, Phase, SequenceInput
-from sparserve.model.kv_cache import bytes_per_block
-from sparserve.model.weights import ModelWeights
+from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
 
 
 class ServedModel:
@@ -23,21 +20,14 @@ class ServedModel:
     density = 1.0
     refresh = 0
 
-    def __init__(
-        self, backend: Backend, weights: ModelWeights, windows: Sequence[Window], chunk: int
-    ) -> None:
+    def __init__(self, backend: Backend, windows: Sequence[Window], chunk: int) -> None:
         """`chunk`: prompt tokens of one step at most."""
         self._backend = backend
         self._chunk = chunk
         self.format = backend.info.dtype
         middle = len(windows[0].prompt) + len(windows[0].fed) // 2
-        kv = bytes_per_block(backend.config, weights.dtype) * middle // BLOCK_SIZE
-        self.bytes_per_token = weight_bytes(weights) + kv
-        self.mlp_bytes = sum(
-            tensor.numel() * tensor.element_size()
-            for layer in weights.layers
-            for tensor in (layer.w_gate, layer.w_up, layer.w_down)
-        )
+        self.bytes_per_token = backend.info.weight_bytes + backend.info.kv_bytes_per_token * middle
+        self.mlp_bytes = backend.info.mlp_bytes
 
     def logits(self, windows: Sequence[Window]) -> Iterator[Logits]:
         """Raises ConfigError where the KV cache cannot hold these windows at once."""

@@ -80,7 +80,6 @@ def bench(
     with counting_bar() as on_progress:
         report = run_offline(
             built.engine,
-            model.weights,
             model.name,
             Sparserve(built.engine),
             rivals,

@@ -99,6 +99,11 @@ class BackendInfo:
     dtype: str
     threads: int
     policies: tuple[PolicyKind, ...]  # what `forward` can run
+    weight_bytes: (
+        int  # read by a dense decode step: all but the embedding, of which it takes one row
+    )
+    mlp_bytes: int  # of these, by the feed-forward layers
+    kv_bytes_per_token: int  # K and V of one position in all layers
 
 
 class Backend(Protocol):

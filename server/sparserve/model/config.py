@@ -125,6 +125,11 @@ class ModelConfig:
         return self.sliding_window if layer in self.sliding_layers else 0
 
     @property
+    def mlp_parameters(self) -> int:
+        """Of the feed-forward layers alone."""
+        return 3 * self.num_layers * self.hidden_size * self.intermediate_size
+
+    @property
     def num_parameters(self) -> int:
         """All weights; a tied LM head counts once."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)

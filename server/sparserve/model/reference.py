@@ -28,8 +28,8 @@ from sparserve.model.backend import (
 )
 from sparserve.model.candidates import target_scores, top_candidates
 from sparserve.model.config import ModelConfig
-from sparserve.model.kv_cache import PagedKVCache
-from sparserve.model.weights import LayerWeights, ModelWeights
+from sparserve.model.kv_cache import PagedKVCache, bytes_per_block
+from sparserve.model.weights import LayerWeights, ModelWeights, step_weight_bytes
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics, norm_score
 
@@ -87,7 +87,16 @@ class ReferenceBackend:
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
         torch.set_num_threads(threads)
         dtype, device = str(weights.dtype).removeprefix("torch."), str(weights.embedding.device)
-        self.info = BackendInfo("reference", device, dtype, threads, policies=(PolicyKind.DENSE,))
+        self.info = BackendInfo(
+            "reference",
+            device,
+            dtype,
+            threads,
+            policies=(PolicyKind.DENSE,),
+            weight_bytes=step_weight_bytes(config, weights.dtype),
+            mlp_bytes=config.mlp_parameters * weights.dtype.itemsize,
+            kv_bytes_per_token=bytes_per_block(config, weights.dtype) // BLOCK_SIZE,
+        )
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
         return self._kv.read_blocks(block_ids)

@@ -108,6 +108,17 @@ GGUF_NAMES = TensorNames(
 )
 
 
+def step_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of weights that a dense decode step reads: all but the embedding, of which it takes one
+    row; a tied one is read as LM head. Matrices in `dtype`, vectors in float32.
+    """
+    layer = layer_shapes(config).values()
+    shapes = [*config.num_layers * [*layer], (config.vocab_size, config.hidden_size)]
+    vectors = sum(shape[0] for shape in shapes if len(shape) == 1) + config.hidden_size
+    matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+    return matrices * dtype.itemsize + vectors * torch.float32.itemsize
+
+
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """LayerWeights field -> shape, of the fields that `config` asks for."""
     d, i = config.hidden_size, config.intermediate_size
