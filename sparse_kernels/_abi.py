@@ -4,14 +4,30 @@
 
 import ctypes
 import enum
+from typing import Any
 
-SK_ABI_VERSION = 1
+SK_ABI_VERSION = 2
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
 SK_READ_PROBE_DEFAULT_PASS_BYTES = 67108864
 SK_READ_PROBE_MAX_PASSES = 1048576
 SK_READ_PROBE_MAX_SECONDS = 600
+SK_BLOCK_SIZE = 16
+SK_NUM_CANDIDATES = 256
+SK_NEURON_BLOCK = 32
+SK_PARTITIONS = 16
+SK_ROW_TILE = 16
+SK_COLUMN_TILE = 32
+SK_ALIGNMENT = 64
+SK_MAX_LAYERS = 4096
+SK_MAX_HEADS = 4096
+SK_MAX_HEAD_DIM = 1024
+SK_MAX_DIM = 1048576
+SK_MAX_VOCAB = 4194304
+SK_MAX_TOKENS = 65536
+SK_MAX_POSITIONS = 1073741824
+SK_NUM_PHASES = 6
 
 
 class sk_status(enum.IntEnum):
@@ -30,6 +46,7 @@ class sk_isa(enum.IntEnum):
     SK_ISA_PORTABLE = 1
     SK_ISA_AVX2 = 2
     SK_ISA_AVX512 = 3
+    SK_ISA_AMX = 4
 
 
 class sk_cpu_flag(enum.IntEnum):
@@ -122,6 +139,243 @@ class sk_read_probe_result(ctypes.Structure):
     )
 
 
+class sk_matrix(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    data: int | None
+    bytes: int
+    row_stride: int
+    rows: int
+    columns: int
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_uint64),
+        ("row_stride", ctypes.c_uint64),
+        ("rows", ctypes.c_uint32),
+        ("columns", ctypes.c_uint32),
+    )
+
+
+class sk_layer(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    window: int
+    qkv: sk_matrix
+    output: sk_matrix
+    gate: sk_matrix
+    up_down: sk_matrix
+    attention_norm: "ctypes._Pointer[ctypes.c_float]"
+    mlp_norm: "ctypes._Pointer[ctypes.c_float]"
+    qkv_bias: "ctypes._Pointer[ctypes.c_float]"
+    output_bias: "ctypes._Pointer[ctypes.c_float]"
+    q_norm: "ctypes._Pointer[ctypes.c_float]"
+    k_norm: "ctypes._Pointer[ctypes.c_float]"
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("num_heads", ctypes.c_uint32),
+        ("num_kv_heads", ctypes.c_uint32),
+        ("intermediate_size", ctypes.c_uint32),
+        ("window", ctypes.c_uint32),
+        ("qkv", sk_matrix),
+        ("output", sk_matrix),
+        ("gate", sk_matrix),
+        ("up_down", sk_matrix),
+        ("attention_norm", ctypes.POINTER(ctypes.c_float)),
+        ("mlp_norm", ctypes.POINTER(ctypes.c_float)),
+        ("qkv_bias", ctypes.POINTER(ctypes.c_float)),
+        ("output_bias", ctypes.POINTER(ctypes.c_float)),
+        ("q_norm", ctypes.POINTER(ctypes.c_float)),
+        ("k_norm", ctypes.POINTER(ctypes.c_float)),
+    )
+
+
+class sk_reduce(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    add_up: Any
+    context: int | None
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("add_up", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float), ctypes.c_uint64)),
+        ("context", ctypes.c_void_p),
+    )
+
+
+class sk_model_args(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    hidden_size: int
+    vocab_size: int
+    head_dim: int
+    num_layers: int
+    threads: int
+    isa: int
+    rms_norm_eps: float
+    rope_scale: float
+    rope_frequencies: "ctypes._Pointer[ctypes.c_float]"
+    rope_rows: int
+    reserved: int
+    layers: "ctypes._Pointer[sk_layer]"
+    norm: "ctypes._Pointer[ctypes.c_float]"
+    embedding: sk_matrix
+    lm_head: sk_matrix
+    reduce: sk_reduce
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("hidden_size", ctypes.c_uint32),
+        ("vocab_size", ctypes.c_uint32),
+        ("head_dim", ctypes.c_uint32),
+        ("num_layers", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
+        ("isa", ctypes.c_int32),
+        ("rms_norm_eps", ctypes.c_float),
+        ("rope_scale", ctypes.c_float),
+        ("rope_frequencies", ctypes.POINTER(ctypes.c_float)),
+        ("rope_rows", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("layers", ctypes.POINTER(sk_layer)),
+        ("norm", ctypes.POINTER(ctypes.c_float)),
+        ("embedding", sk_matrix),
+        ("lm_head", sk_matrix),
+        ("reduce", sk_reduce),
+    )
+
+
+class sk_model_info(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    model: int
+    kv_block_bytes: int
+    isa: int
+    threads: int
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("model", ctypes.c_uint64),
+        ("kv_block_bytes", ctypes.c_uint64),
+        ("isa", ctypes.c_int32),
+        ("threads", ctypes.c_uint32),
+    )
+
+
+class sk_sequence(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    token_ids: "ctypes._Pointer[ctypes.c_int32]"
+    block_table: "ctypes._Pointer[ctypes.c_int32]"
+    num_tokens: int
+    start: int
+    num_blocks: int
+    statistics_blocks: int
+    statistics: "ctypes._Pointer[ctypes.c_int64]"
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("token_ids", ctypes.POINTER(ctypes.c_int32)),
+        ("block_table", ctypes.POINTER(ctypes.c_int32)),
+        ("num_tokens", ctypes.c_uint32),
+        ("start", ctypes.c_uint32),
+        ("num_blocks", ctypes.c_uint32),
+        ("statistics_blocks", ctypes.c_uint32),
+        ("statistics", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+
+class sk_forward_args(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    sequences: "ctypes._Pointer[sk_sequence]"
+    kv: int | None
+    kv_bytes: int
+    kv_num_blocks: int
+    num_sequences: int
+    num_outputs: int
+    num_hidden: int
+    output_rows: "ctypes._Pointer[ctypes.c_uint32]"
+    temperatures: "ctypes._Pointer[ctypes.c_float]"
+    hidden_rows: "ctypes._Pointer[ctypes.c_uint32]"
+    logits_count: int
+    candidates_count: int
+    hidden_count: int
+    logits: "ctypes._Pointer[ctypes.c_float]"
+    candidate_ids: "ctypes._Pointer[ctypes.c_int32]"
+    candidate_logits: "ctypes._Pointer[ctypes.c_float]"
+    log_normalizers: "ctypes._Pointer[ctypes.c_float]"
+    log_normalizers_1: "ctypes._Pointer[ctypes.c_float]"
+    hidden: "ctypes._Pointer[ctypes.c_float]"
+    phase_seconds: "ctypes._Pointer[ctypes.c_double]"
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("sequences", ctypes.POINTER(sk_sequence)),
+        ("kv", ctypes.c_void_p),
+        ("kv_bytes", ctypes.c_uint64),
+        ("kv_num_blocks", ctypes.c_uint32),
+        ("num_sequences", ctypes.c_uint32),
+        ("num_outputs", ctypes.c_uint32),
+        ("num_hidden", ctypes.c_uint32),
+        ("output_rows", ctypes.POINTER(ctypes.c_uint32)),
+        ("temperatures", ctypes.POINTER(ctypes.c_float)),
+        ("hidden_rows", ctypes.POINTER(ctypes.c_uint32)),
+        ("logits_count", ctypes.c_uint64),
+        ("candidates_count", ctypes.c_uint64),
+        ("hidden_count", ctypes.c_uint64),
+        ("logits", ctypes.POINTER(ctypes.c_float)),
+        ("candidate_ids", ctypes.POINTER(ctypes.c_int32)),
+        ("candidate_logits", ctypes.POINTER(ctypes.c_float)),
+        ("log_normalizers", ctypes.POINTER(ctypes.c_float)),
+        ("log_normalizers_1", ctypes.POINTER(ctypes.c_float)),
+        ("hidden", ctypes.POINTER(ctypes.c_float)),
+        ("phase_seconds", ctypes.POINTER(ctypes.c_double)),
+    )
+
+
+class sk_phase(enum.IntEnum):
+    SK_PHASE_QKV = 0
+    SK_PHASE_ATTENTION = 1
+    SK_PHASE_OUTPUT = 2
+    SK_PHASE_MLP = 3
+    SK_PHASE_HEAD = 4
+    SK_PHASE_CANDIDATES = 5
+
+
+class sk_logits_args(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    hidden: "ctypes._Pointer[ctypes.c_float]"
+    logits: "ctypes._Pointer[ctypes.c_float]"
+    hidden_count: int
+    logits_count: int
+    rows: int
+    reserved: int
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("hidden", ctypes.POINTER(ctypes.c_float)),
+        ("logits", ctypes.POINTER(ctypes.c_float)),
+        ("hidden_count", ctypes.c_uint64),
+        ("logits_count", ctypes.c_uint64),
+        ("rows", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+
+
 def declare_functions(library: ctypes.CDLL) -> None:
     """Give the functions of a loaded library their argument and result types."""
     library.sk_abi_version.restype = ctypes.c_uint32
@@ -143,4 +397,23 @@ def declare_functions(library: ctypes.CDLL) -> None:
     library.sk_read_probe.argtypes = [
         ctypes.POINTER(sk_read_probe_args),
         ctypes.POINTER(sk_read_probe_result),
+    ]
+    library.sk_model_create.restype = ctypes.c_int32
+    library.sk_model_create.argtypes = [
+        ctypes.POINTER(sk_model_args),
+        ctypes.POINTER(sk_model_info),
+    ]
+    library.sk_model_destroy.restype = ctypes.c_int32
+    library.sk_model_destroy.argtypes = [
+        ctypes.c_uint64,
+    ]
+    library.sk_forward.restype = ctypes.c_int32
+    library.sk_forward.argtypes = [
+        ctypes.c_uint64,
+        ctypes.POINTER(sk_forward_args),
+    ]
+    library.sk_logits.restype = ctypes.c_int32
+    library.sk_logits.argtypes = [
+        ctypes.c_uint64,
+        ctypes.POINTER(sk_logits_args),
     ]

@@ -23,7 +23,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 1
+#define SK_ABI_VERSION 2
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -32,6 +32,22 @@
 #define SK_READ_PROBE_DEFAULT_PASS_BYTES 67108864
 #define SK_READ_PROBE_MAX_PASSES 1048576
 #define SK_READ_PROBE_MAX_SECONDS 600
+
+#define SK_BLOCK_SIZE 16      /* positions in a KV block */
+#define SK_NUM_CANDIDATES 256 /* likeliest tokens of a row, or the whole vocabulary if smaller */
+#define SK_NEURON_BLOCK 32    /* neurons that are added up together in the down product */
+#define SK_PARTITIONS 16      /* of the neurons; their sums are added in order */
+#define SK_ROW_TILE 16        /* rows of a matrix are stored in whole tiles */
+#define SK_COLUMN_TILE 32     /* and its columns */
+#define SK_ALIGNMENT 64       /* of the first byte and of the row stride of a matrix, and of KV */
+#define SK_MAX_LAYERS 4096
+#define SK_MAX_HEADS 4096
+#define SK_MAX_HEAD_DIM 1024
+#define SK_MAX_DIM 1048576 /* hidden_size, intermediate_size */
+#define SK_MAX_VOCAB 4194304
+#define SK_MAX_TOKENS 65536 /* of a forward */
+#define SK_MAX_POSITIONS 1073741824
+#define SK_NUM_PHASES 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -51,10 +67,11 @@ enum sk_status {
 /* Levels of the instruction set that kernels exist for, in ascending order. */
 enum sk_isa {
   SK_ISA_AUTO = 0, /* the level that the environment variable SPARSE_KERNELS_ISA names
-                      (portable, avx2, avx512; read once), else the CPU's highest */
+                      (portable, avx2, avx512, amx; read once), else the CPU's highest */
   SK_ISA_PORTABLE = 1,
-  SK_ISA_AVX2 = 2,  /* with FMA and F16C */
-  SK_ISA_AVX512 = 3 /* F, BW, DQ, VL */
+  SK_ISA_AVX2 = 2,   /* with FMA and F16C */
+  SK_ISA_AVX512 = 3, /* F, BW, DQ, VL */
+  SK_ISA_AMX = 4     /* AVX-512 and the BF16 tiles of AMX */
 };
 
 /* What the CPU has and the operating system lets programs use.
@@ -112,6 +129,146 @@ struct sk_read_probe_result {
   uint32_t reserved;
 };
 
+/* A matrix in bfloat16, row after row. It has room for `rows` rounded up to SK_ROW_TILE and, in
+ * each row, for `columns` rounded up to SK_COLUMN_TILE; what is there beyond must be zero. */
+struct sk_matrix {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  const void* data;
+  uint64_t bytes;
+  uint64_t row_stride; /* bytes from a row to the next */
+  uint32_t rows;
+  uint32_t columns;
+};
+
+/* One decoder layer. `head` below is head_dim rounded up to SK_ROW_TILE, `hidden` is hidden_size
+ * rounded up to SK_COLUMN_TILE, and neurons are rounded up to SK_NEURON_BLOCK, all filled with
+ * zeros. A null pointer says that the architecture has no such vector. Vectors are float32. */
+struct sk_layer {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint32_t num_heads;
+  uint32_t num_kv_heads;
+  uint32_t intermediate_size;
+  uint32_t window;             /* positions that attention sees, its own included; 0: all */
+  struct sk_matrix qkv;        /* [(num_heads + 2 num_kv_heads) head, hidden_size]: q, k, v heads */
+  struct sk_matrix output;     /* [hidden_size, num_heads head_dim] */
+  struct sk_matrix gate;       /* [neurons, hidden_size] */
+  struct sk_matrix up_down;    /* [neurons, 2 hidden]: a neuron's up row, then its down column */
+  const float* attention_norm; /* [hidden_size] */
+  const float* mlp_norm;       /* [hidden_size] */
+  const float* qkv_bias;       /* [(num_heads + 2 num_kv_heads) head] or null */
+  const float* output_bias;    /* [hidden_size] or null */
+  const float* q_norm;         /* [head_dim] or null */
+  const float* k_norm;         /* [head_dim] or null */
+};
+
+/* Adds up partial sums of all ranks in place: data [count] float32. Called on one thread of a
+ * forward, after the attention output and after the feed-forward, while the others wait. */
+struct sk_reduce {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  void (*add_up)(void* context, float* data, uint64_t count); /* null: there is one rank */
+  void* context;
+};
+
+/* A decoder. The matrices and vectors stay the caller's and must outlive the model; structs are
+ * copied. */
+struct sk_model_args {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint32_t hidden_size;
+  uint32_t vocab_size;
+  uint32_t head_dim; /* even */
+  uint32_t num_layers;
+  uint32_t threads; /* 1 .. SK_MAX_THREADS, the caller of a forward among them */
+  int32_t isa;      /* sk_isa */
+  float rms_norm_eps;
+  float rope_scale;              /* of cos and sin: yarn's attention factor, else 1 */
+  const float* rope_frequencies; /* [rope_rows, head_dim / 2], radians per position */
+  uint32_t rope_rows; /* 1: the same for all positions; else row p is for position p, the last for
+                         all beyond */
+  uint32_t reserved;  /* 0 */
+  const struct sk_layer* layers; /* [num_layers] */
+  const float* norm;             /* [hidden_size] */
+  struct sk_matrix embedding;    /* [vocab_size, hidden_size] */
+  struct sk_matrix lm_head;      /* [vocab_size, hidden_size]; may be the embedding */
+  struct sk_reduce reduce;
+};
+
+struct sk_model_info {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint64_t model;          /* the handle for the other calls; never 0 */
+  uint64_t kv_block_bytes; /* of one KV block in all layers */
+  int32_t isa;             /* the sk_isa used, never SK_ISA_AUTO */
+  uint32_t threads;
+};
+
+/* Tokens `token_ids` at positions start, start + 1, ... of one sequence. The KV of position p is in
+ * block block_table[p / SK_BLOCK_SIZE]; that of earlier positions is there already. */
+struct sk_sequence {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  const int32_t* token_ids;   /* [num_tokens] */
+  const int32_t* block_table; /* [num_blocks] */
+  uint32_t num_tokens;        /* >= 1 */
+  uint32_t start;
+  uint32_t num_blocks;
+  uint32_t statistics_blocks; /* 0, or the number of KV blocks that the tokens touch */
+  int64_t* statistics; /* null, or [statistics_blocks, num_layers, widest intermediate_size]: norm
+                          scores of the tokens but position 0, in units of 2^-32, are added */
+};
+
+/* What a forward does with a ragged batch. Row r of the batch is the r-th of all sequences' tokens,
+ * in order. Rows of candidates are sorted by (logit descending, id ascending). */
+struct sk_forward_args {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  const struct sk_sequence* sequences; /* [num_sequences] */
+  void* kv; /* [layer][kv_num_blocks] blocks, each [num_kv_heads] x (keys, values); written */
+  uint64_t kv_bytes;
+  uint32_t kv_num_blocks;
+  uint32_t num_sequences;
+  uint32_t num_outputs;        /* rows whose candidates are wanted */
+  uint32_t num_hidden;         /* rows whose hidden state is wanted */
+  const uint32_t* output_rows; /* [num_outputs] */
+  const float* temperatures;   /* [num_outputs] > 0 */
+  const uint32_t* hidden_rows; /* [num_hidden] */
+  uint64_t logits_count;       /* num_outputs * vocab_size */
+  uint64_t candidates_count;   /* num_outputs * min(SK_NUM_CANDIDATES, vocab_size) */
+  uint64_t hidden_count;       /* num_hidden * hidden_size */
+  float* logits;               /* [num_outputs, vocab_size] */
+  int32_t* candidate_ids;      /* [num_outputs, candidates] */
+  float* candidate_logits;     /* [num_outputs, candidates] */
+  float* log_normalizers;      /* [num_outputs] logsumexp((row - its largest) / temperature) */
+  float* log_normalizers_1;    /* [num_outputs] the same at temperature 1 */
+  float* hidden;               /* [num_hidden, hidden_size] after the last layer, before the norm */
+  double* phase_seconds;       /* null, or [SK_NUM_PHASES] by sk_phase: wall time, set */
+};
+
+/* Of a forward's time. */
+enum sk_phase {
+  SK_PHASE_QKV = 0,       /* norm, projections, RoPE, KV append */
+  SK_PHASE_ATTENTION = 1, /* over the KV cache */
+  SK_PHASE_OUTPUT = 2,    /* its output projection */
+  SK_PHASE_MLP = 3,       /* norm and feed-forward */
+  SK_PHASE_HEAD = 4,      /* final norm and LM head */
+  SK_PHASE_CANDIDATES = 5 /* the likeliest tokens and the normalizers */
+};
+
+/* The LM head alone, on hidden states that a forward returned. */
+struct sk_logits_args {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  const float* hidden; /* [rows, hidden_size] */
+  float* logits;       /* [rows, vocab_size] */
+  uint64_t hidden_count;
+  uint64_t logits_count;
+  uint32_t rows;
+  uint32_t reserved; /* 0 */
+};
+
 /* The SK_ABI_VERSION that the library was built with. */
 SK_API uint32_t sk_abi_version(void);
 
@@ -131,6 +288,21 @@ SK_API int32_t sk_cpu_features(struct sk_cpu_info* info);
  * rest of the last pass; filling the buffer takes of the order of 0.2 s a GiB. */
 SK_API int32_t sk_read_probe(const struct sk_read_probe_args* args,
                              struct sk_read_probe_result* result);
+
+/* Makes a model, with its threads. Reads every matrix once: weights that are not finite are
+ * refused. */
+SK_API int32_t sk_model_create(const struct sk_model_args* args, struct sk_model_info* info);
+
+/* Ends a model's threads and frees what the library allocated. Waits for a forward that runs. */
+SK_API int32_t sk_model_destroy(uint64_t model);
+
+/* Computes a batch: writes KV and everything that `args` asks for. A sequence's bits do not depend
+ * on its batch mates, on how its tokens are cut into forwards, or on the number of threads. Two
+ * sequences of a batch must not share a block that either of them writes. Where it fails, KV and
+ * results are undefined. */
+SK_API int32_t sk_forward(uint64_t model, const struct sk_forward_args* args);
+
+SK_API int32_t sk_logits(uint64_t model, const struct sk_logits_args* args);
 
 #ifdef __cplusplus
 } /* extern "C" */
