@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace sk {
@@ -57,11 +59,24 @@ uint32_t cpu_flags() {
   return flags;
 }
 
+// The kernel gives a process the registers of AMX when it asks for them, once for all its threads.
+bool amx_is_permitted() {
+#if defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
 sk_isa highest_isa() {
   constexpr uint32_t kAvx2 = SK_CPU_AVX2 | SK_CPU_FMA | SK_CPU_F16C;
   constexpr uint32_t kAvx512 =
       kAvx2 | SK_CPU_AVX512F | SK_CPU_AVX512BW | SK_CPU_AVX512DQ | SK_CPU_AVX512VL;
-  if ((cpu_flags() & kAvx512) == kAvx512) return SK_ISA_AVX512;
+  if ((cpu_flags() & kAvx512) == kAvx512) {
+    return cpu_flags() & SK_CPU_AMX_BF16 && amx_is_permitted() ? SK_ISA_AMX : SK_ISA_AVX512;
+  }
   if ((cpu_flags() & kAvx2) == kAvx2) return SK_ISA_AVX2;
   return SK_ISA_PORTABLE;
 }
@@ -74,6 +89,8 @@ const char* isa_name(int32_t isa) {
       return "avx2";
     case SK_ISA_AVX512:
       return "avx512";
+    case SK_ISA_AMX:
+      return "amx";
     default:
       return nullptr;
   }
@@ -105,13 +122,13 @@ int32_t default_isa(sk_isa* resolved) {
     *resolved = highest_isa();
     return SK_STATUS_OK;
   }
-  for (sk_isa isa : {SK_ISA_PORTABLE, SK_ISA_AVX2, SK_ISA_AVX512}) {
+  for (sk_isa isa : {SK_ISA_PORTABLE, SK_ISA_AVX2, SK_ISA_AVX512, SK_ISA_AMX}) {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     *resolved = isa;
     return check_supported(isa, "SPARSE_KERNELS_ISA");
   }
-  return fail(SK_STATUS_BAD_VALUE, "SPARSE_KERNELS_ISA is '%s'; it can be portable, avx2 or avx512",
-              wanted);
+  return fail(SK_STATUS_BAD_VALUE,
+              "SPARSE_KERNELS_ISA is '%s'; it can be portable, avx2, avx512 or amx", wanted);
 }
 
 }  // namespace
@@ -119,8 +136,8 @@ int32_t default_isa(sk_isa* resolved) {
 int32_t resolve_isa(int32_t requested, sk_isa* resolved) {
   if (requested == SK_ISA_AUTO) return default_isa(resolved);
   if (isa_name(requested) == nullptr) {
-    return fail(SK_STATUS_BAD_VALUE, "isa is %" PRId32 "; it can be %d (auto) to %d (avx512)",
-                requested, SK_ISA_AUTO, SK_ISA_AVX512);
+    return fail(SK_STATUS_BAD_VALUE, "isa is %" PRId32 "; it can be %d (auto) to %d (amx)",
+                requested, SK_ISA_AUTO, SK_ISA_AMX);
   }
   *resolved = static_cast<sk_isa>(requested);
   return check_supported(requested, "isa");

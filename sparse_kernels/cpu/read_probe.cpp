@@ -36,7 +36,7 @@ double seconds_between(Clock::time_point begin, Clock::time_point end) {
 
 ReadSum read_sum_for(sk_isa isa) {
 #if defined(__x86_64__)
-  if (isa == SK_ISA_AVX512) return read_sum_avx512;
+  if (isa == SK_ISA_AVX512 || isa == SK_ISA_AMX) return read_sum_avx512;
   if (isa == SK_ISA_AVX2) return read_sum_avx2;
 #endif
   (void)isa;

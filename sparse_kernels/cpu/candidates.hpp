@@ -1,0 +1,15 @@
+// The likeliest tokens of a row of logits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+namespace sk {
+
+// The `kept` largest of logits [vocab], by (logit descending, id ascending); NaN comes last.
+void choose_candidates(const Kernels& kernels, const float* logits, size_t vocab, size_t kept,
+                       int32_t* ids, float* values);
+
+}  // namespace sk

@@ -1,0 +1,345 @@
+// Matrix products on the BF16 tiles of AMX. An input is cut into two bfloat16 halves, high and low,
+// which together have 16 bits of mantissa; both go through the same tile, as do 8 tokens:
+//
+//   dot:   C [16 rows, 8 high | 8 low] += W [16 rows, 32] * X [32, 8 high | 8 low]
+//   down:  C [8 high | 8 low, 16 columns] += A [8 high | 8 low, 32 neurons] * W [32, 16 columns]
+//
+// A tile adds up the even and the odd places of 32 and then both; what it does for one token does
+// not depend on the others.
+// clang-format off: the order matters
+#include "simd_avx512.hpp"
+#include "kernels_common.inl"
+// clang-format on
+
+namespace {
+
+constexpr size_t kGroup = 8;   // tokens in a tile
+constexpr size_t kTileK = 32;  // inputs in a tile
+constexpr size_t kTile = 512;  // bfloat16 numbers, 1 KiB
+constexpr size_t kTileFloats = 256;
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+void begin_thread() {
+  TileConfig config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = 64;
+    config.rows[i] = 16;
+  }
+  _tile_loadconfig(&config);
+}
+
+// A thread with empty tiles costs the system less to switch away from.
+void end_thread() { _tile_release(); }
+
+inline size_t groups_of(size_t tokens) { return (tokens + kGroup - 1) / kGroup; }
+
+// 16 pairs of bfloat16 from 32 floats, and what is left of the floats.
+inline __m512i to_bf16(__m512 low, __m512 high, __m512* low_rest, __m512* high_rest) {
+  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+  const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  const auto rounded = [&](__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    return _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, half)), mask);
+  };
+  const __m512i a = rounded(low), b = rounded(high);
+  *low_rest = low - _mm512_castsi512_ps(a);
+  *high_rest = high - _mm512_castsi512_ps(b);
+  // The upper halves of a, then those of b.
+  const __m256i first = _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16));
+  const __m256i second = _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+inline void split(const float* x, __m512i* high, __m512i* low) {
+  __m512 a, b, unused_a, unused_b;
+  *high = to_bf16(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16), &a, &b);
+  *low = to_bf16(a, b, &unused_a, &unused_b);
+}
+
+// [group][k / 32][16 pairs of inputs][8 high | 8 low][2]
+size_t operand_bytes(size_t tokens, size_t k) {
+  return groups_of(tokens) * (k / kTileK) * kTile * sizeof(uint16_t);
+}
+
+void store_operand(const float* x, size_t n, size_t k, size_t token, void* operand) {
+  uint32_t* pairs = static_cast<uint32_t*>(operand) + token / kGroup * (k / kTileK) * (kTile / 2) +
+                    token % kGroup;
+  for (size_t begin = 0; begin < k; begin += kTileK, pairs += kTile / 2) {
+    alignas(64) float padded[kTileK];
+    const float* from = x + begin;
+    if (begin + kTileK > n) {
+      for (size_t i = 0; i < kTileK; ++i) padded[i] = begin + i < n ? from[i] : 0.0f;
+      from = padded;
+    }
+    __m512i high, low;
+    split(from, &high, &low);
+    alignas(64) uint32_t high_pairs[16], low_pairs[16];
+    _mm512_store_si512(high_pairs, high);
+    _mm512_store_si512(low_pairs, low);
+    for (size_t i = 0; i < 16; ++i) {
+      pairs[16 * i] = high_pairs[i];
+      pairs[16 * i + kGroup] = low_pairs[i];
+    }
+  }
+}
+
+// c [16 rows][8 high | 8 low] -> out[token, row] for `tokens` of the 8.
+inline void store_dots(const float* c, size_t tokens, float* out, size_t out_stride) {
+  for (size_t half = 0; half < 16; half += 8) {
+    __m256 row[8];
+    for (size_t i = 0; i < 8; ++i) {
+      const float* at = c + (half + i) * 16;
+      row[i] = _mm256_load_ps(at) + _mm256_load_ps(at + 8);
+    }
+    __m256 a[8], b[8];
+    for (size_t i = 0; i < 8; i += 2) {
+      a[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+      a[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (size_t i = 0; i < 8; i += 4) {
+      b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (size_t i = 0; i < 4; ++i) {
+      const __m256 low = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      const __m256 high = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+      if (i < tokens) _mm256_storeu_ps(out + i * out_stride + half, low);
+      if (i + 4 < tokens) _mm256_storeu_ps(out + (i + 4) * out_stride + half, high);
+    }
+  }
+}
+
+inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
+
+// Two tiles of rows and two groups of tokens.
+void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
+             size_t out_stride, size_t tokens) {
+  const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t i = 0; i < steps; ++i) {
+    _tile_loadd(4, w + i * kTileK, bytes);
+    _tile_loadd(6, x + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, x + (steps + i) * kTile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, w + 16 * stride + i * kTileK, bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  alignas(64) float c[4][kTileFloats];
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  _tile_stored(2, c[2], 64);
+  _tile_stored(3, c[3], 64);
+  store_dots(c[0], kGroup, out, out_stride);
+  store_dots(c[1], tokens - kGroup, out + kGroup * out_stride, out_stride);
+  store_dots(c[2], kGroup, out + 16, out_stride);
+  store_dots(c[3], tokens - kGroup, out + kGroup * out_stride + 16, out_stride);
+}
+
+// Four tiles of rows and one group of tokens.
+void dot_4x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
+             size_t out_stride, size_t tokens) {
+  const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t i = 0; i < steps; ++i) {
+    const uint16_t* at = w + i * kTileK;
+    _tile_loadd(6, x + i * kTile, 64);
+    _tile_loadd(4, at, bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, at + 16 * stride, bytes);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, at + 32 * stride, bytes);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(4, at + 48 * stride, bytes);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  alignas(64) float c[4][kTileFloats];
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  _tile_stored(2, c[2], 64);
+  _tile_stored(3, c[3], 64);
+  for (size_t i = 0; i < 4; ++i) store_dots(c[i], tokens, out + 16 * i, out_stride);
+}
+
+void dot_1x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
+             size_t out_stride, size_t tokens) {
+  _tile_zero(0);
+  for (size_t i = 0; i < k / kTileK; ++i) {
+    _tile_loadd(4, w + i * kTileK, stride * sizeof(uint16_t));
+    _tile_loadd(6, x + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+  }
+  alignas(64) float c[kTileFloats];
+  _tile_stored(0, c, 64);
+  store_dots(c, tokens, out, out_stride);
+}
+
+void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t first_token,
+         size_t tokens, float* out, size_t out_stride) {
+  const size_t group_size = k / kTileK * kTile;
+  const uint16_t* inputs =
+      static_cast<const uint16_t*>(operand) + first_token / kGroup * group_size;
+  size_t row = 0;
+  for (; tokens > kGroup && row + 32 <= rows; row += 32) {
+    const uint16_t* w = weights.data + row * weights.stride;
+    size_t token = 0;
+    for (; token + kGroup < tokens; token += 2 * kGroup) {
+      dot_2x2(w, weights.stride, k, inputs + token / kGroup * group_size,
+              out + token * out_stride + row, out_stride, at_most(tokens - token, 2 * kGroup));
+    }
+    for (size_t i = 0; token < tokens && i < 32; i += 16) {
+      dot_1x1(w + i * weights.stride, weights.stride, k, inputs + token / kGroup * group_size,
+              out + token * out_stride + row + i, out_stride, tokens - token);
+    }
+  }
+  for (; row < rows;) {
+    const bool four = row + 64 <= rows;
+    const auto kernel = four ? dot_4x1 : dot_1x1;
+    for (size_t token = 0; token < tokens; token += kGroup) {
+      kernel(weights.data + row * weights.stride, weights.stride, k,
+             inputs + token / kGroup * group_size, out + token * out_stride + row, out_stride,
+             at_most(tokens - token, kGroup));
+    }
+    row += four ? 64 : 16;
+  }
+}
+
+// [group][neurons / 32][8 high | 8 low][32]
+size_t activation_bytes(size_t tokens, size_t neurons) {
+  return groups_of(tokens) * (neurons / 32) * kTile * sizeof(uint16_t);
+}
+
+void swiglu(const float* gate, const float* up, size_t stride, size_t tokens, size_t block,
+            size_t neurons, void* activations, float* plain, size_t plain_stride) {
+  for (size_t token = 0; token < tokens; ++token) {
+    alignas(64) float values[32];
+    for (size_t i = 0; i < 32; i += kLanes) {
+      const size_t at = token * stride + i;
+      Simd::store(values + i, silu(Simd::load(gate + at)) * Simd::load(up + at));
+    }
+    if (plain != nullptr) memcpy(plain + token * plain_stride + block * 32, values, sizeof(values));
+    uint16_t* tile = static_cast<uint16_t*>(activations) +
+                     (token / kGroup * (neurons / 32) + block) * kTile + token % kGroup * 32;
+    __m512i high, low;
+    split(values, &high, &low);
+    _mm512_store_si512(tile, high);
+    _mm512_store_si512(tile + kGroup * 32, low);
+  }
+}
+
+// 32 columns of two neurons side by side: pairs of columns {0-3, 8-11, ...} and of {4-7, 12-15,
+// ...}.
+inline void pair_up(const uint16_t* first, const uint16_t* second, uint16_t* low, uint16_t* high) {
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  _mm512_store_si512(low, _mm512_unpacklo_epi16(a, b));
+  _mm512_store_si512(high, _mm512_unpackhi_epi16(a, b));
+}
+
+// c low, c high [8 high | 8 low, 16]: columns in pair_up's order -> out[token, 32 columns].
+inline void store_downs(const float* low, const float* high, size_t tokens, float* out,
+                        size_t out_stride, bool add) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (size_t token = 0; token < tokens; ++token) {
+    const __m512 a = _mm512_load_ps(low + token * 16) + _mm512_load_ps(low + (token + 8) * 16);
+    const __m512 b = _mm512_load_ps(high + token * 16) + _mm512_load_ps(high + (token + 8) * 16);
+    __m512 left = _mm512_permutex2var_ps(a, first, b);
+    __m512 right = _mm512_permutex2var_ps(a, second, b);
+    float* to = out + token * out_stride;
+    if (add) {
+      left = _mm512_loadu_ps(to) + left;
+      right = _mm512_loadu_ps(to + 16) + right;
+    }
+    _mm512_storeu_ps(to, left);
+    _mm512_storeu_ps(to + 16, right);
+  }
+}
+
+// w: [blocks] of two tiles of 32 columns. One or two groups of tokens.
+void down_tile(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group_stride,
+               size_t tokens, float* out, size_t out_stride, bool add) {
+  const bool two = tokens > kGroup;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t block = 0; block < blocks; ++block) {
+    _tile_loadd(4, a + block * kTile, 64);
+    _tile_loadd(6, w + 2 * block * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + (2 * block + 1) * kTile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+      _tile_loadd(5, a + group_stride + block * kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  alignas(64) float c[4][kTileFloats];
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  store_downs(c[0], c[1], at_most(tokens, kGroup), out, out_stride, add);
+  if (!two) return;
+  _tile_stored(2, c[2], 64);
+  _tile_stored(3, c[3], 64);
+  store_downs(c[2], c[3], tokens - kGroup, out + kGroup * out_stride, out_stride, add);
+}
+
+void down(Rows weights, size_t neurons, size_t first_block, size_t last_block, size_t first_column,
+          size_t columns, const void* activations, size_t tokens, float* out, size_t out_stride,
+          bool add) {
+  alignas(64) uint16_t tiles[kMaxDownBlocks * 2 * kTile];
+  const size_t blocks = last_block - first_block, group_stride = neurons / 32 * kTile;
+  const uint16_t* inputs = static_cast<const uint16_t*>(activations) + first_block * kTile;
+  for (size_t column = 0; column < columns; column += 32) {
+    const uint16_t* from = weights.data + first_block * 32 * weights.stride + first_column + column;
+    for (size_t pair = 0; pair < blocks * 16; ++pair) {
+      uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
+      pair_up(from + 2 * pair * weights.stride, from + (2 * pair + 1) * weights.stride, low,
+              low + kTile);
+    }
+    for (size_t token = 0; token < tokens; token += 2 * kGroup) {
+      down_tile(tiles, blocks, inputs + token / kGroup * group_stride, group_stride,
+                at_most(tokens - token, 2 * kGroup), out + token * out_stride + column, out_stride,
+                add);
+    }
+  }
+}
+
+Kernels make_kernels() {
+  Kernels kernels = {};
+  set_common(&kernels);
+  kernels.begin_thread = begin_thread;
+  kernels.end_thread = end_thread;
+  kernels.operand_bytes = operand_bytes;
+  kernels.store_operand = store_operand;
+  kernels.dot = dot;
+  kernels.activation_bytes = activation_bytes;
+  kernels.swiglu = swiglu;
+  kernels.down = down;
+  return kernels;
+}
+
+}  // namespace
+
+const sk::Kernels& sk::kernels_amx() {
+  static const Kernels kernels = make_kernels();
+  return kernels;
+}

@@ -1,0 +1,10 @@
+// clang-format off: the order matters
+#include "simd_avx512.hpp"
+#include "kernels_common.inl"
+#include "kernels_fma.inl"
+// clang-format on
+
+const sk::Kernels& sk::kernels_avx512() {
+  static const Kernels kernels = make_kernels();
+  return kernels;
+}

@@ -1,0 +1,10 @@
+// clang-format off: the order matters
+#include "simd_portable.hpp"
+#include "kernels_common.inl"
+#include "kernels_fma.inl"
+// clang-format on
+
+const sk::Kernels& sk::kernels_portable() {
+  static const Kernels kernels = make_kernels();
+  return kernels;
+}

@@ -1,0 +1,264 @@
+#include "model.hpp"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <new>
+#include <system_error>
+
+#include "error.hpp"
+#include "guard.hpp"
+#include "isa.hpp"
+
+namespace sk {
+
+Scratch::~Scratch() { std::free(data_); }
+
+void* Scratch::get(size_t bytes) {
+  if (bytes <= bytes_) return data_;
+  std::free(data_);
+  data_ = nullptr;
+  bytes_ = 0;
+  const size_t rounded = round_up(bytes, 4096);
+  data_ = std::aligned_alloc(4096, rounded);
+  if (data_ == nullptr) throw std::bad_alloc();
+  std::memset(data_, 0, rounded);
+  bytes_ = rounded;
+  return data_;
+}
+
+namespace {
+
+std::mutex registry_mutex;
+std::map<uint64_t, std::shared_ptr<Model>>& registry() {
+  // Never destroyed: at exit Python may still hold models.
+  static auto* models = new std::map<uint64_t, std::shared_ptr<Model>>();
+  return *models;
+}
+
+const Kernels& kernels_for(sk_isa isa) {
+#if defined(__x86_64__)
+  if (isa == SK_ISA_AMX) return kernels_amx();
+  if (isa == SK_ISA_AVX512) return kernels_avx512();
+  if (isa == SK_ISA_AVX2) return kernels_avx2();
+#endif
+  (void)isa;
+  return kernels_portable();
+}
+
+int32_t check_range(const char* name, uint64_t value, uint64_t low, uint64_t high) {
+  if (value >= low && value <= high) return SK_STATUS_OK;
+  return fail(SK_STATUS_BAD_SIZE, "%s is %" PRIu64 "; it can be %" PRIu64 " to %" PRIu64, name,
+              value, low, high);
+}
+
+int32_t check_vector(const char* name, const float* data, size_t count, bool required) {
+  if (data == nullptr) {
+    if (!required) return SK_STATUS_OK;
+    return fail(SK_STATUS_NULL_POINTER, "%s is a null pointer", name);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (!std::isfinite(data[i])) {
+      return fail(SK_STATUS_BAD_VALUE, "%s has a value that is not finite at %zu", name, i);
+    }
+  }
+  return SK_STATUS_OK;
+}
+
+// Also reads every weight, with `kernels`.
+int32_t check_matrix(const char* name, const sk_matrix& matrix, uint64_t rows, uint64_t columns,
+                     const Kernels& kernels, Rows* out) {
+  if (const int32_t status = check_struct(&matrix, name)) return status;
+  if (matrix.data == nullptr)
+    return fail(SK_STATUS_NULL_POINTER, "%s.data is a null pointer", name);
+  if (matrix.rows != rows || matrix.columns != columns) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "%s is %" PRIu32 " x %" PRIu32 ", the description asks for %" PRIu64 " x %" PRIu64,
+                name, matrix.rows, matrix.columns, rows, columns);
+  }
+  if (reinterpret_cast<uintptr_t>(matrix.data) % SK_ALIGNMENT != 0 ||
+      matrix.row_stride % SK_ALIGNMENT != 0) {
+    return fail(SK_STATUS_BAD_VALUE, "%s.data or its row_stride is not a multiple of %d bytes",
+                name, SK_ALIGNMENT);
+  }
+  const uint64_t row_bytes = round_up(columns, SK_COLUMN_TILE) * sizeof(uint16_t);
+  if (const int32_t status =
+          check_range("a row_stride", matrix.row_stride, row_bytes, uint64_t{1} << 32)) {
+    return status;
+  }
+  const uint64_t stored_rows = round_up(rows, SK_ROW_TILE);
+  if (matrix.bytes / matrix.row_stride < stored_rows) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "%s has %" PRIu64 " bytes; %" PRIu64 " rows of %" PRIu64 " bytes need %" PRIu64,
+                name, matrix.bytes, stored_rows, matrix.row_stride,
+                stored_rows * matrix.row_stride);
+  }
+  *out = Rows{static_cast<const uint16_t*>(matrix.data),
+              static_cast<size_t>(matrix.row_stride / sizeof(uint16_t))};
+  for (uint64_t row = 0; row < stored_rows; ++row) {
+    if (!kernels.all_finite(out->data + row * out->stride, row_bytes / sizeof(uint16_t))) {
+      return fail(SK_STATUS_BAD_VALUE, "%s has a value that is not finite in row %" PRIu64, name,
+                  row);
+    }
+  }
+  return SK_STATUS_OK;
+}
+
+// Runs check after check until one fails.
+#define SK_TRY(expression)                                  \
+  do {                                                      \
+    if (const int32_t failed = (expression)) return failed; \
+  } while (false)
+
+int32_t take_layer(Model& model, const sk_layer& from) {
+  SK_TRY(check_struct(&from, "sk_layer"));
+  SK_TRY(check_range("num_heads", from.num_heads, 1, SK_MAX_HEADS));
+  SK_TRY(check_range("num_kv_heads", from.num_kv_heads, 1, from.num_heads));
+  if (from.num_heads % from.num_kv_heads != 0 ||
+      from.num_heads / from.num_kv_heads > kAttentionRows) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "num_heads is %" PRIu32 "; it must be 1 to %" PRIu32 " times num_kv_heads %" PRIu32,
+                from.num_heads, kAttentionRows, from.num_kv_heads);
+  }
+  SK_TRY(check_range("intermediate_size", from.intermediate_size, 1, SK_MAX_DIM));
+  Layer layer = {};
+  layer.heads = from.num_heads;
+  layer.kv_heads = from.num_kv_heads;
+  layer.neurons = from.intermediate_size;
+  layer.blocks = (from.intermediate_size + SK_NEURON_BLOCK - 1) / SK_NEURON_BLOCK;
+  // A partition is never larger than one call of `down`.
+  const uint32_t needed =
+      static_cast<uint32_t>((layer.blocks + kMaxDownBlocks - 1) / kMaxDownBlocks);
+  layer.partitions = needed > SK_PARTITIONS ? needed : SK_PARTITIONS;
+  if (layer.partitions > layer.blocks) layer.partitions = layer.blocks;
+  layer.window = from.window;
+  const Kernels& kernels = *model.kernels;
+  const uint64_t heads = from.num_heads + 2 * uint64_t{from.num_kv_heads};
+  const uint64_t neurons = uint64_t{layer.blocks} * SK_NEURON_BLOCK;
+  SK_TRY(check_matrix("qkv", from.qkv, heads * model.dim, model.hidden, kernels, &layer.qkv));
+  SK_TRY(check_matrix("output", from.output, model.hidden,
+                      uint64_t{from.num_heads} * model.head_dim, kernels, &layer.output));
+  SK_TRY(check_matrix("gate", from.gate, neurons, model.hidden, kernels, &layer.gate));
+  SK_TRY(check_matrix("up_down", from.up_down, neurons, 2 * uint64_t{model.columns}, kernels,
+                      &layer.up));
+  layer.down = Rows{layer.up.data + model.columns, layer.up.stride};
+  SK_TRY(check_vector("attention_norm", from.attention_norm, model.hidden, true));
+  SK_TRY(check_vector("mlp_norm", from.mlp_norm, model.hidden, true));
+  SK_TRY(check_vector("qkv_bias", from.qkv_bias, heads * model.dim, false));
+  SK_TRY(check_vector("output_bias", from.output_bias, model.hidden, false));
+  SK_TRY(check_vector("q_norm", from.q_norm, model.head_dim, false));
+  SK_TRY(check_vector("k_norm", from.k_norm, model.head_dim, false));
+  layer.attention_norm = from.attention_norm;
+  layer.mlp_norm = from.mlp_norm;
+  layer.qkv_bias = from.qkv_bias;
+  layer.output_bias = from.output_bias;
+  layer.q_norm = from.q_norm;
+  layer.k_norm = from.k_norm;
+  layer.kv_offset = model.kv_elements;
+  model.kv_elements += size_t{from.num_kv_heads} * 2 * SK_BLOCK_SIZE * model.dim;
+  if (model.widest < layer.neurons) model.widest = layer.neurons;
+  if (model.most_heads < layer.heads) model.most_heads = layer.heads;
+  if (model.most_kv_heads < layer.kv_heads) model.most_kv_heads = layer.kv_heads;
+  model.layers.push_back(layer);
+  return SK_STATUS_OK;
+}
+
+int32_t check_args(const sk_model_args& args) {
+  SK_TRY(check_range("hidden_size", args.hidden_size, 1, SK_MAX_DIM));
+  SK_TRY(check_range("vocab_size", args.vocab_size, 1, SK_MAX_VOCAB));
+  SK_TRY(check_range("head_dim", args.head_dim, 2, SK_MAX_HEAD_DIM));
+  if (args.head_dim % 2 != 0) {
+    return fail(SK_STATUS_BAD_SIZE, "head_dim is %" PRIu32 "; RoPE needs pairs", args.head_dim);
+  }
+  SK_TRY(check_range("num_layers", args.num_layers, 1, SK_MAX_LAYERS));
+  SK_TRY(check_range("threads", args.threads, 1, SK_MAX_THREADS));
+  SK_TRY(check_range("rope_rows", args.rope_rows, 1, SK_MAX_POSITIONS));
+  if (!(args.rms_norm_eps > 0 && std::isfinite(args.rms_norm_eps))) {
+    return fail(SK_STATUS_BAD_VALUE, "rms_norm_eps is %g; it must be finite and > 0",
+                static_cast<double>(args.rms_norm_eps));
+  }
+  if (!(args.rope_scale > 0 && std::isfinite(args.rope_scale))) {
+    return fail(SK_STATUS_BAD_VALUE, "rope_scale is %g; it must be finite and > 0",
+                static_cast<double>(args.rope_scale));
+  }
+  if (args.reserved != 0) {
+    return fail(SK_STATUS_BAD_VALUE, "reserved is %" PRIu32 "; it must be 0", args.reserved);
+  }
+  if (args.layers == nullptr) return fail(SK_STATUS_NULL_POINTER, "layers is a null pointer");
+  return check_struct(&args.reduce, "sk_reduce");
+}
+
+int32_t create(const sk_model_args& args, sk_model_info* info) {
+  SK_TRY(check_args(args));
+  sk_isa isa;
+  SK_TRY(resolve_isa(args.isa, &isa));
+  auto model = std::make_shared<Model>(args.threads);
+  model->hidden = args.hidden_size;
+  model->columns = static_cast<uint32_t>(round_up(args.hidden_size, SK_COLUMN_TILE));
+  model->vocab = args.vocab_size;
+  model->head_dim = args.head_dim;
+  model->dim = static_cast<uint32_t>(round_up(args.head_dim, SK_ROW_TILE));
+  model->eps = args.rms_norm_eps;
+  model->rope_scale = args.rope_scale;
+  model->rope_rows = args.rope_rows;
+  model->reduce = args.reduce;
+  model->isa = isa;
+  model->kernels = &kernels_for(isa);
+  model->kv_elements = 0;
+  const size_t frequencies = size_t{args.rope_rows} * (args.head_dim / 2);
+  SK_TRY(check_vector("rope_frequencies", args.rope_frequencies, frequencies, true));
+  model->rope_frequencies.assign(args.rope_frequencies, args.rope_frequencies + frequencies);
+  SK_TRY(check_vector("norm", args.norm, args.hidden_size, true));
+  model->norm = args.norm;
+  for (uint32_t i = 0; i < args.num_layers; ++i) SK_TRY(take_layer(*model, args.layers[i]));
+  const Kernels& kernels = *model->kernels;
+  SK_TRY(check_matrix("embedding", args.embedding, args.vocab_size, args.hidden_size, kernels,
+                      &model->embedding));
+  if (args.lm_head.data == args.embedding.data) {
+    model->lm_head = model->embedding;
+    SK_TRY(check_struct(&args.lm_head, "lm_head"));
+  } else {
+    SK_TRY(check_matrix("lm_head", args.lm_head, args.vocab_size, args.hidden_size, kernels,
+                        &model->lm_head));
+  }
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  static uint64_t last_handle = 0;
+  registry()[++last_handle] = model;
+  info->model = last_handle;
+  info->kv_block_bytes = model->kv_elements * sizeof(uint16_t);
+  info->isa = isa;
+  info->threads = args.threads;
+  return SK_STATUS_OK;
+}
+
+}  // namespace
+
+std::shared_ptr<Model> find_model(uint64_t handle) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(handle);
+  if (found != registry().end()) return found->second;
+  fail(SK_STATUS_BAD_VALUE, "there is no model %" PRIu64, handle);
+  return nullptr;
+}
+
+}  // namespace sk
+
+int32_t sk_model_create(const sk_model_args* args, sk_model_info* info) {
+  if (const int32_t status = sk::check_struct(args, "sk_model_args")) return status;
+  if (const int32_t status = sk::check_struct(info, "sk_model_info")) return status;
+  return sk::guarded([&] { return sk::create(*args, info); });
+}
+
+int32_t sk_model_destroy(uint64_t handle) {
+  return sk::guarded([&]() -> int32_t {
+    const std::shared_ptr<sk::Model> model = sk::find_model(handle);
+    if (model == nullptr) return SK_STATUS_BAD_VALUE;
+    {
+      const std::lock_guard<std::mutex> lock(sk::registry_mutex);
+      sk::registry().erase(handle);
+    }
+    const std::lock_guard<std::mutex> idle(model->mutex);
+    return SK_STATUS_OK;
+  });
+}

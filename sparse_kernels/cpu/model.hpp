@@ -1,0 +1,76 @@
+// A decoder as the ABI describes it, checked, and what a forward needs beside it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels.hpp"
+#include "sparse_kernels.h"
+#include "thread_pool.hpp"
+
+namespace sk {
+
+constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Memory that only grows, aligned and zeroed when it does.
+class Scratch {
+ public:
+  ~Scratch();
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  // Throws std::bad_alloc. What was in it is lost when it grows.
+  void* get(size_t bytes);
+  template <typename T>
+  T* get(size_t count) {
+    return static_cast<T*>(get(count * sizeof(T)));
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+struct Layer {
+  uint32_t heads, kv_heads, neurons, blocks, partitions, window;
+  Rows qkv, output, gate, up, down;
+  const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
+  size_t kv_offset;  // elements from the beginning of KV, for each of its blocks
+
+  // Blocks of neurons in a partition: [begin(p), begin(p + 1)).
+  uint32_t partition_begin(uint32_t partition) const {
+    return static_cast<uint32_t>(uint64_t{partition} * blocks / partitions);
+  }
+};
+
+struct Model {
+  Model(uint32_t thread_count) : pool(thread_count), barrier(thread_count), scratch(thread_count) {}
+
+  uint32_t hidden, columns /* hidden rounded up */, vocab, head_dim, dim /* rounded up */;
+  uint32_t widest = 0, most_heads = 0, most_kv_heads = 0;
+  float eps, rope_scale;
+  std::vector<float> rope_frequencies;
+  uint32_t rope_rows;
+  std::vector<Layer> layers;
+  const float* norm;
+  Rows embedding, lm_head;
+  sk_reduce reduce;
+  const Kernels* kernels;
+  sk_isa isa;
+  size_t kv_elements;  // of one block in all layers
+
+  std::mutex mutex;  // one forward at a time
+  ThreadPool pool;
+  SpinBarrier barrier;  // of the threads inside a forward
+  // Buffers of a forward, see forward.cpp.
+  Scratch x, normed, operand, attention_operand, qkv, queries, mixed, partial, activations, plain,
+      sums, cos, sin, chunk_state, output_operand, reduced;
+  std::vector<Scratch> scratch;  // of each thread
+};
+
+// Null where there is no such model, with the failure noted.
+std::shared_ptr<Model> find_model(uint64_t handle);
+
+}  // namespace sk

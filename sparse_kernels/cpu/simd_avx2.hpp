@@ -1,0 +1,62 @@
+// Eight lanes of AVX2 with FMA.
+#pragma once
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+namespace {
+
+struct Simd {
+  typedef __m256 F;
+  static constexpr size_t kLanes = 8;
+  static constexpr size_t kRows = 4, kTokens = 2;  // register tile of a dot product
+  static constexpr size_t kDownTokens = 2, kDownVectors = 4;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // b where either is not a number.
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  // 2 * kLanes bfloat16 numbers: those at even places, those at odd ones.
+  static void load_bf16(const uint16_t* p, F* even, F* odd) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    *odd = _mm256_castsi256_ps(
+        _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
+  // The reverse order of load_bf16's.
+  static void interleave(F even, F odd, F* low, F* high) {
+    const __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+    *low = _mm256_permute2f128_ps(a, b, 0x20);
+    *high = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+  // Lanes i with first <= i <= last keep v, the others become `other`.
+  static F keep(F v, int32_t first, int32_t last, F other) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane);
+    const __m256i above = _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(last));
+    return _mm256_blendv_ps(v, other, _mm256_castsi256_ps(_mm256_or_si256(below, above)));
+  }
+  static float sum(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+  static float largest(F v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+  static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // v * 2^n, n integral, the result a normal number.
+  static F scale_by_power(F v, F n) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), bits));
+  }
+};
+
+}  // namespace

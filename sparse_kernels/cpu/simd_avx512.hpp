@@ -1,0 +1,56 @@
+// Sixteen lanes of AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+namespace {
+
+struct Simd {
+  typedef __m512 F;
+  static constexpr size_t kLanes = 16;
+  static constexpr size_t kRows = 4, kTokens = 5;  // register tile of a dot product
+  static constexpr size_t kDownTokens = 5, kDownVectors = 4;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // b where either is not a number.
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  // 2 * kLanes bfloat16 numbers: those at even places, those at odd ones.
+  static void load_bf16(const uint16_t* p, F* even, F* odd) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    *odd = _mm512_castsi512_ps(
+        _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
+  // The reverse order of load_bf16's.
+  static void interleave(F even, F odd, F* low, F* high) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second =
+        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    *low = _mm512_permutex2var_ps(even, first, odd);
+    *high = _mm512_permutex2var_ps(even, second, odd);
+  }
+  // Lanes i with first <= i <= last keep v, the others become `other`.
+  static F keep(F v, int32_t first, int32_t last, F other) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 mask =
+        static_cast<__mmask16>(_mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(first)) &
+                               _mm512_cmple_epi32_mask(lane, _mm512_set1_epi32(last)));
+    return _mm512_mask_blend_ps(mask, other, v);
+  }
+  static float sum(F v) { return _mm512_reduce_add_ps(v); }
+  static float largest(F v) { return _mm512_reduce_max_ps(v); }
+  static F round(F v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // v * 2^n, n integral.
+  static F scale_by_power(F v, F n) { return _mm512_scalef_ps(v, n); }
+};
+
+}  // namespace

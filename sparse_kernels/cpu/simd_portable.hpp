@@ -1,0 +1,74 @@
+// Four lanes of the compiler's own vectors: runs everywhere.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Simd {
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  static constexpr size_t kLanes = 4;
+  static constexpr size_t kRows = 4, kTokens = 2;  // register tile of a dot product
+  static constexpr size_t kDownTokens = 2, kDownVectors = 4;
+
+  static F zero() { return F{}; }
+  static F set(float x) { return F{x, x, x, x}; }
+  static F load(const float* p) {
+    F v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(float* p, F v) { memcpy(p, &v, sizeof(v)); }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  // b where either is not a number.
+  static F max(F a, F b) {
+    const I a_larger = a > b;
+    return reinterpret_cast<F>((reinterpret_cast<I>(a) & a_larger) |
+                               (reinterpret_cast<I>(b) & ~a_larger));
+  }
+  static F min(F a, F b) {
+    const I a_smaller = a < b;
+    return reinterpret_cast<F>((reinterpret_cast<I>(a) & a_smaller) |
+                               (reinterpret_cast<I>(b) & ~a_smaller));
+  }
+  // 2 * kLanes bfloat16 numbers: those at even places, those at odd ones.
+  static void load_bf16(const uint16_t* p, F* even, F* odd) {
+    I pairs;
+    memcpy(&pairs, p, sizeof(pairs));
+    *even = reinterpret_cast<F>(pairs << 16);
+    *odd = reinterpret_cast<F>(pairs & static_cast<int32_t>(0xffff0000u));
+  }
+  // The reverse order of load_bf16's.
+  static void interleave(F even, F odd, F* low, F* high) {
+    *low = F{even[0], odd[0], even[1], odd[1]};
+    *high = F{even[2], odd[2], even[3], odd[3]};
+  }
+  // Lanes i with first <= i <= last keep v, the others become `other`.
+  static F keep(F v, int32_t first, int32_t last, F other) {
+    const I lane = {0, 1, 2, 3};
+    const I mask = (lane >= first) & (lane <= last);
+    return reinterpret_cast<F>((reinterpret_cast<I>(v) & mask) |
+                               (reinterpret_cast<I>(other) & ~mask));
+  }
+  static float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float largest(F v) {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+  }
+  // To the nearest integer, |v| < 2^22.
+  static F round(F v) {
+    const F magic = set(12582912.0f);
+    return (v + magic) - magic;
+  }
+  // v * 2^n, n integral, the result a normal number.
+  static F scale_by_power(F v, F n) {
+    const F magic = set(12582912.0f);
+    const I bits = reinterpret_cast<I>(n + magic) << 23;  // the low bits hold n
+    return reinterpret_cast<F>(reinterpret_cast<I>(v) + bits);
+  }
+};
+
+}  // namespace
