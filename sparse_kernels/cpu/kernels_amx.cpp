@@ -23,16 +23,14 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+// In memory, for GCC's intrinsic tells the compiler of its first bytes alone.
+const TileConfig kTileConfig = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-void begin_thread() {
-  TileConfig config = {};
-  config.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    config.row_bytes[i] = 64;
-    config.rows[i] = 16;
-  }
-  _tile_loadconfig(&config);
-}
+void begin_thread() { _tile_loadconfig(&kTileConfig); }
+
+// GCC's tile loads do not tell the compiler that they read memory.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // A thread with empty tiles costs the system less to switch away from.
 void end_thread() { _tile_release(); }
@@ -124,6 +122,7 @@ inline size_t at_most(size_t value, size_t limit) { return value < limit ? value
 void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
              size_t out_stride, size_t tokens) {
   const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
+  finish_stores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -153,6 +152,7 @@ void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
 void dot_4x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
              size_t out_stride, size_t tokens) {
   const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
+  finish_stores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -179,6 +179,7 @@ void dot_4x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
 
 void dot_1x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
              size_t out_stride, size_t tokens) {
+  finish_stores();
   _tile_zero(0);
   for (size_t i = 0; i < k / kTileK; ++i) {
     _tile_loadd(4, w + i * kTileK, stride * sizeof(uint16_t));
@@ -276,6 +277,7 @@ inline void store_downs(const float* low, const float* high, size_t tokens, floa
 void down_tile(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group_stride,
                size_t tokens, float* out, size_t out_stride, bool add) {
   const bool two = tokens > kGroup;
+  finish_stores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
