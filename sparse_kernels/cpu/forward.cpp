@@ -43,8 +43,14 @@ struct StatisticsUnit {
   int64_t* sums;  // [num_layers, widest]
 };
 
-// A thread's own memory.
+// How many units of its range a thread, or those that helped it, took.
+struct alignas(64) Range {
+  std::atomic<size_t> taken{0};
+};
+
+// What a thread has for itself.
 struct Own {
+  uint32_t index;
   float* normed;   // [hidden]
   float* scratch;  // for one unit of work
 };
@@ -56,7 +62,8 @@ struct SoftmaxState {
 
 class Forward {
  public:
-  Forward(Model& model, const sk_forward_args& args) : m_(model), k_(*model.kernels), args_(args) {
+  Forward(Model& model, const sk_forward_args& args)
+      : m_(model), k_(*model.kernels), args_(args), ranges_(model.pool.threads()) {
     lay_out();
     allocate();
   }
@@ -117,9 +124,10 @@ class Forward {
     const size_t t = count_, columns = m_.columns;
     const size_t mixed_columns = round_up(size_t{m_.most_heads} * m_.head_dim, SK_COLUMN_TILE);
     const size_t neurons = round_up(m_.widest, SK_NEURON_BLOCK);
-    size_t partitions = 0;
+    size_t partitions = 0, most_blocks = 0;  // of a partition
     for (const Layer& layer : m_.layers) {
       partitions = std::max<size_t>(partitions, layer.partitions);
+      most_blocks = std::max<size_t>(most_blocks, layer.blocks / layer.partitions + 1);
       const uint32_t group = layer.heads / layer.kv_heads;
       if (tiles_.size() <= group) tiles_.resize(group + 1);
       if (tiles_[group].empty()) tiles_[group] = query_tiles(group);
@@ -140,8 +148,8 @@ class Forward {
       output_operand_ = m_.output_operand.get(k_.operand_bytes(args_.num_outputs, columns));
     }
     const size_t rows = std::max<size_t>(t, args_.num_outputs);
-    const size_t per_token =
-        std::max<size_t>(std::max<size_t>(2 * SK_NEURON_BLOCK, m_.dim), kOutputRows);
+    const size_t per_token = std::max<size_t>(
+        std::max<size_t>(2 * SK_NEURON_BLOCK * (fused_ ? most_blocks : 1), m_.dim), kOutputRows);
     const size_t floats = std::max(rows * per_token, args_.num_outputs * kHeadRows) + columns +
                           mixed_columns + kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
     for (Scratch& scratch : m_.scratch) scratch.get<float>(floats);
@@ -167,29 +175,35 @@ class Forward {
 
   // ---- threads -------------------------------------------------------------------------------
 
-  // Calls unit(i) for all i below `count`, on whichever thread is free; then between() on one.
+  // Calls unit(i) for all i below `count`; then between() on one thread. Each thread has a range of
+  // its own, in order, and helps the others when it is through.
   template <typename Unit, typename Between>
-  void phase(size_t count, Unit&& unit, Between&& between) {
-    for (;;) {
-      const size_t i = next_unit_.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count) break;
-      unit(i);
+  void phase(const Own& own, size_t count, Unit&& unit, Between&& between) {
+    const size_t threads = ranges_.size();
+    for (size_t i = 0; i < threads; ++i) {
+      const size_t owner = (own.index + i) % threads;
+      const size_t begin = count * owner / threads, end = count * (owner + 1) / threads;
+      std::atomic<size_t>& taken = ranges_[owner].taken;
+      while (taken.load(std::memory_order_relaxed) < end - begin) {
+        const size_t place = taken.fetch_add(1, std::memory_order_relaxed);
+        if (place < end - begin) unit(begin + place);
+      }
     }
     m_.barrier.arrive_and_wait([&] {
-      next_unit_.store(0, std::memory_order_relaxed);
+      for (Range& range : ranges_) range.taken.store(0, std::memory_order_relaxed);
       between();
     });
   }
   template <typename Unit>
-  void phase(size_t count, Unit&& unit) {
-    phase(count, unit, [] {});
+  void phase(const Own& own, size_t count, Unit&& unit) {
+    phase(own, count, unit, [] {});
   }
 
   // unit(begin, end) for all tokens, after a phase: on its last thread, or as a phase of its own.
   template <typename Body>
-  void then_per_token(const Body& body) {
+  void then_per_token(const Own& own, const Body& body) {
     if (count_ <= kFewTokens) return;
-    phase((count_ + kTokenUnit - 1) / kTokenUnit,
+    phase(own, (count_ + kTokenUnit - 1) / kTokenUnit,
           [&](size_t i) { body(i * kTokenUnit, std::min(count_, (i + 1) * kTokenUnit)); });
   }
   template <typename Body>
@@ -207,13 +221,13 @@ class Forward {
   void work(uint32_t index) {
     k_.begin_thread();
     float* memory = m_.scratch[index].get<float>(0);
-    const Own own = {memory, memory + m_.columns};
+    const Own own = {index, memory, memory + m_.columns};
     const auto begin = [&](size_t from, size_t to) {
       embed(from, to);
       norm_tokens(m_.layers[0].attention_norm, from, to, own.normed);
     };
-    phase(1, [&](size_t) { if_few_tokens(begin); });
-    then_per_token(begin);
+    phase(own, 1, [&](size_t) { if_few_tokens(begin); });
+    then_per_token(own, begin);
     for (size_t i = 0; i < m_.layers.size(); ++i) {
       const Layer& layer = m_.layers[i];
       project(layer, own);
@@ -227,7 +241,7 @@ class Forward {
     }
     head(own);
     tick(SK_PHASE_HEAD, index);
-    phase(args_.num_outputs, [&](size_t i) { choose(i); });
+    phase(own, args_.num_outputs, [&](size_t i) { choose(i); });
     tick(SK_PHASE_CANDIDATES, index);
     k_.end_thread();
   }
@@ -270,7 +284,7 @@ class Forward {
   // A unit is a head of q, k or v.
   void project(const Layer& layer, const Own& own) {
     float* const scratch = own.scratch;
-    phase(layer.heads + 2 * layer.kv_heads, [&](size_t head) {
+    phase(own, layer.heads + 2 * layer.kv_heads, [&](size_t head) {
       const uint32_t group = layer.heads / layer.kv_heads;
       const bool is_query = head < layer.heads,
                  is_key = !is_query && head < layer.heads + layer.kv_heads;
@@ -294,8 +308,9 @@ class Forward {
         task.sin = sin_;
       }
       if (layer.qkv_bias != nullptr) task.bias = layer.qkv_bias + head * m_.dim;
-      const Rows rows = {layer.qkv.data + head * m_.dim * layer.qkv.stride, layer.qkv.stride};
-      k_.dot(rows, m_.dim, m_.columns, operand_, 0, count_, task.heads, task.stride);
+      const size_t first = head * m_.dim;
+      k_.dot(rows_from(layer.qkv, first), m_.dim, m_.columns, operand_, count_, task.heads,
+             task.stride);
       k_.finish_heads(&task);
       if (!is_query)
         append(layer, static_cast<uint32_t>((head - layer.heads) % layer.kv_heads), is_key,
@@ -393,13 +408,13 @@ class Forward {
     };
     const size_t heads = tiles.size() * layer.kv_heads;
     if (split_) {
-      phase(heads * most_chunks_, [&](size_t i) {
+      phase(own, heads * most_chunks_, [&](size_t i) {
         attend_part(layer, tiles[i / most_chunks_ / layer.kv_heads],
                     static_cast<uint32_t>(i / most_chunks_ % layer.kv_heads),
                     static_cast<uint32_t>(i % most_chunks_));
       });
       phase(
-          heads,
+          own, heads,
           [&](size_t i) {
             merge_parts(layer, tiles[i / layer.kv_heads], static_cast<uint32_t>(i % layer.kv_heads),
                         scratch);
@@ -407,14 +422,14 @@ class Forward {
           [&] { if_few_tokens(store); });
     } else {
       phase(
-          heads,
+          own, heads,
           [&](size_t i) {
             attend_whole(layer, tiles[i / layer.kv_heads],
                          static_cast<uint32_t>(i % layer.kv_heads), scratch);
           },
           [&] { if_few_tokens(store); });
     }
-    then_per_token(store);
+    then_per_token(own, store);
   }
 
   void attend_whole(const Layer& layer, const QueryTile& tile, uint32_t head, float* scratch) {
@@ -487,38 +502,61 @@ class Forward {
     };
     const size_t rows = round_up(m_.hidden, SK_ROW_TILE);
     const size_t inputs = round_up(size_t{layer.heads} * m_.head_dim, SK_COLUMN_TILE);
-    phase((rows + kOutputRows - 1) / kOutputRows,
-          [&](size_t i) {
-            const size_t first = i * kOutputRows, count = std::min(kOutputRows, rows - first);
-            k_.dot({layer.output.data + first * layer.output.stride, layer.output.stride}, count,
-                   inputs, attention_operand_, 0, count_, scratch, kOutputRows);
-            for (size_t t = 0; t < count_; ++t) {
-              float* values = scratch + t * kOutputRows;
-              if (layer.output_bias != nullptr) {
-                for (size_t j = 0; j < count && first + j < m_.hidden; ++j)
-                  values[j] += layer.output_bias[first + j];
-              }
-              take(t, first, values, count);
+    phase(
+        own, (rows + kOutputRows - 1) / kOutputRows,
+        [&](size_t i) {
+          const size_t first = i * kOutputRows, count = std::min(kOutputRows, rows - first);
+          k_.dot(rows_from(layer.output, first), count, inputs, attention_operand_, count_, scratch,
+                 kOutputRows);
+          for (size_t t = 0; t < count_; ++t) {
+            float* values = scratch + t * kOutputRows;
+            if (layer.output_bias != nullptr) {
+              for (size_t j = 0; j < count && first + j < m_.hidden; ++j)
+                values[j] += layer.output_bias[first + j];
             }
-          },
-          [&] {
-            reduce_all();
-            if_few_tokens(norm);
-          });
-    then_per_token(norm);
+            take(t, first, values, count);
+          }
+        },
+        [&] {
+          reduce_all();
+          if_few_tokens(norm);
+        });
+    then_per_token(own, norm);
   }
 
   // ---- feed-forward --------------------------------------------------------------------------
 
-  void activate(const Layer& layer, size_t block, float* scratch) {
-    const size_t first = block * SK_NEURON_BLOCK;
-    float *gate = scratch, *up = scratch + count_ * SK_NEURON_BLOCK;
-    k_.dot({layer.gate.data + first * layer.gate.stride, layer.gate.stride}, SK_NEURON_BLOCK,
-           m_.columns, operand_, 0, count_, gate, SK_NEURON_BLOCK);
-    k_.dot({layer.up.data + first * layer.up.stride, layer.up.stride}, SK_NEURON_BLOCK, m_.columns,
-           operand_, 0, count_, up, SK_NEURON_BLOCK);
+  // Blocks [first, last) of neurons. What is fetched meanwhile is read next: up after gate, down
+  // after up.
+  void activate(const Layer& layer, size_t first, size_t last, float* scratch) {
+    const size_t row = first * SK_NEURON_BLOCK, rows = (last - first) * SK_NEURON_BLOCK;
+    const Rows gate_rows = rows_from(layer.gate, row), up_rows = rows_from(layer.up, row);
+    float *gate = scratch, *up = scratch + count_ * rows;
+    k_.dot(gate_rows, rows, m_.columns, operand_, count_, gate, rows);
+    k_.dot(up_rows, rows, m_.columns, operand_, count_, up, rows);
     const size_t neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
-    k_.swiglu(gate, up, SK_NEURON_BLOCK, count_, block, neurons, activations_, plain_, neurons);
+    for (size_t block = first; block < last; ++block) {
+      const size_t at = (block - first) * SK_NEURON_BLOCK;
+      k_.swiglu(gate + at, up + at, rows, count_, block, neurons, activations_, plain_, neurons);
+    }
+  }
+
+  // A partition's part of the down product in some columns.
+  void down(const Layer& layer, uint32_t partition, size_t column, size_t columns, float* out,
+            bool add) {
+    DownTask task = {};
+    task.weights = layer.down;
+    task.neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
+    task.first_block = layer.partition_begin(partition);
+    task.last_block = layer.partition_begin(partition + 1);
+    task.first_column = column;
+    task.columns = columns;
+    task.activations = activations_;
+    task.tokens = count_;
+    task.out = out;
+    task.out_stride = m_.columns;
+    task.add = add;
+    k_.down(&task);
   }
 
   void feed_forward(const Layer& layer, size_t index, const Own& own) {
@@ -528,42 +566,40 @@ class Forward {
     const auto norm = [&](size_t from, size_t to) {
       if (next != nullptr) norm_tokens(next, from, to, own.normed);
     };
-    const size_t neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
     if (fused_) {
       const auto finish = [&](size_t from, size_t to) {
         for (size_t t = from; t < to; ++t) add_partitions(layer, t);
         if (m_.reduce.add_up == nullptr) norm(from, to);
       };
       phase(
-          layer.partitions,
+          own, layer.partitions,
           [&](size_t p) {
             const uint32_t part = static_cast<uint32_t>(p);
             const size_t begin = layer.partition_begin(part), end = layer.partition_begin(part + 1);
-            for (size_t block = begin; block < end; ++block) activate(layer, block, scratch);
-            k_.down(layer.down, neurons, begin, end, 0, m_.columns, activations_, count_,
-                    partial_ + p * count_ * m_.columns, m_.columns, false);
+            activate(layer, begin, end, scratch);
+            down(layer, part, 0, m_.columns, partial_ + p * count_ * m_.columns, false);
           },
           [&] { if_few_tokens(finish); });
-      then_per_token(finish);
+      then_per_token(own, finish);
     } else {
-      phase(layer.blocks, [&](size_t block) { activate(layer, block, scratch); });
-      phase((m_.columns + kDownColumns - 1) / kDownColumns, [&](size_t i) {
-        const size_t first = i * kDownColumns,
-                     n = std::min<size_t>(kDownColumns, m_.columns - first);
+      phase(own, layer.blocks, [&](size_t block) { activate(layer, block, block + 1, scratch); });
+      phase(own, (m_.columns + kDownColumns - 1) / kDownColumns, [&](size_t i) {
+        const size_t first = i * kDownColumns;
+        const size_t n = std::min<size_t>(kDownColumns, m_.columns - first);
         for (uint32_t p = 0; p < layer.partitions; ++p) {
-          k_.down(layer.down, neurons, layer.partition_begin(p), layer.partition_begin(p + 1),
-                  first, n, activations_, count_, partial_ + first, m_.columns, p != 0);
+          down(layer, p, first, n, partial_ + first, p != 0);
         }
         for (size_t t = 0; t < count_; ++t) take(t, first, partial_ + t * m_.columns + first, n);
       });
-      if (m_.reduce.add_up == nullptr) then_per_token(norm);
+      if (m_.reduce.add_up == nullptr) then_per_token(own, norm);
     }
     if (m_.reduce.add_up != nullptr) {
-      phase(1, [&](size_t) { reduce_all(); }, [&] { if_few_tokens(norm); });
-      then_per_token(norm);
+      phase(own, 1, [&](size_t) { reduce_all(); }, [&] { if_few_tokens(norm); });
+      then_per_token(own, norm);
     }
     if (!statistics_.empty()) {
-      phase(statistics_.size(), [&](size_t i) { add_statistics(statistics_[i], layer, index); });
+      phase(own, statistics_.size(),
+            [&](size_t i) { add_statistics(statistics_[i], layer, index); });
     }
   }
 
@@ -590,7 +626,7 @@ class Forward {
 
   void head(const Own& own) {
     phase(
-        args_.num_outputs,
+        own, args_.num_outputs,
         [&](size_t i) {
           norm_token(m_.norm, args_.output_rows[i], i, output_operand_, own.normed);
         },
@@ -601,7 +637,7 @@ class Forward {
           }
         });
     if (args_.num_outputs == 0) return;
-    phase((m_.vocab + kHeadRows - 1) / kHeadRows, [&](size_t i) {
+    phase(own, (m_.vocab + kHeadRows - 1) / kHeadRows, [&](size_t i) {
       head_rows(m_, output_operand_, args_.num_outputs, i, own.scratch, args_.logits);
     });
   }
@@ -629,8 +665,7 @@ class Forward {
     const bool whole = first + rows <= m.vocab;  // nothing beyond a row of logits may be written
     float* out = whole ? logits + first : scratch;
     const size_t stride = whole ? m.vocab : kHeadRows;
-    m.kernels->dot({m.lm_head.data + first * m.lm_head.stride, m.lm_head.stride}, rows, m.columns,
-                   operand, 0, count, out, stride);
+    m.kernels->dot(rows_from(m.lm_head, first), rows, m.columns, operand, count, out, stride);
     if (whole) return;
     for (size_t i = 0; i < count; ++i) {
       std::copy_n(scratch + i * stride, m.vocab - first, logits + i * m.vocab + first);
@@ -656,7 +691,7 @@ class Forward {
   void *operand_ = nullptr, *attention_operand_ = nullptr, *activations_ = nullptr;
   void* output_operand_ = nullptr;
 
-  alignas(64) std::atomic<size_t> next_unit_{0};
+  std::vector<Range> ranges_;  // of each thread
   Clock::time_point mark_;
 };
 

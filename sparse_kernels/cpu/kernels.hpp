@@ -52,6 +52,19 @@ struct HeadTask {
   float scale;  // of the result
 };
 
+// A partition of the neurons, some columns of the down product.
+struct DownTask {
+  Rows weights;
+  size_t neurons;                  // in a row of activations
+  size_t first_block, last_block;  // of 32 neurons, at most kMaxDownBlocks
+  size_t first_column, columns;    // multiples of 32
+  const void* activations;
+  size_t tokens;
+  float* out;  // [tokens, out_stride], of the first column
+  size_t out_stride;
+  bool add;  // to what is there
+};
+
 // All sizes are checked by the caller. `k` is a multiple of 32, `rows` of 16, `columns` of 32.
 struct Kernels {
   void (*begin_thread)();  // around the work of a thread
@@ -62,9 +75,9 @@ struct Kernels {
   void (*store_operand)(const float* x, size_t n, size_t k, size_t token, void* operand);
   // x / rms(x) * weight
   void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
-  // out[token * out_stride + row] = <weights row, token's input>
-  void (*dot)(Rows weights, size_t rows, size_t k, const void* operand, size_t first_token,
-              size_t tokens, float* out, size_t out_stride);
+  // out[token * out_stride + row] = <weights row, token's input>.
+  void (*dot)(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out,
+              size_t out_stride);
 
   // Activations silu(gate) * up of the neurons, in the form that `down` takes.
   size_t (*activation_bytes)(size_t tokens, size_t neurons);
@@ -73,10 +86,8 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, size_t stride, size_t tokens, size_t block,
                  size_t neurons, void* activations, float* plain, size_t plain_stride);
   // out[t, c] (+)= the sum over neurons [32 first_block, 32 last_block) of activation * weights[n,
-  // c], in the order of the neurons, from zero; `weights` begins at neuron 0, column 0.
-  void (*down)(Rows weights, size_t neurons, size_t first_block, size_t last_block,
-               size_t first_column, size_t columns, const void* activations, size_t tokens,
-               float* out, size_t out_stride, bool add);
+  // c], in the order of the neurons, from zero. `weights` begins at neuron 0.
+  void (*down)(const DownTask* task);
 
   void (*finish_heads)(const HeadTask* task);
   void (*append_key)(const float* key, size_t dim, size_t offset, uint16_t* block);

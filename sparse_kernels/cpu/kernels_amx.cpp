@@ -191,11 +191,10 @@ void dot_1x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
   store_dots(c, tokens, out, out_stride);
 }
 
-void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t first_token,
-         size_t tokens, float* out, size_t out_stride) {
+void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out,
+         size_t out_stride) {
   const size_t group_size = k / kTileK * kTile;
-  const uint16_t* inputs =
-      static_cast<const uint16_t*>(operand) + first_token / kGroup * group_size;
+  const uint16_t* inputs = static_cast<const uint16_t*>(operand);
   size_t row = 0;
   for (; tokens > kGroup && row + 32 <= rows; row += 32) {
     const uint16_t* w = weights.data + row * weights.stride;
@@ -204,12 +203,13 @@ void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t first_
       dot_2x2(w, weights.stride, k, inputs + token / kGroup * group_size,
               out + token * out_stride + row, out_stride, at_most(tokens - token, 2 * kGroup));
     }
-    for (size_t i = 0; token < tokens && i < 32; i += 16) {
-      dot_1x1(w + i * weights.stride, weights.stride, k, inputs + token / kGroup * group_size,
-              out + token * out_stride + row + i, out_stride, tokens - token);
+    for (size_t i = row; token < tokens && i < row + 32; i += 16) {
+      dot_1x1(weights.data + i * weights.stride, weights.stride, k,
+              inputs + token / kGroup * group_size, out + token * out_stride + i, out_stride,
+              tokens - token);
     }
   }
-  for (; row < rows;) {
+  while (row < rows) {
     const bool four = row + 64 <= rows;
     const auto kernel = four ? dot_4x1 : dot_1x1;
     for (size_t token = 0; token < tokens; token += kGroup) {
@@ -304,23 +304,29 @@ void down_tile(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group
   store_downs(c[2], c[3], tokens - kGroup, out + kGroup * out_stride, out_stride, add);
 }
 
-void down(Rows weights, size_t neurons, size_t first_block, size_t last_block, size_t first_column,
-          size_t columns, const void* activations, size_t tokens, float* out, size_t out_stride,
-          bool add) {
+// Rows that are fetched before they are paired up: a strip of columns has its rows far apart.
+constexpr size_t kPairsAhead = 8;
+
+void down(const DownTask* task) {
   alignas(64) uint16_t tiles[kMaxDownBlocks * 2 * kTile];
-  const size_t blocks = last_block - first_block, group_stride = neurons / 32 * kTile;
-  const uint16_t* inputs = static_cast<const uint16_t*>(activations) + first_block * kTile;
-  for (size_t column = 0; column < columns; column += 32) {
-    const uint16_t* from = weights.data + first_block * 32 * weights.stride + first_column + column;
-    for (size_t pair = 0; pair < blocks * 16; ++pair) {
+  const size_t blocks = task->last_block - task->first_block, pairs = blocks * 16;
+  const size_t group_stride = task->neurons / 32 * kTile, stride = task->weights.stride;
+  const uint16_t* inputs =
+      static_cast<const uint16_t*>(task->activations) + task->first_block * kTile;
+  for (size_t column = 0; column < task->columns; column += 32) {
+    const uint16_t* from =
+        task->weights.data + task->first_block * 32 * stride + task->first_column + column;
+    for (size_t pair = 0; pair < pairs; ++pair) {
       uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
-      pair_up(from + 2 * pair * weights.stride, from + (2 * pair + 1) * weights.stride, low,
-              low + kTile);
+      const uint16_t* row = from + 2 * pair * stride;
+      prefetch(row + 2 * kPairsAhead * stride, 64);
+      prefetch(row + (2 * kPairsAhead + 1) * stride, 64);
+      pair_up(row, row + stride, low, low + kTile);
     }
-    for (size_t token = 0; token < tokens; token += 2 * kGroup) {
+    for (size_t token = 0; token < task->tokens; token += 2 * kGroup) {
       down_tile(tiles, blocks, inputs + token / kGroup * group_stride, group_stride,
-                at_most(tokens - token, 2 * kGroup), out + token * out_stride + column, out_stride,
-                add);
+                at_most(task->tokens - token, 2 * kGroup),
+                task->out + token * task->out_stride + column, task->out_stride, task->add);
     }
   }
 }

@@ -8,6 +8,7 @@
 namespace {
 
 using sk::AttentionChunk;
+using sk::DownTask;
 using sk::HeadTask;
 using sk::kAttentionChunk;
 using sk::kAttentionRows;
@@ -37,6 +38,10 @@ inline F exp_of(F x) {
 }
 
 inline F silu(F gate) { return gate / (Simd::set(1.0f) + exp_of(Simd::zero() - gate)); }
+
+inline void prefetch(const void* data, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 3);
+}
 
 inline uint16_t bf16_of(float x) {
   uint32_t bits;
@@ -110,22 +115,33 @@ void append_value(const float* value, size_t dim, size_t offset, uint16_t* block
   for (size_t i = 0; i < dim; ++i) pairs[2 * i] = bf16_of(value[i]);
 }
 
-// Scores of kRows queries with the 16 positions of a block.
-template <size_t kRows>
-void score_block(const float* queries, size_t dim, const uint16_t* keys, float* scores,
-                 size_t stride) {
+// Scores of kRows queries with the 16 positions of each of kBlocks blocks of keys: several sums at
+// once hide the latency of each.
+template <size_t kRows, size_t kBlocks>
+void score_blocks(const float* queries, size_t dim, const uint16_t* const* keys, float* scores) {
   for (size_t lane = 0; lane < 16; lane += kLanes) {
-    F sums[kRows];
-    for (size_t row = 0; row < kRows; ++row) sums[row] = Simd::zero();
+    F sums[kRows][kBlocks];
+    for (size_t row = 0; row < kRows; ++row) {
+      for (size_t block = 0; block < kBlocks; ++block) sums[row][block] = Simd::zero();
+    }
     for (size_t i = 0; i < dim; i += 2) {
-      F even, odd;
-      Simd::load_bf16(keys + (i / 2 * 16 + lane) * 2, &even, &odd);
+      F even[kBlocks], odd[kBlocks];
+      for (size_t block = 0; block < kBlocks; ++block) {
+        Simd::load_bf16(keys[block] + (i / 2 * 16 + lane) * 2, &even[block], &odd[block]);
+      }
       for (size_t row = 0; row < kRows; ++row) {
-        sums[row] = Simd::fma(Simd::set(queries[row * dim + i]), even, sums[row]);
-        sums[row] = Simd::fma(Simd::set(queries[row * dim + i + 1]), odd, sums[row]);
+        const F first = Simd::set(queries[row * dim + i]), second = Simd::set(queries[row * dim + i + 1]);
+        for (size_t block = 0; block < kBlocks; ++block) {
+          sums[row][block] = Simd::fma(first, even[block], sums[row][block]);
+          sums[row][block] = Simd::fma(second, odd[block], sums[row][block]);
+        }
       }
     }
-    for (size_t row = 0; row < kRows; ++row) Simd::store(scores + row * stride + lane, sums[row]);
+    for (size_t row = 0; row < kRows; ++row) {
+      for (size_t block = 0; block < kBlocks; ++block) {
+        Simd::store(scores + row * kAttentionChunk + block * 16 + lane, sums[row][block]);
+      }
+    }
   }
 }
 
@@ -155,13 +171,29 @@ void add_values(const float* weights, size_t stride, size_t positions, const uin
   }
 }
 
-// In one step for all rows of a chunk that fit a register tile.
+inline const uint16_t* block_of(const AttentionChunk& chunk, size_t index) {
+  return chunk.kv + static_cast<size_t>(chunk.block_table[chunk.begin / 16 + index]) * chunk.block_stride;
+}
+
 template <size_t kRows>
 void score_rows(const AttentionChunk& chunk, size_t row, float* scores) {
-  for (uint32_t begin = chunk.begin; begin < chunk.end; begin += 16) {
-    const uint16_t* keys = chunk.kv + static_cast<size_t>(chunk.block_table[begin / 16]) * chunk.block_stride;
-    score_block<kRows>(chunk.queries + row * chunk.dim, chunk.dim, keys,
-                       scores + row * kAttentionChunk + (begin - chunk.begin), kAttentionChunk);
+  const size_t blocks = (chunk.end - chunk.begin + 15) / 16;
+  const float* queries = chunk.queries + row * chunk.dim;
+  float* to = scores + row * kAttentionChunk;
+  size_t block = 0;
+  for (; block + 2 <= blocks; block += 2) {
+    const uint16_t* keys[2] = {block_of(chunk, block), block_of(chunk, block + 1)};
+    if (row == 0) {  // what the next blocks and the values will need
+      for (size_t i = block + 2; i < block + 4 && i < blocks; ++i) {
+        prefetch(block_of(chunk, i), 32 * chunk.dim);
+      }
+      for (const uint16_t* at : keys) prefetch(at + 16 * chunk.dim, 32 * chunk.dim);
+    }
+    score_blocks<kRows, 2>(queries, chunk.dim, keys, to + block * 16);
+  }
+  if (block < blocks) {
+    const uint16_t* keys[1] = {block_of(chunk, block)};
+    score_blocks<kRows, 1>(queries, chunk.dim, keys, to + block * 16);
   }
 }
 
@@ -169,8 +201,7 @@ template <size_t kRows>
 void value_rows(const AttentionChunk& chunk, size_t row, const float* weights) {
   const size_t dim = chunk.dim;
   for (uint32_t begin = chunk.begin; begin < chunk.end; begin += 16) {
-    const uint16_t* values =
-        chunk.kv + static_cast<size_t>(chunk.block_table[begin / 16]) * chunk.block_stride + 16 * dim;
+    const uint16_t* values = block_of(chunk, (begin - chunk.begin) / 16) + 16 * dim;
     const size_t positions = chunk.end - begin < 16 ? chunk.end - begin : 16;
     const float* from = weights + row * kAttentionChunk + (begin - chunk.begin);
     size_t i = 0;

@@ -25,7 +25,7 @@ void store_operand(const float* x, size_t n, size_t k, size_t token, void* opera
 }
 
 template <size_t kRows, size_t kTokens>
-inline void dot_tile(const uint16_t* const weights, size_t stride, size_t k, const float* inputs,
+inline void dot_tile(const uint16_t* weights, size_t stride, size_t k, const float* inputs,
                      float* out, size_t out_stride) {
   F sums[kRows][kTokens];
   for (size_t row = 0; row < kRows; ++row) {
@@ -55,18 +55,15 @@ inline void dot_tile(const uint16_t* const weights, size_t stride, size_t k, con
 // A single token: more rows at once, to hide the latency of the sums.
 constexpr size_t kSingleRows = 8;
 
-void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t first_token,
-         size_t tokens, float* out, size_t out_stride) {
-  const float* inputs = static_cast<const float*>(operand) + first_token * k;
-  if (tokens == 1) {
-    for (size_t row = 0; row < rows; row += kSingleRows) {
-      dot_tile<kSingleRows, 1>(weights.data + row * weights.stride, weights.stride, k, inputs,
-                               out + row, out_stride);
-    }
-    return;
-  }
-  for (size_t row = 0; row < rows; row += Simd::kRows) {
+void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out, size_t out_stride) {
+  const float* inputs = static_cast<const float*>(operand);
+  const size_t step = tokens == 1 ? kSingleRows : Simd::kRows;
+  for (size_t row = 0; row < rows; row += step) {
     const uint16_t* at = weights.data + row * weights.stride;
+    if (tokens == 1) {
+      dot_tile<kSingleRows, 1>(at, weights.stride, k, inputs, out + row, out_stride);
+      continue;
+    }
     size_t token = 0;
     for (; token + Simd::kTokens <= tokens; token += Simd::kTokens) {
       dot_tile<Simd::kRows, Simd::kTokens>(at, weights.stride, k, inputs + token * k,
@@ -97,29 +94,33 @@ void swiglu(const float* gate, const float* up, size_t stride, size_t tokens, si
 }
 
 template <size_t kTokens, size_t kVectors>
-inline void down_tile(const uint16_t* weights, size_t stride, size_t count, const float* activations,
-                      size_t neurons, float* out, size_t out_stride, bool add) {
+inline void down_tile(const DownTask& task, size_t column, size_t token) {
+  const size_t first = task.first_block * 32, count = (task.last_block - task.first_block) * 32;
+  const size_t stride = task.weights.stride;
+  const uint16_t* weights = task.weights.data + first * stride + task.first_column + column;
+  const float* inputs =
+      static_cast<const float*>(task.activations) + token * task.neurons + first;
   F even[kTokens][kVectors / 2], odd[kTokens][kVectors / 2];
-  for (size_t token = 0; token < kTokens; ++token) {
-    for (size_t i = 0; i < kVectors / 2; ++i) even[token][i] = odd[token][i] = Simd::zero();
+  for (size_t t = 0; t < kTokens; ++t) {
+    for (size_t i = 0; i < kVectors / 2; ++i) even[t][i] = odd[t][i] = Simd::zero();
   }
   for (size_t neuron = 0; neuron < count; ++neuron) {
     for (size_t i = 0; i < kVectors / 2; ++i) {
       F w_even, w_odd;
       Simd::load_bf16(weights + neuron * stride + i * kChunk, &w_even, &w_odd);
-      for (size_t token = 0; token < kTokens; ++token) {
-        const F a = Simd::set(activations[token * neurons + neuron]);
-        even[token][i] = Simd::fma(a, w_even, even[token][i]);
-        odd[token][i] = Simd::fma(a, w_odd, odd[token][i]);
+      for (size_t t = 0; t < kTokens; ++t) {
+        const F a = Simd::set(inputs[t * task.neurons + neuron]);
+        even[t][i] = Simd::fma(a, w_even, even[t][i]);
+        odd[t][i] = Simd::fma(a, w_odd, odd[t][i]);
       }
     }
   }
-  for (size_t token = 0; token < kTokens; ++token) {
+  for (size_t t = 0; t < kTokens; ++t) {
     for (size_t i = 0; i < kVectors / 2; ++i) {
       F low, high;
-      Simd::interleave(even[token][i], odd[token][i], &low, &high);
-      float* to = out + token * out_stride + i * kChunk;
-      if (add) {
+      Simd::interleave(even[t][i], odd[t][i], &low, &high);
+      float* to = task.out + (token + t) * task.out_stride + column + i * kChunk;
+      if (task.add) {
         low = Simd::load(to) + low;
         high = Simd::load(to + kLanes) + high;
       }
@@ -129,44 +130,27 @@ inline void down_tile(const uint16_t* weights, size_t stride, size_t count, cons
   }
 }
 
+// From `column` on, as far as tiles of this width go; returns where they end.
 template <size_t kVectors>
-size_t down_columns(const uint16_t* weights, size_t stride, size_t count, const float* activations,
-                    size_t neurons, size_t columns, size_t tokens, float* out, size_t out_stride,
-                    bool add) {
-  size_t column = 0;
-  for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
+size_t down_columns(const DownTask& task, size_t column) {
+  for (; column + kVectors * kLanes <= task.columns; column += kVectors * kLanes) {
     size_t token = 0;
-    for (; token + Simd::kDownTokens <= tokens; token += Simd::kDownTokens) {
-      down_tile<Simd::kDownTokens, kVectors>(weights + column, stride, count,
-                                             activations + token * neurons, neurons,
-                                             out + token * out_stride + column, out_stride, add);
+    for (; token + Simd::kDownTokens <= task.tokens; token += Simd::kDownTokens) {
+      down_tile<Simd::kDownTokens, kVectors>(task, column, token);
     }
-    for (; token < tokens; ++token) {
-      down_tile<1, kVectors>(weights + column, stride, count, activations + token * neurons,
-                             neurons, out + token * out_stride + column, out_stride, add);
-    }
+    for (; token < task.tokens; ++token) down_tile<1, kVectors>(task, column, token);
   }
   return column;
 }
 
-// A single token's accumulators all fit the registers: rows are read nearly whole.
+// A single token's sums fit the registers for many columns: rows are read in long pieces.
 constexpr size_t kSingleVectors = Simd::kLanes == 16 ? 12 : 8;
 
-void down(Rows weights, size_t neurons, size_t first_block, size_t last_block, size_t first_column,
-          size_t columns, const void* activations, size_t tokens, float* out, size_t out_stride,
-          bool add) {
-  const size_t first = first_block * 32, count = (last_block - first_block) * 32;
-  const uint16_t* at = weights.data + first * weights.stride + first_column;
-  const float* inputs = static_cast<const float*>(activations) + first;
-  size_t done = 0;
-  if (tokens == 1) {
-    done += down_columns<kSingleVectors>(at, weights.stride, count, inputs, neurons, columns, tokens,
-                                         out, out_stride, add);
-  }
-  done += down_columns<Simd::kDownVectors>(at + done, weights.stride, count, inputs, neurons,
-                                           columns - done, tokens, out + done, out_stride, add);
-  down_columns<2>(at + done, weights.stride, count, inputs, neurons, columns - done, tokens,
-                  out + done, out_stride, add);
+void down(const DownTask* task) {
+  size_t column = 0;
+  if (task->tokens == 1) column = down_columns<kSingleVectors>(*task, column);
+  column = down_columns<Simd::kDownVectors>(*task, column);
+  down_columns<2>(*task, column);
 }
 
 void nothing() {}

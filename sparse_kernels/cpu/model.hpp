@@ -14,6 +14,11 @@ namespace sk {
 
 constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
+// The rows of a matrix from one on.
+inline Rows rows_from(Rows matrix, size_t row) {
+  return {matrix.data + row * matrix.stride, matrix.stride};
+}
+
 // Memory that only grows, aligned and zeroed when it does.
 class Scratch {
  public:
