@@ -68,7 +68,12 @@ class EngineSettings(BaseSettings):
         ),
     ] = 0
     threads: Annotated[
-        int, Field(ge=0, le=1024, description="CPU threads of the forward; 0: all usable.")
+        int,
+        Field(
+            ge=0,
+            le=1024,
+            description="CPU threads of the forward; 0, or more than are usable: all that are.",
+        ),
     ] = 0
     max_context: Annotated[
         int,

@@ -1,6 +1,7 @@
 """The same promise on the real model: batched, chunked and preempted runs equal one at a time."""
 
 import pytest
+import torch
 
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
@@ -46,21 +47,28 @@ def small_context(**settings: object) -> EngineSettings:
     return EngineSettings(**{"max_context": 256, "kv_cache_gib": 0.25, **settings})
 
 
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def model(request) -> LoadedModel:
+    """In the dtype that the backend of that name is for, so that it is chosen."""
+    name = {"reference": "demo_model", "cpu": "demo_bfloat16"}[request.param]
+    loaded: LoadedModel = request.getfixturevalue(name)
+    return loaded
+
+
 @pytest.fixture(scope="module")
-def alone(demo_model: LoadedModel) -> dict[str, tuple[object, ...]]:
-    engine = assemble_engine(demo_model, small_context(max_running=1)).engine
+def alone(model: LoadedModel) -> dict[str, tuple[object, ...]]:
+    engine = assemble_engine(model, small_context(max_running=1)).engine
+    assert (engine.backend.info.name == "cpu") == (model.weights.dtype == torch.bfloat16)
     return {k: v for request in requests(engine) for k, v in run(engine, [request]).items()}
 
 
 @pytest.mark.parametrize("case", ["batched", "chunked", "preempted"])
-def test_output_equals_that_of_the_request_alone(demo_model, alone, case):
+def test_output_equals_that_of_the_request_alone(model, alone, case):
     settings = {"max_running": 6}
     if case == "chunked":
         settings["max_batched_tokens"] = 48
     if case == "preempted":
-        settings["kv_cache_gib"] = (
-            17 * bytes_per_block(demo_model.config, demo_model.weights.dtype) / 2**30
-        )
-    engine = assemble_engine(demo_model, small_context(**settings)).engine
+        settings["kv_cache_gib"] = 17 * bytes_per_block(model.config, model.weights.dtype) / 2**30
+    engine = assemble_engine(model, small_context(**settings)).engine
     assert run(engine, requests(engine)) == alone
     assert (engine.metrics.preemptions._value.get() > 0) == (case == "preempted")
