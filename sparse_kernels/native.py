@@ -97,7 +97,7 @@ def cpu_features() -> CpuFeatures:
     info = new_struct(_abi.sk_cpu_info)
     check(library, library.sk_cpu_features(ctypes.byref(info)))
     flags = {f.name.removeprefix("SK_CPU_").lower() for f in _abi.sk_cpu_flag if f & info.flags}
-    return CpuFeatures(_isa_name(info.isa), _isa_name(info.highest_isa), frozenset(flags))
+    return CpuFeatures(isa_name(info.isa), isa_name(info.highest_isa), frozenset(flags))
 
 
 def read_probe(
@@ -134,10 +134,10 @@ def read_probe(
             f"buffer_bytes is {buffer_bytes}, but this process can get only {room} bytes more",
         )
     arguments = new_struct(_abi.sk_read_probe_args)
-    arguments.buffer_bytes = _unsigned("buffer_bytes", buffer_bytes)
-    arguments.threads = _unsigned("threads", usable_cpus() if threads is None else threads, bits=32)
+    arguments.buffer_bytes = unsigned("buffer_bytes", buffer_bytes)
+    arguments.threads = unsigned("threads", usable_cpus() if threads is None else threads, bits=32)
     arguments.seconds = seconds
-    arguments.isa = _isa_value(isa)
+    arguments.isa = isa_value(isa)
     result = new_struct(_abi.sk_read_probe_result)
     check(library, library.sk_read_probe(ctypes.byref(arguments), ctypes.byref(result)))
     return ReadProbe(
@@ -149,7 +149,7 @@ def read_probe(
         passes=result.passes,
         buffer_bytes=result.buffer_bytes,
         threads=result.threads,
-        isa=_isa_name(result.isa),
+        isa=isa_name(result.isa),
         pinned=bool(result.pinned),
         huge_pages=bool(result.huge_pages),
     )
@@ -233,12 +233,14 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _isa_name(value: int) -> str:
+def isa_name(value: int) -> str:
+    """Of an sk_isa: auto, portable, avx2, avx512 or amx."""
     return _abi.sk_isa(value).name.removeprefix("SK_ISA_").lower()
 
 
-def _isa_value(name: str) -> int:
-    values = {_isa_name(value): int(value) for value in _abi.sk_isa}
+def isa_value(name: str) -> int:
+    """The sk_isa of that name. Raises NativeCallError."""
+    values = {isa_name(value): int(value) for value in _abi.sk_isa}
     if name not in values:
         raise NativeCallError(
             _abi.sk_status.SK_STATUS_BAD_VALUE, f"isa is {name!r}; it can be {', '.join(values)}"
@@ -246,8 +248,11 @@ def _isa_value(name: str) -> int:
     return values[name]
 
 
-def _unsigned(name: str, value: int, bits: int = 64) -> int:
-    # ctypes would cut the number down to its low bits without a word.
+def unsigned(name: str, value: int, bits: int = 64) -> int:
+    """`value`, which a field can hold: ctypes would cut it down to its low bits without a word.
+
+    Raises NativeCallError.
+    """
     if not 0 <= value < 1 << bits:
         raise NativeCallError(
             _abi.sk_status.SK_STATUS_BAD_SIZE,

@@ -112,8 +112,19 @@ def tiny_model(tiny_folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
+def tiny_bfloat16(tiny_folder: Path) -> LoadedModel:
+    """The same for the native backend, which reads the layers when it packs them."""
+    return load_model(str(tiny_folder), dtype="bfloat16", layers_at_use=True)
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> LoadedModel:
     return load_model(DEMO_MODEL)
+
+
+@pytest.fixture(scope="session")
+def demo_bfloat16() -> LoadedModel:
+    return load_model(DEMO_MODEL, dtype="bfloat16", layers_at_use=True)
 
 
 EngineFactory = Callable[..., Engine]
@@ -125,8 +136,20 @@ def tiny_engine(tiny_model: LoadedModel) -> EngineFactory:
     return lambda **settings: assemble_engine(tiny_model, tiny_settings(**settings)).engine
 
 
+@pytest.fixture
+def native_engine(tiny_bfloat16: LoadedModel) -> EngineFactory:
+    """The same on the native backend."""
+
+    def make(**settings: object) -> Engine:
+        own = tiny_settings(**{"backend": "cpu", **settings})
+        return assemble_engine(tiny_bfloat16, own).engine
+
+    return make
+
+
 def tiny_settings(**overrides: object) -> ServerSettings:
     defaults = {
+        "backend": "reference",
         "port": 0,
         "metrics_port": 0,
         "threads": 1,

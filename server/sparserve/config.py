@@ -23,6 +23,7 @@ from pydantic_settings import (
 from sparserve.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BackendChoice = Literal["auto", "reference", "cpu"]
 
 
 class EngineSettings(BaseSettings):
@@ -37,10 +38,18 @@ class EngineSettings(BaseSettings):
             "org/name[@revision] of a model in the Hugging Face cache."
         ),
     ] = "smollm2-135m-instruct"
+    backend: Annotated[
+        BackendChoice,
+        Field(
+            description="cpu: native kernels in bfloat16; reference: plain torch, slow, any dtype and device; "
+            "auto: cpu where dtype and device_map allow it."
+        ),
+    ] = "auto"
     dtype: Annotated[
         Dtype,
         Field(
-            description="Data type of weights and KV cache; auto: the checkpoint's (float32 for quantized GGUF)."
+            description="Data type of weights and KV cache; auto: bfloat16 on the cpu backend, on the reference "
+            "backend the checkpoint's (float32 for quantized GGUF)."
         ),
     ] = "auto"
     device_map: Annotated[

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2
 from transformers import AutoTokenizer
 
 import sparserve
+from sparse_kernels.native import cpu_features
 from sparserve.client import AsyncClient, Client, make_request
 from sparserve.client.responses import ArchiveReader
 from sparserve.errors import CallFailed
@@ -38,6 +39,18 @@ async def test_model_info_is_the_models_own(wire, tiny_folder):
     assert info.num_parameters == 2 * layer + 2 * 259 * 64 + 64
     named = await wire.control.GetModelInfo(pb.GetModelInfoRequest(model=tiny_folder.name))
     assert named == info
+
+
+async def test_server_info_names_the_instruction_set_of_the_native_backend(
+    serving, connect, tiny_bfloat16
+):
+    async with serving(model=tiny_bfloat16, backend="cpu") as server:
+        info = await connect(server).control.GetServerInfo(pb.GetServerInfoRequest())
+        model = await connect(server).control.GetModelInfo(pb.GetModelInfoRequest())
+    assert info.backend == pb.Backend(
+        name="cpu", device="cpu", dtype="bfloat16", threads=1, isa=cpu_features().isa
+    )
+    assert model.dtype == "bfloat16"
 
 
 async def test_server_info_tells_backend_limits_and_policies(serving, connect):

@@ -291,4 +291,4 @@ def test_the_demo_answers_and_shows_speeds_and_metrics(run_main, monkeypatch):
     assert "Paris" in out.split(question)[1]
     assert "tokens/s" in out
     assert "sparserve_generation_tokens_total 8.0" in out
-    assert "backend reference" in err
+    assert "backend cpu (" in err

@@ -15,6 +15,7 @@ from sparserve.errors import ConfigError
 # A value other than the default for each setting, as a flag or the environment says it.
 OTHER = {
     "model": ("folder", "folder"),
+    "backend": ("reference", "reference"),
     "dtype": ("bfloat16", "bfloat16"),
     "device_map": ("auto", "auto"),
     "max_memory_gib": ("1.5", 1.5),
@@ -101,6 +102,7 @@ def test_the_engine_alone_takes_its_part_of_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("backend", "gpu"),
         ("dtype", "int7"),
         ("threads", "-1"),
         ("threads", "many"),

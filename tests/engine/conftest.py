@@ -38,3 +38,11 @@ def run_to_end(engine: Engine, requests: Sequence[GenerationRequest], stagger: i
 def finish_all() -> Callable[..., Results]:
     """`run_to_end` itself: test modules cannot import this one."""
     return run_to_end
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def any_engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """`any_engine(max_running=…)`: over the tiny model, on each backend in turn."""
+    name = "tiny_engine" if request.param == "reference" else "native_engine"
+    factory: Callable[..., Engine] = request.getfixturevalue(name)
+    return factory

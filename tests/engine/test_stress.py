@@ -13,7 +13,7 @@ from sparserve.engine.request import (
     StoppingParams,
     Update,
 )
-from sparserve.model.kv_cache import bytes_per_block
+from sparserve.model.backend import BLOCK_SIZE
 
 CONTEXT = 128
 
@@ -60,17 +60,19 @@ def play(
 
 
 @pytest.fixture
-def small_pool(tiny_engine, tiny_model):
+def small_pool(any_engine):
     """An engine with so many KV blocks and a budget of few tokens a step."""
+    block_bytes = any_engine().backend.info.kv_bytes_per_token * BLOCK_SIZE
 
     def build(blocks: int, max_running: int, max_batched_tokens: int) -> Engine:
-        size = bytes_per_block(tiny_model.config, tiny_model.weights.dtype)
-        return tiny_engine(
-            kv_cache_gib=(blocks + 0.5) * size / 2**30,
+        made = any_engine(
+            kv_cache_gib=(blocks + 0.5) * block_bytes / 2**30,
             max_running=max_running,
             max_batched_tokens=max_batched_tokens,
             max_context=CONTEXT,
         )
+        assert made.backend.num_blocks == blocks
+        return made
 
     return build
 

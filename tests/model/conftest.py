@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = (
 )
 
 from sparserve.model.backend import Backend, ForwardOutput
+from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.loader import LoadedModel
 from sparserve.model.reference import ReferenceBackend
 
@@ -53,9 +54,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_backend() -> Callable[..., Backend]:
-    """`make_backend(model, num_blocks=…)`: a reference backend."""
+    """`make_backend(model, num_blocks=…)`: a reference backend; with `kind="cpu"` the native one."""
 
-    def make(model: LoadedModel, num_blocks: int = 64, threads: int = 1) -> Backend:
+    def make(
+        model: LoadedModel, num_blocks: int = 64, threads: int = 1, kind: str = "reference"
+    ) -> Backend:
+        if kind == "cpu":
+            decoder = make_decoder(model.config, model.weights, threads=threads)
+            return CpuBackend(model.config, decoder, num_blocks=num_blocks)
         return ReferenceBackend(model.config, model.weights, num_blocks=num_blocks, threads=threads)
 
     return make

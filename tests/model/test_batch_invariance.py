@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparse_kernels.reference import block_of
+from sparse_kernels.weights import LayerShape
 from sparserve.model.backend import (
     BLOCK_SIZE,
     Backend,
@@ -75,7 +77,13 @@ def forward(backend: Backend, *steps: Step) -> None:
 
 def written_kv(backend: Backend, run: Run) -> torch.Tensor:
     """K and V of the run's positions, in their order."""
-    blocks = backend.read_blocks(run.table)  # [blocks, layers, 2, BLOCK_SIZE, kv_heads, head_dim]
+    blocks = backend.read_blocks(run.table)
+    if backend.info.name == "cpu":  # [blocks, layers, elements of the native layout]
+        config = backend.config
+        shape = LayerShape(config.num_heads, config.num_kv_heads, config.intermediate_size)
+        parts = [[block_of(shape, config.head_dim, p) for p in block] for block in blocks]
+        blocks = torch.stack([torch.stack([torch.stack(kv) for kv in part]) for part in parts])
+    # [blocks, layers, 2, BLOCK_SIZE, kv_heads, head_dim]
     return blocks.movedim(3, 1).flatten(0, 1)[: run.done]
 
 
@@ -126,21 +134,26 @@ EVERYTHING = {
     "rope_scaling": {"type": "dynamic", "factor": 2.5},
 }
 CHECKPOINTS = {
-    "float32": (torch.float32, {}),
-    "bfloat16": (torch.bfloat16, {}),
-    "float16": (torch.float16, {}),
-    "everything": (torch.float32, EVERYTHING),
-    "everything in bfloat16": (torch.bfloat16, EVERYTHING),
+    "float32": ("reference", torch.float32, {}),
+    "bfloat16": ("reference", torch.bfloat16, {}),
+    "float16": ("reference", torch.float16, {}),
+    "everything": ("reference", torch.float32, EVERYTHING),
+    "everything in bfloat16": ("reference", torch.bfloat16, EVERYTHING),
+    "native": ("cpu", torch.bfloat16, {}),
+    "everything native": ("cpu", torch.bfloat16, EVERYTHING),
 }
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
 def bench(request, write_tiny_checkpoint, tmp_path_factory, make_backend) -> Bench:
-    dtype, overrides = request.param
+    kind, dtype, overrides = request.param
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), dtype=dtype, **overrides)
     model = load_model(str(folder))
     assert model.weights.dtype == dtype
-    return Bench(make_backend(model, NUM_BLOCKS), make_backend(model, NUM_BLOCKS))
+    # The crowd has two native threads, a run alone one.
+    threads = 2 if kind == "cpu" else 1
+    crowded = make_backend(model, NUM_BLOCKS, threads, kind)
+    return Bench(crowded, make_backend(model, NUM_BLOCKS, kind=kind))
 
 
 def cuts(draw: st.DrawFn, total: int, most: int) -> list[int]:
@@ -339,11 +352,12 @@ def test_each_row_is_normalized_at_its_own_sequences_temperature(bench, all_logi
         torch.testing.assert_close(actual.double(), scaled.logsumexp(1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_demo_model_alone_equals_itself_in_a_mixed_batch(demo_model, make_backend, threads):
+@pytest.mark.parametrize(("kind", "threads"), [("reference", 1), ("reference", 2), ("cpu", 2)])
+def test_the_demo_model_alone_equals_itself_in_a_mixed_batch(request, make_backend, kind, threads):
     """The same at a real model's shapes, whose products and sums take other paths of the library,
     and on two threads, which may share a row's sum between them."""
-    backend: Backend = make_backend(demo_model, NUM_BLOCKS, threads)
+    model = request.getfixturevalue("demo_model" if kind == "reference" else "demo_bfloat16")
+    backend: Backend = make_backend(model, NUM_BLOCKS, threads, kind)
     alone = Run(random_tokens(75, 16), range(5))
     forward(backend, (alone, 72, Phase.PREFILL))
     for _ in range(3):

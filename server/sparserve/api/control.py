@@ -79,7 +79,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             version=sparserve.__version__,
             start_time=self._start_time,
             backend=pb.Backend(
-                name=info.name, device=info.device, dtype=info.dtype, threads=info.threads
+                name=info.name,
+                device=info.device,
+                dtype=info.dtype,
+                threads=info.threads,
+                isa=info.isa,
             ),
             limits=pb.Limits(
                 max_context_length=limits.max_context,

@@ -51,7 +51,7 @@ async def _run(
         target = f"{settings.host}:{server.port}"
         info = built.engine.backend.info
         err.print(
-            f"serving {built.model_name} on {target}: backend {info.name}, {info.dtype}, {info.threads} threads"
+            f"serving {built.model_name} on {target}: backend {info.title}, {info.dtype}, {info.threads} threads"
         )
         async with AsyncClient(target) as client:
             results = []

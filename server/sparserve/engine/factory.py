@@ -5,7 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from sparse_kernels.native import memory_room, usable_cpus
+from sparse_kernels.decoder import Decoder
+from sparse_kernels.native import (
+    NativeCallError,
+    NativeLibraryError,
+    cpu_features,
+    memory_room,
+    usable_cpus,
+)
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
@@ -13,8 +20,9 @@ from sparserve.engine.limits import EngineLimits
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import ConfigError
 from sparserve.metrics import Metrics
-from sparserve.model.backend import BLOCK_SIZE
+from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.catalog import DownloadProgress
+from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
 from sparserve.model.placement import Placement
@@ -48,26 +56,60 @@ def load_by_settings(
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
-    """The model that `settings` name, in their dtype, where they place it. Raises ModelError or ConfigError."""
+    """The model that `settings` name, in their dtype, where they place it. Raises ModelError or ConfigError.
+
+    For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own.
+    """
+    name, _ = choose_backend(settings, settings.dtype)
     return load_model(
         settings.model,
-        dtype=settings.dtype,
+        dtype="bfloat16" if name == "cpu" else settings.dtype,
         placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
+        layers_at_use=name == "cpu",
         on_tensor=on_tensor,
         on_download=on_download,
     )
 
 
+def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
+    """(name of the backend for weights of `dtype`, why it is not the cpu backend). Raises ConfigError."""
+    if settings.backend == "reference":
+        return "reference", "the settings ask for it"
+    obstacle = _cpu_obstacle(settings, dtype)
+    if obstacle is None:
+        return "cpu", ""
+    if settings.backend == "cpu":
+        raise ConfigError(
+            f"the cpu backend cannot be used: {obstacle}; or take --backend reference"
+        )
+    return "reference", obstacle
+
+
+def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
+    """What keeps the cpu backend from running, if anything. Raises ConfigError where the instruction
+    set that SPARSE_KERNELS_ISA asks for cannot be had."""
+    if settings.device_map != "cpu":
+        return f"device_map is {settings.device_map!r} and it needs cpu"
+    if dtype not in ("auto", "bfloat16"):
+        return f"dtype is {dtype} and it needs bfloat16"
+    try:
+        cpu_features()
+    except NativeLibraryError as error:
+        return str(error)
+    except NativeCallError as error:
+        raise ConfigError(str(error)) from error
+    return None
+
+
 def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine:
-    """An engine over a model in memory. Raises ConfigError."""
+    """An engine over a model in memory. Raises ConfigError or, of layers that are read only now,
+    CorruptCheckpoint."""
     max_context = _max_context(settings, model.config.max_position_embeddings)
-    num_blocks, max_context = _size_cache(settings, model, max_context)
-    threads = settings.threads or usable_cpus()
-    backend = ReferenceBackend(model.config, model.weights, num_blocks=num_blocks, threads=threads)
+    backend, max_context = _make_backend(model, settings, max_context)
     log.info(
         "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens",
-        model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.name, threads,
-        max_context, num_blocks * BLOCK_SIZE,
+        model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
+        backend.info.threads, max_context, backend.num_blocks * BLOCK_SIZE,
     )  # fmt: skip
     config = model.config
     special_tokens = {
@@ -93,6 +135,46 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
     )
 
 
+def _make_backend(
+    model: LoadedModel, settings: EngineSettings, max_context: int
+) -> tuple[Backend, int]:
+    """-> (backend, context that fits its KV cache). Raises ConfigError or CorruptCheckpoint."""
+    config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
+    name, reason = choose_backend(settings, str(dtype).removeprefix("torch."))
+    if name == "cpu":
+        # First the weights: the cache gets a part of the memory that they leave.
+        decoder = _make_decoder(model, threads)
+        num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
+        return CpuBackend(config, decoder, num_blocks=num_blocks), context
+    log.info("the backend is the reference one: %s", reason)
+    num_blocks, context = _size_cache(settings, bytes_per_block(config, dtype), max_context)
+    backend = ReferenceBackend(config, model.weights, num_blocks=num_blocks, threads=threads)
+    return backend, context
+
+
+def _make_decoder(model: LoadedModel, threads: int) -> Decoder:
+    """Raises ConfigError or CorruptCheckpoint."""
+    try:
+        return make_decoder(model.config, model.weights, threads=threads)
+    except NativeCallError as error:
+        raise ConfigError(
+            f"the cpu backend cannot run {model.name}: {error}; take --backend reference"
+        ) from error
+    except MemoryError as error:
+        raise ConfigError(f"the weights of {model.name} do not fit into memory: {error}") from error
+
+
+def _threads(settings: EngineSettings) -> int:
+    usable = usable_cpus()
+    if settings.threads > usable:
+        # Threads without a CPU of their own would hold up all others at every barrier.
+        log.warning(
+            "threads is %d, but this process can use only %d CPUs: taking %d",
+            settings.threads, usable, usable,
+        )  # fmt: skip
+    return min(settings.threads or usable, usable)
+
+
 def _max_context(settings: EngineSettings, trained: int) -> int:
     if settings.max_context > trained:
         raise ConfigError(
@@ -103,9 +185,8 @@ def _max_context(settings: EngineSettings, trained: int) -> int:
     return settings.max_context or trained
 
 
-def _size_cache(settings: EngineSettings, model: LoadedModel, max_context: int) -> tuple[int, int]:
+def _size_cache(settings: EngineSettings, block_bytes: int, max_context: int) -> tuple[int, int]:
     """-> (KV blocks, context that fits in them). Raises ConfigError where an asked context does not fit."""
-    block_bytes = bytes_per_block(model.config, model.weights.dtype)
     one_context = blocks_for(max_context)
     free = memory_room()
     if settings.kv_cache_gib * GIB > free:

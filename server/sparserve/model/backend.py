@@ -13,12 +13,13 @@ from typing import Protocol
 
 import torch
 
+from sparse_kernels._abi import SK_BLOCK_SIZE, SK_NUM_CANDIDATES
 from sparserve.model.config import ModelConfig
 from sparserve.sparsity.policy import DENSE, Policy, PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
-BLOCK_SIZE = 16  # token positions in a KV block
-NUM_CANDIDATES = 256
+BLOCK_SIZE = SK_BLOCK_SIZE  # token positions in a KV block
+NUM_CANDIDATES = SK_NUM_CANDIDATES
 
 
 class Phase(Enum):
@@ -104,6 +105,11 @@ class BackendInfo:
     )
     mlp_bytes: int  # of these, by the feed-forward layers
     kv_bytes_per_token: int  # K and V of one position in all layers
+    isa: str = ""  # level of the native kernels (`native.CpuFeatures.isa`), "" where there are none
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.isa})" if self.isa else self.name
 
 
 class Backend(Protocol):

@@ -34,6 +34,15 @@ def target_scores(logits: torch.Tensor, targets: Sequence[int], num_top: int) ->
     )
 
 
+def concatenate_scores(parts: Sequence[TargetScores]) -> TargetScores:
+    """Of one sequence's targets, cut into pieces."""
+    return TargetScores(
+        torch.cat([p.logprobs for p in parts]),
+        torch.cat([p.top_ids for p in parts]),
+        torch.cat([p.top_logprobs for p in parts]),
+    )
+
+
 def _sorted_head(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [rows, vocab] -> ids, logits [rows, count], by (logit descending, id ascending)."""
     top = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)

@@ -19,7 +19,7 @@ from sparserve.model.gguf_checkpoint import GGUFCheckpoint
 from sparserve.model.hub import cached_model
 from sparserve.model.placement import PlacedLayers, Placement, plan
 from sparserve.model.safetensors_checkpoint import SafetensorsCheckpoint
-from sparserve.model.weights import ModelWeights, TensorNames, assemble, read_layer
+from sparserve.model.weights import ModelWeights, TensorNames, assemble, layer_shapes, read_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,13 +89,15 @@ def _require_layers(path: Path, checkpoint: Checkpoint) -> None:
             raise CorruptCheckpoint(f"tensor {name} is missing from {path}")
 
 
-def _refuse_unread(path: Path, checkpoint: Checkpoint, read_names: set[str]) -> None:
+def _refuse_unread(path: Path, checkpoint: Checkpoint) -> None:
     """A tensor that nothing here reads (a bias, an adapter) means another model than we would run."""
-    known = {checkpoint.names.lm_head, "rope_freqs.weight"}  # tied files may repeat the head
+    names, config = checkpoint.names, checkpoint.config
+    fields = layer_shapes(config)
+    known = {names.layer[field].format(i=i) for field in fields for i in range(config.num_layers)}
+    known |= {names.embedding, names.norm, names.lm_head}  # tied files may repeat the head
+    known |= {"rope_freqs.weight"}
     unread = sorted(
-        name
-        for name in checkpoint.tensor_names - read_names - known
-        if not name.endswith("rotary_emb.inv_freq")
+        name for name in checkpoint.tensor_names - known if not name.endswith("rotary_emb.inv_freq")
     )
     if unread:
         raise UnsupportedModel(
@@ -109,6 +111,7 @@ def load_model(
     *,
     dtype: str = "auto",
     placement: Placement = Placement(),
+    layers_at_use: bool = False,
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: catalog.DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
@@ -117,7 +120,8 @@ def load_model(
 
     `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF) or a key of DTYPES. Tensors
     already in that dtype stay memory-mapped; others are converted one at a time. Layers go straight
-    to the devices of `placement`.
+    to the devices of `placement`; with `layers_at_use` each is read when it is asked for and not
+    kept, for a backend that makes a copy of its own.
 
     Raises ModelNotFound, DownloadFailed, UnsupportedModel, CorruptCheckpoint or, of a placement that
     cannot be, ConfigError.
@@ -130,7 +134,7 @@ def load_model(
 
     def read(name: str) -> torch.Tensor:
         tensor = checkpoint.read(name)
-        if name not in read_names:  # layers on disk are read again
+        if name not in read_names:  # layers may be read again
             read_names.add(name)
             on_tensor(len(read_names), total)
         # Norm weights are used in float32 and cost nothing; matrices must be contiguous rows.
@@ -143,10 +147,12 @@ def load_model(
         config,
         names,
         lambda name: read(name).to(devices.execution),
-        lambda: PlacedLayers(partial(read_layer, config, names, read), devices),
+        lambda: PlacedLayers(
+            partial(read_layer, config, names, read), devices, at_use=layers_at_use
+        ),
         checkpoint.rope_factors,
     )
-    _refuse_unread(path, checkpoint, read_names)
+    _refuse_unread(path, checkpoint)
     tokenizer = checkpoint.tokenizer()
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= checkpoint.config.vocab_size:

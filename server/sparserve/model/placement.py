@@ -115,13 +115,19 @@ class PlacedLayers(Sequence[LayerWeights]):
     """The layers of a model where a DeviceMap wants them, each ready for use on its device.
 
     All are read once at first, so that a damaged checkpoint is told then; those on disk are dropped
-    and read again at each use.
+    and read again at each use. With `at_use` nothing is read before its use and nothing is kept.
     """
 
-    def __init__(self, read_layer: Callable[[int], LayerWeights], devices: DeviceMap) -> None:
+    def __init__(
+        self,
+        read_layer: Callable[[int], LayerWeights],
+        devices: DeviceMap,
+        *,
+        at_use: bool = False,
+    ) -> None:
         self._read_layer = read_layer
         self._devices = devices
-        self._resident = [self._load(i) for i in range(len(devices.layers))]
+        self._resident = [None if at_use else self._load(i) for i in range(len(devices.layers))]
 
     def _load(self, index: int) -> LayerWeights | None:
         layer, device = self._read_layer(index), self._devices.layers[index]

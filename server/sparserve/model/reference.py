@@ -26,7 +26,7 @@ from sparserve.model.backend import (
     SequenceInput,
     TargetScores,
 )
-from sparserve.model.candidates import target_scores, top_candidates
+from sparserve.model.candidates import concatenate_scores, target_scores, top_candidates
 from sparserve.model.config import ModelConfig
 from sparserve.model.kv_cache import PagedKVCache, bytes_per_block
 from sparserve.model.weights import LayerWeights, ModelWeights, step_weight_bytes
@@ -204,13 +204,7 @@ class ReferenceBackend:
                 logits = logits[scored.start - tile.start : scored.stop - tile.start]
                 wanted = targets[scored.start - first : scored.stop - first]
                 parts.append(target_scores(logits, wanted, span.sequence.num_top))
-        if not parts:
-            return None
-        return TargetScores(
-            torch.cat([p.logprobs for p in parts]),
-            torch.cat([p.top_ids for p in parts]),
-            torch.cat([p.top_logprobs for p in parts]),
-        )
+        return concatenate_scores(parts) if parts else None
 
     def _tiled_linear(self, rows: int, prefill_rows: int) -> llama.Linear:
         """Products over `rows` rows whose shapes, so whose bits, do not depend on their number."""

@@ -228,11 +228,14 @@ class Backend(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    ISA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"reference", "cpu" or "cuda"."""
     device: _builtins.str
     dtype: _builtins.str
     threads: _builtins.int
+    isa: _builtins.str
+    """Instruction set of the native kernels: "portable", "avx2", "avx512" or "amx"; empty without them."""
     def __init__(
         self,
         *,
@@ -240,10 +243,11 @@ class Backend(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         threads: _builtins.int = ...,
+        isa: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "name", b"name", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "isa", b"isa", "name", b"name", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,191 @@
+"""The native CPU backend: weights and KV in bfloat16, one call of the library for a step.
+
+Its kernels give a row the same bits in prompts and decode, in any batch, on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from sparse_kernels.arena import huge_pages
+from sparse_kernels.decoder import Decoder, Rows
+from sparse_kernels.pack import NonFiniteWeights, pack
+from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+from sparserve.errors import CorruptCheckpoint
+from sparserve.model import llama
+from sparserve.model.backend import (
+    BLOCK_SIZE,
+    BackendInfo,
+    Candidates,
+    ForwardBatch,
+    ForwardOutput,
+    SequenceInput,
+    TargetScores,
+)
+from sparserve.model.candidates import concatenate_scores, target_scores
+from sparserve.model.config import ModelConfig
+from sparserve.model.kv_cache import bytes_per_block
+from sparserve.model.weights import LayerWeights, ModelWeights, step_weight_bytes
+from sparserve.sparsity.policy import PolicyKind
+from sparserve.sparsity.statistics import NeuronStatistics
+
+DTYPE = torch.bfloat16
+# Rows of prompt log-probabilities whose logits are in memory at once.
+SCORED_ROWS = 64
+
+
+def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) -> Decoder:
+    """The library's own copy of `weights`, in DTYPE in main memory; each layer is asked for once.
+
+    Raises CorruptCheckpoint of weights that are not finite, MemoryError, and NativeCallError of
+    what the library refuses.
+    """
+    shapes = [
+        LayerShape(
+            config.num_heads, config.num_kv_heads, config.intermediate_size, config.window(layer)
+        )
+        for layer in range(config.num_layers)
+    ]
+    decoder_config = DecoderConfig(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_frequencies=llama.rope_frequencies(
+            config.rope, config.head_dim, weights.rope_factors, config.max_position_embeddings
+        ).contiguous(),
+        layers=shapes,
+        rope_scale=config.rope.attention_factor,
+    )
+    tied = weights.lm_head is weights.embedding
+    ends = EndTensors(weights.embedding, weights.norm, None if tied else weights.lm_head)
+    # By index: a sequence's iterator would hold one layer while it reads the next.
+    layers = (_tensors(weights.layers[i]) for i in range(config.num_layers))
+    try:
+        packed = pack(decoder_config, ends, layers)
+    except NonFiniteWeights as error:
+        raise CorruptCheckpoint(f"the weights are damaged: {error}") from error
+    return Decoder(packed, threads=threads)
+
+
+def _tensors(layer: LayerWeights) -> LayerTensors:
+    return LayerTensors(
+        q=layer.wq,
+        k=layer.wk,
+        v=layer.wv,
+        output=layer.wo,
+        gate=layer.w_gate,
+        up=layer.w_up,
+        down=layer.w_down,
+        attention_norm=layer.attn_norm,
+        mlp_norm=layer.mlp_norm,
+        q_bias=layer.bq,
+        k_bias=layer.bk,
+        v_bias=layer.bv,
+        output_bias=layer.bo,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+    )
+
+
+class CpuBackend:
+    """See `sparserve.model.backend.Backend`."""
+
+    def __init__(self, config: ModelConfig, decoder: Decoder, *, num_blocks: int) -> None:
+        """Raises MemoryError."""
+        self.config = config
+        self.num_blocks = num_blocks
+        self._decoder = decoder
+        # [num_layers, num_blocks, a block of one layer]
+        memory = huge_pages(num_blocks * decoder.kv_block_bytes).view(DTYPE)
+        self._kv = memory.view(config.num_layers, num_blocks, -1)
+        # The forward has threads of its own. Torch's would spin beside them for the little that is
+        # left to it.
+        torch.set_num_threads(1)
+        self.info = BackendInfo(
+            "cpu",
+            "cpu",
+            str(DTYPE).removeprefix("torch."),
+            decoder.threads,
+            policies=(PolicyKind.DENSE,),
+            weight_bytes=step_weight_bytes(config, DTYPE),
+            mlp_bytes=config.mlp_parameters * DTYPE.itemsize,
+            kv_bytes_per_token=bytes_per_block(config, DTYPE) // BLOCK_SIZE,
+            isa=decoder.isa,
+        )
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        return self._kv[:, list(block_ids)].transpose(0, 1).contiguous()
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
+        self._kv[:, list(block_ids)] = blocks.transpose(0, 1)
+
+    def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        sequences = batch.sequences
+        output_rows: list[int] = []
+        temperatures: list[float] = []
+        hidden_rows: list[int] = []
+        first = 0  # row of the sequence's first token
+        for sequence in sequences:
+            output_rows += [first + offset for offset in sequence.output_offsets]
+            temperatures += [sequence.temperature] * len(sequence.output_offsets)
+            hidden_rows += range(first, first + len(sequence.targets))
+            first += len(sequence.token_ids)
+        sums = [self._new_sums(s) if s.collect_statistics else None for s in sequences]
+        rows = self._decoder.forward(
+            sequences,
+            self._kv,
+            output_rows=output_rows,
+            temperatures=temperatures,
+            hidden_rows=hidden_rows,
+            statistics=sums,
+        )
+        statistics = [
+            None if part is None else _by_block(sequence, part)
+            for sequence, part in zip(sequences, sums, strict=True)
+        ]
+        return ForwardOutput(_candidates(rows), statistics, list(self._scores(batch, rows.hidden)))
+
+    def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:
+        """[KV blocks that the tokens touch, num_layers, intermediate] int64 zeros."""
+        start, stop = sequence.start, sequence.start + len(sequence.token_ids)
+        blocks = (stop - 1) // BLOCK_SIZE - start // BLOCK_SIZE + 1
+        layers, neurons = self.config.num_layers, self.config.intermediate_size
+        return torch.zeros(blocks, layers, neurons, dtype=torch.int64)
+
+    def _scores(self, batch: ForwardBatch, hidden: torch.Tensor) -> Iterator[TargetScores | None]:
+        """`hidden`: states of the rows before each sequence's targets, one after another."""
+        first = 0
+        for sequence in batch.sequences:
+            targets, parts = sequence.targets, []
+            own = hidden[first : first + len(targets)]
+            for start in range(0, len(targets), SCORED_ROWS):
+                piece = slice(start, start + SCORED_ROWS)
+                logits = self._decoder.logits(own[piece])
+                parts.append(target_scores(logits, targets[piece], sequence.num_top))
+            yield concatenate_scores(parts) if parts else None
+            first += len(targets)
+
+
+def _candidates(rows: Rows) -> Candidates:
+    return Candidates(
+        token_ids=rows.candidate_ids.long(),
+        logits=rows.candidate_logits,
+        log_normalizer=rows.log_normalizers,
+        log_normalizer_1=rows.log_normalizers_1,
+        full_logits=lambda row: rows.logits[row],
+    )
+
+
+def _by_block(sequence: SequenceInput, sums: torch.Tensor) -> list[NeuronStatistics]:
+    """One for each KV block; position 0, the attention sink, is no token of it."""
+    start, stop = sequence.start, sequence.start + len(sequence.token_ids)
+    first = start // BLOCK_SIZE
+    return [
+        NeuronStatistics(
+            part, min((block + 1) * BLOCK_SIZE, stop) - max(block * BLOCK_SIZE, start, 1)
+        )
+        for block, part in enumerate(sums, start=first)
+    ]

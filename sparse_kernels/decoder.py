@@ -1,0 +1,232 @@
+"""The native decoder: a model of the library, called with batches of tokens.
+
+A step takes a few milliseconds, so what a call builds anew is kept small: numbers go into arrays and
+records in one piece, and structs are written by `struct`, not field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import weakref
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from sparse_kernels import _abi, native
+from sparse_kernels.pack import PackedDecoder, pointer
+
+BLOCK_SIZE = _abi.SK_BLOCK_SIZE
+# Rows of logits whose memory is kept between calls: a larger one is for a single call.
+KEPT_LOGITS_ROWS = 64
+
+
+class Tokens(Protocol):
+    """Tokens at positions start, start + 1, … of one sequence, and where its KV is."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def block_table(self) -> Sequence[int]: ...
+
+
+class Rows(NamedTuple):
+    """What a forward computed of the rows that were asked for."""
+
+    candidate_ids: torch.Tensor  # [outputs, candidates] int32, by (logit descending, id ascending)
+    candidate_logits: torch.Tensor  # same shape, float32
+    log_normalizers: torch.Tensor  # [outputs] logsumexp((row - its largest) / temperature)
+    log_normalizers_1: torch.Tensor  # [outputs] the same at temperature 1
+    logits: torch.Tensor  # [outputs, vocab]; overwritten by the next forward
+    hidden: torch.Tensor  # [hidden rows, hidden_size] after the last layer, before the norm
+
+
+class Decoder:
+    """A model of the library with its threads, over packed weights, which it keeps alive.
+
+    One thread at a time may call it. `close` ends the threads; so does the end of its life.
+    """
+
+    def __init__(self, packed: PackedDecoder, *, threads: int, isa: str = "auto") -> None:
+        """Raises NativeCallError, of a CPU that lacks `isa` for example, or NativeLibraryError."""
+        self.config = config = packed.config
+        self._library = native.load()
+        self._arguments = native.new_struct(_abi.sk_forward_args)
+        self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)
+        widest = max(shape.intermediate_size for shape in config.layers)
+        self._sums_shape = (len(config.layers), widest)  # of a KV block's statistics
+        self._logits = torch.empty(0, config.vocab_size)
+        arguments = model_arguments(packed, threads=threads, isa=isa)
+        info = native.new_struct(_abi.sk_model_info)
+        status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
+        native.check(self._library, status)
+        self._model = info.model
+        self.kv_block_bytes: int = info.kv_block_bytes  # in all layers
+        self.isa = native.isa_name(info.isa)
+        self.threads: int = info.threads
+        # The weights are the callback's arguments so that they outlive the model.
+        self._destroy = weakref.finalize(self, _destroy, self._library, info.model, packed)
+
+    def forward(
+        self,
+        sequences: Sequence[Tokens],
+        kv: torch.Tensor,
+        *,
+        output_rows: Sequence[int] = (),
+        temperatures: Sequence[float] = (),
+        hidden_rows: Sequence[int] = (),
+        statistics: Sequence[torch.Tensor | None] | None = None,
+    ) -> Rows:
+        """Compute a batch and write its KV.
+
+        Args:
+            kv: contiguous memory of a whole number of blocks, `kv_block_bytes` each, layer by layer.
+            output_rows: rows of the batch (all sequences' tokens in order) whose candidates are
+                wanted, each at its temperature > 0.
+            hidden_rows: rows whose hidden state is wanted.
+            statistics: for each sequence None, or zeroed int64 [KV blocks that its tokens touch,
+                layers, widest intermediate_size]: norm scores of all tokens but position 0, in
+                units of 2^-32, are added.
+
+        Raises NativeCallError where the library refuses a value, ValueError where it could not know.
+        """
+        numbers = array("i")  # all token ids and block tables
+        rows, temps = array("I", output_rows), array("f", temperatures)
+        wanted_hidden = array("I", hidden_rows)
+        for sequence in sequences:
+            numbers += array("i", sequence.token_ids)  # `extend` of a list takes twice as long
+            numbers += array("i", sequence.block_table)
+        self._check_lengths(rows, temps, kv, statistics or ())
+        records = _records(sequences, numbers, statistics)
+        outputs, vocab, hidden_size = len(rows), self.config.vocab_size, self.config.hidden_size
+        ids = torch.empty(outputs, self._candidates, dtype=torch.int32)
+        logits = torch.empty(outputs, self._candidates)
+        normalizers = torch.empty(2, outputs)
+        whole = self._logits_buffer(outputs)
+        hidden = torch.empty(len(wanted_hidden), hidden_size)
+        kv_bytes = kv.numel() * kv.element_size()
+        _FORWARD.pack_into(
+            self._arguments, 0, _abi.SK_ABI_VERSION, _FORWARD.size,
+            ctypes.addressof(records), kv.data_ptr(), kv_bytes, kv_bytes // self.kv_block_bytes,
+            len(sequences), outputs, len(wanted_hidden),
+            rows.buffer_info()[0], temps.buffer_info()[0], wanted_hidden.buffer_info()[0],
+            outputs * vocab, outputs * self._candidates, hidden.numel(),
+            whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),
+            normalizers.data_ptr() + 4 * outputs, hidden.data_ptr(), 0,
+        )  # fmt: skip
+        status = self._library.sk_forward(self._model, ctypes.byref(self._arguments))
+        native.check(self._library, status)
+        return Rows(ids, logits, normalizers[0], normalizers[1], whole, hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The LM head on hidden states of `forward`, [rows, hidden_size] -> [rows, vocab]."""
+        hidden = hidden.contiguous()
+        logits = torch.empty(len(hidden), self.config.vocab_size)
+        arguments = native.new_struct(_abi.sk_logits_args)
+        arguments.hidden, arguments.logits = pointer(hidden), pointer(logits)
+        arguments.hidden_count, arguments.logits_count = hidden.numel(), logits.numel()
+        arguments.rows = len(hidden)
+        status = self._library.sk_logits(self._model, ctypes.byref(arguments))
+        native.check(self._library, status)
+        return logits
+
+    def close(self) -> None:
+        """End the model's threads and let go of the weights."""
+        self._model = 0
+        self._destroy()
+
+    def _check_lengths(
+        self,
+        rows: array[int],
+        temperatures: array[float],
+        kv: torch.Tensor,
+        statistics: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Of what the library cannot measure. Raises ValueError."""
+        if len(rows) != len(temperatures):
+            raise ValueError(f"{len(rows)} output rows have {len(temperatures)} temperatures")
+        if not kv.is_contiguous():
+            raise ValueError(f"kv {list(kv.shape)} is not contiguous")
+        for sums in statistics:
+            if sums is not None and (
+                sums.shape[1:] != self._sums_shape
+                or sums.dtype != torch.int64
+                or not sums.is_contiguous()
+            ):
+                raise ValueError(
+                    f"statistics are {sums.dtype} {list(sums.shape)}; expected contiguous "
+                    f"torch.int64 [blocks, {self._sums_shape[0]}, {self._sums_shape[1]}]"
+                )
+
+    def _logits_buffer(self, rows: int) -> torch.Tensor:
+        """[rows, vocab], reused: fresh pages for 3 MB would cost a tenth of a step each time."""
+        if len(self._logits) < rows:
+            buffer = torch.empty(rows, self.config.vocab_size)
+            if rows > KEPT_LOGITS_ROWS:
+                return buffer
+            self._logits = buffer
+        return self._logits[:rows]
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def model_arguments(
+    packed: PackedDecoder, *, threads: int, isa: str = "auto"
+) -> _abi.sk_model_args:
+    """What sk_model_create takes. Raises NativeCallError."""
+    config, arguments = packed.config, native.new_struct(_abi.sk_model_args)
+    arguments.hidden_size, arguments.vocab_size = config.hidden_size, config.vocab_size
+    arguments.head_dim, arguments.num_layers = config.head_dim, len(config.layers)
+    arguments.threads = native.unsigned("threads", threads, bits=32)
+    arguments.isa = native.isa_value(isa)
+    arguments.rms_norm_eps, arguments.rope_scale = config.rms_norm_eps, config.rope_scale
+    arguments.rope_frequencies = pointer(packed.rope_frequencies)
+    arguments.rope_rows = len(packed.rope_frequencies)
+    arguments.layers = ctypes.cast(packed.layers, ctypes.POINTER(_abi.sk_layer))
+    arguments.norm = pointer(packed.norm)
+    arguments.embedding, arguments.lm_head = packed.embedding, packed.lm_head
+    arguments.reduce = native.new_struct(_abi.sk_reduce)
+    return arguments
+
+
+def _records(
+    sequences: Sequence[Tokens],
+    numbers: array[int],
+    statistics: Sequence[torch.Tensor | None] | None,
+) -> ctypes.Array[_abi.sk_sequence]:
+    """The batch's sk_sequences, whose tokens and block tables stand in `numbers` one after another."""
+    records = (_abi.sk_sequence * len(sequences))()
+    address, size = numbers.buffer_info()[0], numbers.itemsize
+    for index, sequence in enumerate(sequences):
+        tokens, blocks = len(sequence.token_ids), len(sequence.block_table)
+        table = address + tokens * size
+        sums = None if statistics is None else statistics[index]
+        counted, into = (0, 0) if sums is None else (len(sums), sums.data_ptr())
+        _SEQUENCE.pack_into(
+            records, index * _SEQUENCE.size, _abi.SK_ABI_VERSION, _SEQUENCE.size,
+            address, table, tokens, sequence.start, blocks, counted, into,
+        )  # fmt: skip
+        address = table + blocks * size
+    return records
+
+
+def _record(kind: type[ctypes.Structure]) -> struct.Struct:
+    """The layout of a C struct of numbers and pointers, all of whose fields are packed at once."""
+    codes: dict[Any, str] = {ctypes.c_uint32: "I", ctypes.c_uint64: "Q"}
+    return struct.Struct("@" + "".join(codes.get(field[1], "P") for field in kind._fields_))
+
+
+_SEQUENCE = _record(_abi.sk_sequence)
+_FORWARD = _record(_abi.sk_forward_args)
+
+
+def _destroy(library: ctypes.CDLL, model: int, _packed: PackedDecoder) -> None:
+    library.sk_model_destroy(model)

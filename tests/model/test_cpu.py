@@ -1,0 +1,199 @@
+"""The native backend's own: scores of prompts, what it tells of itself, and its one copy of the weights."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparse_kernels import native
+from sparserve.errors import CorruptCheckpoint
+from sparserve.model import loader
+from sparserve.model.backend import BLOCK_SIZE, Backend, ForwardBatch, Phase, SequenceInput
+from sparserve.model.candidates import target_scores, top_candidates
+from sparserve.model.cpu import CpuBackend, make_decoder
+from sparserve.model.loader import load_model
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_bfloat16, make_backend) -> Backend:
+    return make_backend(tiny_bfloat16, kind="cpu", threads=2)
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(0, 259, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_scores_are_those_of_the_rows_that_the_targets_follow(backend, all_logits):
+    """More targets than are scored at once, in the middle of a batch, and a first token alone."""
+    tokens, other = random_tokens(150, 1), random_tokens(20, 2)
+    asking = SequenceInput(tokens, 0, range(10), Phase.PREFILL, targets=tokens[1:], num_top=3)
+    second = SequenceInput(other, 0, [20, 21], Phase.PREFILL, targets=other[1:11], num_top=0)
+    plain = replace(second, block_table=[30, 31], targets=())
+    output = backend.forward(
+        ForwardBatch([plain, asking, second, replace(plain, output_offsets=[5])])
+    )
+    assert [part is None for part in output.scores] == [True, False, False, True]
+    for sequence, scores in ((asking, output.scores[1]), (second, output.scores[2])):
+        rows = replace(sequence, targets=(), output_offsets=range(len(sequence.targets)))
+        logits = all_logits(backend.forward(ForwardBatch([rows])))
+        expected = target_scores(logits, sequence.targets, sequence.num_top)
+        assert torch.equal(scores.logprobs, expected.logprobs)
+        assert torch.equal(scores.top_ids, expected.top_ids)
+        assert torch.equal(scores.top_logprobs, expected.top_logprobs)
+        exact = logits.double().log_softmax(dim=1)[range(len(logits)), list(sequence.targets)]
+        torch.testing.assert_close(scores.logprobs.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_candidates_are_those_of_the_whole_rows(backend, all_logits):
+    tokens = random_tokens(30, 3)
+    span = SequenceInput(
+        tokens, 0, [7, 3], Phase.PREFILL, output_offsets=[29, 4, 4], temperature=0.3
+    )
+    output = backend.forward(ForwardBatch([span]))
+    expected = top_candidates(all_logits(output), torch.full((3,), 0.3))
+    found = output.candidates
+    assert torch.equal(found.token_ids, expected.token_ids)
+    assert torch.equal(found.logits, expected.logits)
+    for name in ("log_normalizer", "log_normalizer_1"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6
+        )
+    assert found.token_ids.dtype == expected.token_ids.dtype
+
+
+def test_it_is_near_the_reference_backend(tiny_bfloat16, backend, make_backend, all_logits):
+    reference = make_backend(tiny_bfloat16)
+    rows = []
+    for one in (backend, reference):
+        tokens, logits = random_tokens(90, 4), []
+        for start, stop, phase in ((0, 70, Phase.PREFILL), (70, 90, Phase.DECODE)):
+            span = SequenceInput(
+                tokens[start:stop], start, range(6), phase, output_offsets=range(stop - start)
+            )
+            logits.append(all_logits(one.forward(ForwardBatch([span]))))
+        rows.append(torch.cat(logits))
+    ours, theirs = rows
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_it_tells_what_it_is(backend, tiny_bfloat16, make_backend):
+    info, reference = backend.info, make_backend(tiny_bfloat16).info
+    assert info.isa == native.cpu_features().isa
+    assert info.title == f"cpu ({info.isa})"
+    assert (info.name, info.device, info.dtype, info.threads) == ("cpu", "cpu", "bfloat16", 2)
+    for name in ("dtype", "policies", "weight_bytes", "mlp_bytes", "kv_bytes_per_token"):
+        assert getattr(info, name) == getattr(reference, name)
+
+
+def test_kv_is_bfloat16_on_memory_of_its_own(backend, tiny_bfloat16):
+    blocks = backend.read_blocks([0, 1])
+    config = tiny_bfloat16.config
+    per_layer = 2 * BLOCK_SIZE * config.num_kv_heads * config.head_dim
+    assert blocks.shape == (2, config.num_layers, per_layer)
+    assert blocks.dtype == torch.bfloat16
+
+
+# --- one copy of the weights ---
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list[weakref.ref]:
+    """References to every layer's tensors that are read."""
+    seen: list[weakref.ref] = []
+    real = loader.read_layer
+
+    def read_layer(*args):
+        layer = real(*args)
+        alive = sum(ref() is not None for ref in seen)
+        assert alive == 0, "another layer is in memory"
+        seen.extend(weakref.ref(getattr(layer, name)) for name in ("wq", "w_gate", "attn_norm"))
+        return layer
+
+    monkeypatch.setattr(loader, "read_layer", read_layer)
+    return seen
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "quantized"])
+def test_layers_are_read_once_one_at_a_time_and_not_kept(
+    source, watched, write_tiny_checkpoint, write_gguf, tmp_path
+):
+    if source == "quantized":
+        from gguf import GGMLQuantizationType
+
+        path = tmp_path / "tiny.gguf"
+        write_gguf(path, GGMLQuantizationType.Q8_0, layers=5)
+    else:
+        dtype = getattr(torch, source)
+        path = write_tiny_checkpoint(tmp_path, dtype=dtype, num_hidden_layers=5)
+    progress = []
+    model = load_model(
+        str(path),
+        dtype="bfloat16",
+        layers_at_use=True,
+        on_tensor=lambda done, total: progress.append((done, total)),
+    )
+    assert watched == []
+    decoder = make_decoder(model.config, model.weights, threads=1)
+    backend = CpuBackend(model.config, decoder, num_blocks=2)
+    gc.collect()
+    assert len(watched) == 5 * 3
+    assert [ref() for ref in watched] == [None] * 15
+    total = progress[-1][1]
+    assert progress == [(done, total) for done in range(1, total + 1)]
+    ends = weakref.ref(model.weights.embedding)
+    span = SequenceInput([1, 2, 3], 0, [1], Phase.PREFILL, output_offsets=[2])
+    expected = backend.forward(ForwardBatch([span])).candidates.logits
+    del model
+    gc.collect()
+    assert ends() is None
+    assert torch.equal(backend.forward(ForwardBatch([span])).candidates.logits, expected)
+
+
+def test_a_damaged_layer_is_told_when_it_is_packed(write_tiny_checkpoint, tmp_path):
+    folder = write_tiny_checkpoint(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors")
+    model = load_model(str(folder), layers_at_use=True)
+    with pytest.raises(CorruptCheckpoint, match=name):
+        make_decoder(model.config, model.weights, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", "layer 1: down holds values that are not finite"),
+        ("model.layers.0.self_attn.q_proj.weight", "layer 0: q holds"),
+        ("model.embed_tokens.weight", "embedding holds"),
+        ("model.norm.weight", "norm holds"),
+    ],
+)
+def test_weights_that_are_not_finite_are_a_damaged_checkpoint(
+    write_tiny_checkpoint, tmp_path, name, told
+):
+    folder = write_tiny_checkpoint(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    model = load_model(str(folder), layers_at_use=True)
+    with pytest.raises(CorruptCheckpoint, match=told):
+        make_decoder(model.config, model.weights, threads=1)
+
+
+def test_a_value_that_bfloat16_cannot_hold_is_told(write_tiny_checkpoint, tmp_path):
+    folder = write_tiny_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = 3.4e38  # a float32, rounded to infinity
+    save_file(tensors, folder / "model.safetensors")
+    model = load_model(str(folder), dtype="bfloat16", layers_at_use=True)
+    with pytest.raises(CorruptCheckpoint, match="lm_head holds"):
+        make_decoder(model.config, model.weights, threads=1)
+
+
+def test_torch_has_one_thread_beside_those_of_the_forward(backend):
+    torch.set_num_threads(2)
+    CpuBackend(backend.config, backend._decoder, num_blocks=1)
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,213 @@
+"""Random tiny decoders of any shape, for the packer, the library and the oracle."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from sparse_kernels import native
+from sparse_kernels.arena import huge_pages
+from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows
+from sparse_kernels.pack import PackedDecoder, pack
+from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+
+LEVELS = ("portable", "avx2", "avx512", "amx")
+TWO_LAYERS = (LayerShape(4, 2, 96), LayerShape(4, 2, 96))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    config: DecoderConfig
+    ends: EndTensors
+    layers: list[LayerTensors]
+
+    def packed(self) -> PackedDecoder:
+        return pack(self.config, self.ends, self.layers)
+
+
+def make_tiny(
+    *,
+    hidden_size: int = 64,
+    vocab_size: int = 50,
+    head_dim: int = 16,
+    layers: Sequence[LayerShape] = TWO_LAYERS,
+    biases: bool = False,
+    head_norms: bool = False,
+    tied: bool = False,
+    rope_rows: int = 1,
+    rope_scale: float = 1.0,
+    rms_norm_eps: float = 1e-5,
+    seed: int = 0,
+) -> Tiny:
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(rows, columns, generator=generator)
+        return (values * scale * columns**-0.5).bfloat16()
+
+    def vector(length: int, base: float = 1.0) -> torch.Tensor:
+        return base + 0.2 * torch.randn(length, generator=generator)
+
+    def layer(shape: LayerShape) -> LayerTensors:
+        q, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+        tensors = LayerTensors(
+            q=matrix(q, hidden_size),
+            k=matrix(kv, hidden_size),
+            v=matrix(kv, hidden_size),
+            output=matrix(hidden_size, q),
+            gate=matrix(shape.intermediate_size, hidden_size),
+            up=matrix(shape.intermediate_size, hidden_size),
+            down=matrix(hidden_size, shape.intermediate_size),
+            attention_norm=vector(hidden_size),
+            mlp_norm=vector(hidden_size),
+        )
+        if biases:
+            tensors = replace(
+                tensors,
+                q_bias=vector(q, 0.0),
+                k_bias=vector(kv, 0.0),
+                v_bias=vector(kv, 0.0),
+                output_bias=vector(hidden_size, 0.0),
+            )
+        if head_norms:
+            tensors = replace(tensors, q_norm=vector(head_dim), k_norm=vector(head_dim))
+        return tensors
+
+    exponents = torch.arange(0, head_dim, 2) / head_dim
+    frequencies = 1.0 / 100.0**exponents
+    if rope_rows > 1:
+        frequencies = frequencies * torch.linspace(1, 0.5, rope_rows)[:, None]
+    config = DecoderConfig(
+        hidden_size, vocab_size, head_dim, rms_norm_eps, frequencies, layers, rope_scale
+    )
+    ends = EndTensors(
+        matrix(vocab_size, hidden_size, 8.0),
+        vector(hidden_size),
+        None if tied else matrix(vocab_size, hidden_size, 4.0),
+    )
+    return Tiny(config, ends, [layer(shape) for shape in layers])
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder() -> Callable[..., Tiny]:
+    """`tiny_decoder(hidden_size=…, …)`: its constants and random weights."""
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def levels() -> list[str]:
+    """All that this machine runs, ascending."""
+    return list(LEVELS[: LEVELS.index(native.cpu_features().highest_isa) + 1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens of a sequence."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+
+
+@dataclass
+class Run:
+    """One sequence: tokens, its blocks, and all that came out so far."""
+
+    tokens: Sequence[int]
+    table: Sequence[int]
+    temperature: float = 1.0
+    done: int = 0
+    rows: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    statistics: torch.Tensor | None = None  # [KV blocks, layers, neurons]
+
+
+class Machine:
+    """A decoder with a KV cache, on which several runs may go on."""
+
+    def __init__(self, tiny: Tiny, blocks: int, threads: int, isa: str) -> None:
+        self.tiny = tiny
+        self.decoder = Decoder(tiny.packed(), threads=threads, isa=isa)
+        self.kv = huge_pages(blocks * self.decoder.kv_block_bytes)
+
+    def step(self, *steps: tuple[Run, int]) -> Rows:
+        """The next tokens of some runs, as one batch; every row is an output."""
+        layers = self.tiny.config.layers
+        parts, sums, temperatures = [], [], []
+        for run, count in steps:
+            stop = run.done + count
+            parts.append(Part(run.tokens[run.done : stop], run.done, run.table))
+            blocks = (stop - 1) // BLOCK_SIZE - run.done // BLOCK_SIZE + 1
+            widest = max(layer.intermediate_size for layer in layers)
+            sums.append(torch.zeros(blocks, len(layers), widest, dtype=torch.int64))
+            temperatures += [run.temperature] * count
+        everything = range(len(temperatures))
+        rows = self.decoder.forward(
+            parts,
+            self.kv,
+            output_rows=everything,
+            temperatures=temperatures,
+            hidden_rows=everything,
+            statistics=sums,
+        )
+        row = 0
+        for (run, count), part in zip(steps, sums, strict=True):
+            for _ in range(count):
+                run.rows.append(tuple(result[row].clone() for result in rows))
+                row += 1
+            self._add_statistics(run, part)
+            run.done += count
+        return rows
+
+    def _add_statistics(self, run: Run, part: torch.Tensor) -> None:
+        if run.statistics is None:
+            run.statistics = torch.zeros(len(run.table), *part.shape[1:], dtype=torch.int64)
+        first = run.done // BLOCK_SIZE
+        run.statistics[first : first + len(part)] += part
+
+    def alone(self, tokens: Sequence[int], temperature: float = 1.0) -> Run:
+        """All tokens in one piece, in the first blocks."""
+        run = Run(tokens, range(-(-len(tokens) // BLOCK_SIZE)), temperature)
+        self.step((run, len(tokens)))
+        return run
+
+    def blocks_of(self, run: Run) -> list[torch.Tensor]:
+        """Of each layer the run's KV blocks, [blocks, elements of a block]."""
+        dim = -(-self.tiny.config.head_dim // 16) * 16
+        sizes = [layer.num_kv_heads * 2 * 16 * dim for layer in self.tiny.config.layers]
+        blocks = self.kv.numel() // self.decoder.kv_block_bytes
+        layers = self.kv.view(torch.bfloat16).split([blocks * size for size in sizes])
+        return [part.view(blocks, -1)[list(run.table)] for part in layers]
+
+
+@pytest.fixture(scope="session")
+def make_machine() -> Callable[..., Machine]:
+    """`make_machine(tiny, blocks, threads, isa)`."""
+
+    def make(tiny: Tiny, blocks: int = 32, threads: int = 1, isa: str = "auto") -> Machine:
+        return Machine(tiny, blocks, threads, isa)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Run]:
+    """`make_run(tokens, table, temperature)`."""
+    return Run
+
+
+@pytest.fixture(scope="session")
+def make_part() -> Callable[..., Part]:
+    """`make_part(token_ids, start, block_table)`."""
+    return Part
+
+
+@pytest.fixture(scope="session")
+def random_tokens() -> Callable[..., list[int]]:
+    """`random_tokens(count, seed)` of a vocabulary of 50."""
+
+    def draw(count: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 50, (count,), generator=generator).tolist()
+
+    return draw

@@ -1,0 +1,425 @@
+"""The native decoder against its plain meaning, and its bits against themselves."""
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparse_kernels import _abi, reference
+from sparse_kernels import decoder as decoder_module
+from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+
+SHAPES = {
+    "plain": {},
+    "one neuron": {"layers": [LayerShape(4, 4, 1)]},
+    "odd sizes": {"hidden_size": 100, "head_dim": 6, "layers": [LayerShape(4, 1, 33)] * 2},
+    "hidden 48, head 20": {"hidden_size": 48, "head_dim": 20, "layers": [LayerShape(3, 1, 500)]},
+    "large head, large vocabulary": {
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "layers": [LayerShape(4, 4, 96)],
+    },
+    "biases": {"biases": True},
+    "norms of heads": {"head_norms": True, "biases": True, "head_dim": 20},
+    "windows": {"layers": [LayerShape(4, 2, 96, window=w) for w in (1, 17, 0)]},
+    "a window beyond a chunk": {"layers": [LayerShape(4, 1, 96, window=150)]},
+    "tied": {"tied": True},
+    "frequencies of each position": {"rope_rows": 40, "rope_scale": 1.3},
+    "large epsilon": {"rms_norm_eps": 0.5},
+    "layers that differ": {
+        "layers": [LayerShape(2, 1, 500), LayerShape(8, 2, 33, window=9), LayerShape(3, 3, 96)]
+    },
+}
+NUM_TOKENS = 300  # chunks of attention are 128 positions
+# Typical error, of the largest value: AMX's inputs have 16 bits of mantissa, the others are float32. Single
+# values are further off, for a key or value in the middle of two bfloat16 numbers may become either.
+TYPICAL = {"portable": 5e-6, "avx2": 5e-6, "avx512": 5e-6, "amx": 1e-4}
+LARGEST = 1e-3
+
+
+def assert_near(ours: torch.Tensor, exact: torch.Tensor, isa: str, what: str) -> None:
+    error = (ours.double() - exact).abs() / exact.abs().max()
+    assert error.median() < TYPICAL[isa], (what, isa)
+    assert error.max() < LARGEST, (what, isa)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Callable[..., tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list]]:
+    """`oracle(tiny, tokens)` -> hidden, logits, each layer's norm scores, KV."""
+
+    def run(tiny, tokens):
+        cache = reference.empty_cache(tiny.config)
+        hidden, scores = reference.forward(tiny.config, tiny.ends, tiny.layers, tokens, cache)
+        return hidden, reference.logits(tiny.config, tiny.ends, hidden), scores, cache
+
+    return run
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_every_level_computes_what_the_model_means(
+    shape, levels, tiny_decoder, make_machine, make_run, random_tokens, oracle
+):
+    tiny = tiny_decoder(**shape)
+    tokens = random_tokens(NUM_TOKENS)
+    hidden, logits, scores, cache = oracle(tiny, tokens)
+    for isa in levels:
+        machine = make_machine(tiny, threads=2, isa=isa)
+        run = make_run(tokens, [*range(11, 19), *range(11), 20])
+        for count in (1, 200, 10, 89):  # with and without few tokens, a long context, a ragged end
+            machine.step((run, count))
+        assert_near(torch.stack([row[4] for row in run.rows]), logits, isa, "logits")
+        assert_near(torch.stack([row[5] for row in run.rows]), hidden, isa, "hidden states")
+        sums = run.statistics.sum(dim=0).double() / 2**32
+        for layer, expected in enumerate(scores):
+            wanted = expected[1:].sum(dim=0)  # without the attention sink
+            found, beyond = sums[layer].tensor_split([len(wanted)])
+            assert_near(found, wanted, isa, f"statistics of layer {layer}")
+            assert not beyond.any()
+        for layer, (keys, values) in enumerate(cache):
+            blocks = [
+                reference.block_of(tiny.config.layers[layer], tiny.config.head_dim, block)
+                for block in machine.blocks_of(run)[layer]
+            ]
+            for ours, theirs in zip(zip(*blocks, strict=True), (keys, values), strict=True):
+                found = torch.cat(ours)[:NUM_TOKENS].double()
+                # A value near the middle of two bfloat16 numbers may become either.
+                torch.testing.assert_close(found, theirs.double(), atol=1e-3, rtol=2**-7)
+
+
+def test_the_oracle_does_not_depend_on_how_tokens_are_cut(tiny_decoder, random_tokens, oracle):
+    tiny = tiny_decoder(layers=SHAPES["windows"]["layers"], rope_rows=20)
+    tokens = random_tokens(60)
+    whole, _, scores, _ = oracle(tiny, tokens)
+    cache, parts = reference.empty_cache(tiny.config), []
+    for begin, end in itertools.pairwise((0, 1, 37, 38, 60)):
+        part = tokens[begin:end]
+        parts.append(reference.forward(tiny.config, tiny.ends, tiny.layers, part, cache))
+    torch.testing.assert_close(torch.cat([hidden for hidden, _ in parts]), whole)
+    for layer, expected in enumerate(scores):
+        torch.testing.assert_close(torch.cat([own[layer] for _, own in parts]), expected)
+
+
+# --- candidates ---
+
+
+@pytest.mark.parametrize("vocab", [50, 256, 257, 1000])
+def test_candidates_are_the_head_of_the_sorted_row(
+    vocab, levels, tiny_decoder, make_machine, random_tokens
+):
+    tiny = tiny_decoder(vocab_size=vocab)
+    # Equal rows of the LM head give equal logits: the lower id comes first.
+    tiny.ends.lm_head[vocab // 2 :] = tiny.ends.lm_head[: vocab - vocab // 2].clone()
+    tokens = random_tokens(30)
+    for isa in levels:
+        run = make_machine(tiny, isa=isa).alone(tokens, temperature=0.01)
+        for ids, logits, cold, normal, row, _ in run.rows:
+            order = sorted(range(vocab), key=lambda i, row=row: (-float(row[i]), i))
+            assert ids.tolist() == order[: min(256, vocab)]
+            assert torch.equal(logits, row[ids.long()])
+            below = row.double() - row.max().double()
+            assert float(normal) == pytest.approx(float(below.logsumexp(0)), abs=1e-5)
+            assert float(cold) == pytest.approx(float((below / 0.01).logsumexp(0)), abs=1e-5)
+
+
+def test_rows_come_as_asked_for_and_repeated(tiny_decoder, make_machine, make_part, random_tokens):
+    tiny, tokens = tiny_decoder(), random_tokens(40)
+    machine = make_machine(tiny)
+    run = machine.alone(tokens)
+    rows = machine.decoder.forward(
+        [make_part(tokens[:25], 0, [9, 8]), make_part(tokens, 0, [3, 4, 5])],
+        machine.kv,
+        output_rows=[64, 3, 25, 3],
+        temperatures=[1.0, 2.0, 1.0, 0.5],
+        hidden_rows=[30, 0],
+    )
+    assert torch.equal(rows.logits, torch.stack([run.rows[i][4] for i in (39, 3, 0, 3)]))
+    assert torch.equal(rows.hidden, torch.stack([run.rows[i][5] for i in (5, 0)]))
+    assert rows.log_normalizers[1] != rows.log_normalizers[3]
+    assert rows.log_normalizers_1[1] == rows.log_normalizers_1[3]
+    nothing = machine.decoder.forward([make_part(tokens, 0, [3, 4, 5])], machine.kv)
+    assert [len(part) for part in nothing] == [0] * 6
+
+
+def test_only_logits_are_overwritten_by_the_next_forward(tiny_decoder, make_machine, make_run):
+    machine = make_machine(tiny_decoder())
+    run = make_run(list(range(40)), range(3))
+    first = machine.step((run, 20))
+    before = [part.clone() for part in first]
+    second = machine.step((run, 20))
+    for field, part, kept in zip(first._fields, first, before, strict=True):
+        assert torch.equal(part, kept) == (field != "logits"), field
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_the_head_alone_gives_the_logits_of_a_forward(
+    levels, tiny_decoder, make_machine, random_tokens
+):
+    tiny = tiny_decoder(vocab_size=1000)
+    for isa in levels:
+        machine = make_machine(tiny, threads=2, isa=isa)
+        rows = machine.alone(random_tokens(70)).rows
+        hidden = torch.stack([row[5] for row in rows])
+        expected = torch.stack([row[4] for row in rows])
+        for piece in (slice(0, 70), slice(3, 4), slice(10, 27)):
+            assert torch.equal(machine.decoder.logits(hidden[piece]), expected[piece])
+        every_other = machine.decoder.logits(hidden[::2])
+        assert torch.equal(every_other, expected[::2]), "not contiguous"
+
+
+# --- bits ---
+
+RICH = {
+    "layers": [LayerShape(6, 2, 500, window=40), LayerShape(3, 1, 33)],
+    "head_dim": 20,
+    "hidden_size": 100,
+    "biases": True,
+    "head_norms": True,
+    "rope_rows": 90,
+}
+MAX_TOKENS = 180
+RUN_BLOCKS = -(-MAX_TOKENS // 16)
+NUM_BLOCKS = 4 * RUN_BLOCKS
+
+
+def assert_equal_runs(machine, run, other_machine, other) -> None:
+    assert run.done == other.done
+    for position, (ours, theirs) in enumerate(zip(run.rows, other.rows, strict=True)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b), f"position {position}"
+    used = -(-run.done // 16)
+    assert torch.equal(run.statistics[:used], other.statistics[:used])
+    last = run.done % 16 or 16
+    for ours, theirs, shape in zip(
+        machine.blocks_of(run),
+        other_machine.blocks_of(other),
+        machine.tiny.config.layers,
+        strict=True,
+    ):
+        for index, (a, b) in enumerate(zip(ours[:used], theirs[:used], strict=True)):
+            written = last if index == used - 1 else 16
+            a, b = (reference.block_of(shape, 20, block) for block in (a, b))
+            assert all(torch.equal(x[:written], y[:written]) for x, y in zip(a, b, strict=True)), (
+                "KV differs"
+            )
+
+
+@pytest.fixture(scope="module")
+def crowd(levels, tiny_decoder, make_machine):
+    """Of each level machines of 1, 2 and 3 threads; the first for undisturbed runs."""
+    tiny = tiny_decoder(**RICH)
+    return {
+        isa: [make_machine(tiny, NUM_BLOCKS, threads, isa) for threads in (1, 1, 2, 3)]
+        for isa in levels
+    }
+
+
+@st.composite
+def pieces(draw: st.DrawFn) -> list[int]:
+    """Sizes of the pieces that a sequence is computed in."""
+    total = draw(st.integers(1, MAX_TOKENS))
+    bounds = draw(st.sets(st.integers(1, MAX_TOKENS), max_size=6))
+    bounds = [0, *sorted(b for b in bounds if b < total), total]
+    return [b - a for a, b in itertools.pairwise(bounds)]
+
+
+@given(
+    plans=st.lists(pieces(), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**20),
+)
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_cut_batch_blocks_and_threads_give_the_bits_of_one_piece_alone(
+    crowd, make_run, random_tokens, plans, order, threads, seed
+):
+    ids = list(range(NUM_BLOCKS))
+    order.shuffle(ids)
+    schedule = []  # (sequence, count) of each batch
+    waiting = [(i, list(plan)) for i, plan in enumerate(plans)]
+    while waiting := [(i, plan) for i, plan in waiting if plan]:
+        chosen = order.sample(waiting, order.randint(1, len(waiting)))
+        schedule.append([(i, plan.pop(0)) for i, plan in chosen])
+    for machines in crowd.values():
+        runs = [
+            make_run(
+                random_tokens(sum(plan), seed + i),
+                ids[i * RUN_BLOCKS : (i + 1) * RUN_BLOCKS],
+                0.5 + 0.3 * i,
+            )
+            for i, plan in enumerate(plans)
+        ]
+        for batch in schedule:
+            machines[threads].step(*[(runs[i], count) for i, count in batch])
+        for run in runs:
+            alone = machines[0].alone(run.tokens, run.temperature)
+            assert_equal_runs(machines[threads], run, machines[0], alone)
+
+
+def test_token_by_token_gives_the_bits_of_one_piece(crowd, make_run, random_tokens):
+    tokens = random_tokens(MAX_TOKENS, 3)
+    for machines in crowd.values():
+        run = make_run(tokens, range(20, 20 + RUN_BLOCKS))
+        for _ in tokens:
+            machines[2].step((run, 1))
+        assert_equal_runs(machines[2], run, machines[0], machines[0].alone(tokens))
+
+
+def test_forty_sequences_at_once_equal_each_alone(
+    levels, tiny_decoder, make_machine, make_run, random_tokens
+):
+    tiny = tiny_decoder(**RICH)
+    for isa in levels:
+        machine, quiet = make_machine(tiny, 40, 3, isa), make_machine(tiny, 2, 1, isa)
+        runs = [make_run(random_tokens(6, i), [39 - i]) for i in range(40)]
+        machine.step(*[(run, 4) for run in runs])
+        for _ in range(2):
+            machine.step(*[(run, 1) for run in runs])
+        for run in runs[::13]:
+            assert_equal_runs(machine, run, quiet, quiet.alone(run.tokens))
+
+
+def test_repetition_gives_the_same_bits(crowd, make_run, random_tokens):
+    for machines in crowd.values():
+        first = machines[3].alone(random_tokens(100))
+        for _ in range(10):
+            again = machines[3].alone(random_tokens(100))
+            assert_equal_runs(machines[3], again, machines[3], first)
+
+
+def test_what_blocks_held_before_has_no_effect_even_if_it_was_not_finite(
+    crowd, make_run, random_tokens
+):
+    for machines in crowd.values():
+        tokens = random_tokens(75)
+        expected = machines[0].alone(tokens)
+        machines[2].kv.view(torch.bfloat16).fill_(float("nan"))
+        run = make_run(tokens, range(9, 14))
+        for count in (3, 40, 20, 12):
+            machines[2].step((run, count))
+        machines[2].kv.zero_()
+        again = make_run(tokens, range(9, 14))
+        machines[2].step((again, 75))
+        assert_equal_runs(machines[2], again, machines[0], expected)
+        for ours, theirs in zip(run.rows, expected.rows, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_no_block_but_its_own_is_written(crowd, make_run, random_tokens):
+    for machines in crowd.values():
+        machine = machines[2]
+        machine.kv.fill_(7)
+        run = make_run(random_tokens(40), [5, 11, 2])
+        machine.step((run, 40))
+        everyone = make_run([], range(NUM_BLOCKS))
+        for blocks in machine.blocks_of(everyone):
+            untouched = (blocks.view(torch.uint8) == 7).all(dim=1)
+            assert [i for i in range(NUM_BLOCKS) if not untouched[i]] == [2, 5, 11]
+        machine.kv.zero_()
+
+
+# --- tensor parallelism ---
+
+
+def half(tiny, rank: int):
+    """One of two ranks: half of the heads and of the neurons of each layer."""
+
+    def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.chunk(2)[rank].contiguous()
+
+    config = tiny.config
+    shapes = [
+        LayerShape(s.num_heads // 2, s.num_kv_heads // 2, s.intermediate_size // 2, s.window)
+        for s in config.layers
+    ]
+    own = DecoderConfig(
+        config.hidden_size,
+        config.vocab_size,
+        config.head_dim,
+        config.rms_norm_eps,
+        config.rope_frequencies,
+        shapes,
+    )
+    layers = [
+        LayerTensors(
+            q=rows(layer.q),
+            k=rows(layer.k),
+            v=rows(layer.v),
+            output=layer.output.chunk(2, dim=1)[rank],
+            gate=rows(layer.gate),
+            up=rows(layer.up),
+            down=layer.down.chunk(2, dim=1)[rank],
+            attention_norm=layer.attention_norm,
+            mlp_norm=layer.mlp_norm,
+            q_bias=rows(layer.q_bias),
+            k_bias=rows(layer.k_bias),
+            v_bias=rows(layer.v_bias),
+            # A part of the sum over all ranks: one of them has it.
+            output_bias=None if rank else layer.output_bias,
+        )
+        for layer in tiny.layers
+    ]
+    ends = EndTensors(tiny.ends.embedding, tiny.ends.norm, tiny.ends.lm_head)
+    return type(tiny)(own, ends, layers)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_two_ranks_with_half_the_heads_and_neurons_are_the_whole_model(
+    biases, levels, tiny_decoder, make_machine, make_run, random_tokens, monkeypatch
+):
+    tiny = tiny_decoder(biases=biases, layers=[LayerShape(4, 2, 200), LayerShape(8, 4, 96)])
+    barrier, sums = threading.Barrier(2), {}
+
+    def hook(rank: int) -> Callable[..., None]:
+        def add_up(context: int | None, data: "ctypes._Pointer[ctypes.c_float]", n: int) -> None:
+            assert context == 1 + rank
+            array = (ctypes.c_float * n).from_address(ctypes.addressof(data.contents))
+            own = torch.frombuffer(array, dtype=torch.float32)
+            sums[rank] = own.clone()
+            barrier.wait(20)
+            own.copy_(sums[0] + sums[1])
+            barrier.wait(20)  # before the next sums come
+
+        return add_up
+
+    real = decoder_module.model_arguments
+    kind = dict(_abi.sk_reduce._fields_)["add_up"]
+    hooks = [kind(hook(rank)) for rank in range(2)]
+
+    def make_rank(rank: int, isa: str):
+        def hooked(*args, **kwargs):
+            arguments = real(*args, **kwargs)
+            arguments.reduce.add_up, arguments.reduce.context = hooks[rank], 1 + rank
+            return arguments
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_module, "model_arguments", hooked)
+            return make_machine(half(tiny, rank), threads=1 + rank, isa=isa)
+
+    tokens = random_tokens(60)
+    for isa in levels:
+        whole = make_machine(tiny, isa=isa).alone(tokens)
+        runs = [make_run(tokens, range(4)) for _ in range(2)]
+        machines = [make_rank(rank, isa) for rank in range(2)]
+
+        def work(rank: int, runs=runs, machines=machines) -> None:
+            for count in (40, 1, 3, 16):  # with few and with many tokens
+                machines[rank].step((runs[rank], count))
+
+        other = threading.Thread(target=work, args=(1,))
+        other.start()
+        work(0)
+        other.join()
+        for first, second, expected in zip(runs[0].rows, runs[1].rows, whole.rows, strict=True):
+            assert torch.equal(first[4], second[4])
+            torch.testing.assert_close(first[4], expected[4], atol=2e-3, rtol=1e-4)
+        for name in range(2):  # their neurons, side by side
+            neurons = [run.statistics[:, name].sum(0) for run in runs]
+            size = tiny.config.layers[name].intermediate_size // 2
+            assert all(part[:size].any() for part in neurons)
