@@ -1,0 +1,182 @@
+// A forward: all threads go through the layers together. In each phase they take units of work,
+// until none is left, and meet at a barrier; what a unit computes does not depend on who computes
+// it. For a few tokens the thread that comes last to a barrier does the small work between two
+// phases, instead of a phase with a barrier of its own.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <vector>
+
+#include "model.hpp"
+
+namespace sk {
+
+constexpr size_t kFewTokens = 4;  // done by one thread between two phases
+constexpr size_t kTokenUnit = 8;  // tokens in a unit of work per token
+
+struct Token {
+  int32_t id;
+  uint32_t position;
+  const sk_sequence* sequence;
+};
+
+// Some queries of one sequence that attend together.
+struct QueryTile {
+  const sk_sequence* sequence;
+  uint32_t row, count;  // tokens, rows of the batch
+};
+
+// Tokens of one sequence in one KV block, whose statistics are wanted.
+struct StatisticsUnit {
+  uint32_t row, count;
+  int64_t* sums;  // [num_layers, widest]
+};
+
+// How many units of its range a thread, or those that helped it, took.
+struct alignas(64) Range {
+  std::atomic<size_t> taken{0};
+};
+
+// What a thread has for itself.
+struct Own {
+  uint32_t index;
+  float* normed;   // [hidden]
+  float* scratch;  // for one unit of work
+};
+
+// Running softmax of one query row.
+struct SoftmaxState {
+  float largest, total;
+};
+
+class Forward {
+ public:
+  // `args` are checked and outlive it. Throws std::bad_alloc.
+  Forward(Model& model, const sk_forward_args& args);
+  void run();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  struct Span {
+    uint32_t first_chunk, last_chunk;  // chunks that somebody in a tile sees: [first, last)
+    uint32_t end;                      // position after the last one seen
+  };
+
+  // Who does what.
+  void lay_out();
+  void lay_out_statistics(const sk_sequence& sequence, uint32_t first_row);
+  std::vector<QueryTile> query_tiles(uint32_t group) const;
+  void allocate();
+  // Long contexts of few sequences: chunks of one query tile are shared out, and merged afterwards.
+  void split_attention();
+
+  // Calls unit(i) for all i below `count`; then between() on one thread. Each thread has a range of
+  // its own, in order, and helps the others when it is through.
+  template <typename Unit, typename Between>
+  void phase(const Own& own, size_t count, Unit&& unit, Between&& between) {
+    const size_t threads = ranges_.size();
+    for (size_t i = 0; i < threads; ++i) {
+      const size_t owner = (own.index + i) % threads;
+      const size_t begin = count * owner / threads, end = count * (owner + 1) / threads;
+      std::atomic<size_t>& taken = ranges_[owner].taken;
+      while (taken.load(std::memory_order_relaxed) < end - begin) {
+        const size_t place = taken.fetch_add(1, std::memory_order_relaxed);
+        if (place < end - begin) unit(begin + place);
+      }
+    }
+    m_.barrier.arrive_and_wait([&] {
+      for (Range& range : ranges_) range.taken.store(0, std::memory_order_relaxed);
+      between();
+    });
+  }
+  template <typename Unit>
+  void phase(const Own& own, size_t count, Unit&& unit) {
+    phase(own, count, unit, [] {});
+  }
+
+  // unit(begin, end) for all tokens, after a phase: on its last thread, or as a phase of its own.
+  template <typename Body>
+  void then_per_token(const Own& own, const Body& body) {
+    if (count_ <= kFewTokens) return;
+    phase(own, (count_ + kTokenUnit - 1) / kTokenUnit,
+          [&](size_t i) { body(i * kTokenUnit, std::min(count_, (i + 1) * kTokenUnit)); });
+  }
+  template <typename Body>
+  void if_few_tokens(const Body& body) {
+    if (count_ <= kFewTokens) body(0, count_);
+  }
+
+  void tick(sk_phase phase, uint32_t index);
+  void work(uint32_t index);
+
+  // The layers.
+  void embed(size_t from, size_t to);
+  // The inputs of the next products: normed residuals.
+  void norm_tokens(const float* weight, size_t from, size_t to, float* normed);
+  void norm_token(const float* weight, size_t row, size_t place, void* operand, float* normed);
+  // A unit is a head of q, k or v.
+  void project(const Layer& layer, const Own& own);
+  void append(const Layer& layer, uint32_t head, bool is_key, const float* heads);
+  uint16_t* kv_block(const Layer& layer, int32_t block, uint32_t head) const;
+  void output(const Layer& layer, const Own& own);
+  // With several ranks: adds up all ranks' partial sums, then adds them to the residual.
+  void reduce_all();
+  // Where the outputs of a sublayer are added up: the residual itself if there is one rank.
+  void take(size_t token, size_t column, const float* values, size_t n);
+  void head(const Own& own);
+  void choose(size_t i);
+
+  // attention.cpp
+  Span span_of(const Layer& layer, const QueryTile& tile) const;
+  // One chunk of positions for a tile and KV head, into `values`, `largest`, `total`.
+  void attend_chunk(const Layer& layer, const QueryTile& tile, const Span& span, uint32_t head,
+                    uint32_t chunk_index, float* values, float* largest, float* total);
+  void attend(const Layer& layer, const Own& own);
+  void attend_whole(const Layer& layer, const QueryTile& tile, uint32_t head, float* scratch);
+  // Where the results of (tile, head, chunk) begin, in rows.
+  size_t part_row(const Layer& layer, const QueryTile& tile, uint32_t head, uint32_t chunk) const;
+  void attend_part(const Layer& layer, const QueryTile& tile, uint32_t head, uint32_t chunk);
+  void merge_parts(const Layer& layer, const QueryTile& tile, uint32_t head, float* scratch);
+  // Running softmax (arXiv 1805.02867), one row.
+  void merge(SoftmaxState* state, float* values, float largest, float total,
+             const float* more) const;
+  void finish_row(const Layer& layer, const QueryTile& tile, uint32_t head, uint32_t row,
+                  const SoftmaxState& state, const float* values);
+
+  // feed_forward.cpp
+  void feed_forward(const Layer& layer, size_t index, const Own& own);
+  // Blocks [first, last) of neurons.
+  void activate(const Layer& layer, size_t first, size_t last, float* scratch);
+  // A partition's part of the down product in some columns.
+  void down(const Layer& layer, uint32_t partition, size_t column, size_t columns, float* out,
+            bool add);
+  // The partitions' sums of one token, in order, are added to its residual.
+  void add_partitions(const Layer& layer, size_t token);
+  void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index);
+
+  Model& m_;
+  const Kernels& k_;
+  const sk_forward_args& args_;
+
+  std::vector<Token> tokens_;  // rows of the batch
+  size_t count_ = 0;           // of them
+  bool fused_ = false;
+  std::vector<std::vector<QueryTile>> tiles_;  // by heads per KV head
+  std::vector<StatisticsUnit> statistics_;
+  bool split_ = false;
+  size_t most_chunks_ = 0;
+
+  float *x_ = nullptr, *queries_ = nullptr, *mixed_ = nullptr, *partial_ = nullptr;
+  float *plain_ = nullptr, *reduced_ = nullptr, *cos_ = nullptr, *sin_ = nullptr;
+  float *chunk_values_ = nullptr, *chunk_largest_ = nullptr, *chunk_total_ = nullptr;
+  void *operand_ = nullptr, *attention_operand_ = nullptr, *activations_ = nullptr;
+  void* output_operand_ = nullptr;
+
+  std::vector<Range> ranges_;  // of each thread
+  Clock::time_point mark_;
+};
+
+}  // namespace sk
