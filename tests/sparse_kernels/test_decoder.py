@@ -30,6 +30,8 @@ SHAPES = {
     "a window beyond a chunk": {"layers": [LayerShape(4, 1, 96, window=150)]},
     "tied": {"tied": True},
     "frequencies of each position": {"rope_rows": 40, "rope_scale": 1.3},
+    "partitions of several blocks": {"hidden_size": 48, "layers": [LayerShape(2, 2, 1100)]},
+    "more partitions than 16": {"hidden_size": 32, "layers": [LayerShape(2, 1, 8300)]},
     "large epsilon": {"rms_norm_eps": 0.5},
     "layers that differ": {
         "layers": [LayerShape(2, 1, 500), LayerShape(8, 2, 33, window=9), LayerShape(3, 3, 96)]
@@ -72,6 +74,7 @@ def test_every_level_computes_what_the_model_means(
         run = make_run(tokens, [*range(11, 19), *range(11), 20])
         for count in (1, 200, 10, 89):  # with and without few tokens, a long context, a ragged end
             machine.step((run, count))
+        assert machine.decoder.isa == isa
         assert_near(torch.stack([row[4] for row in run.rows]), logits, isa, "logits")
         assert_near(torch.stack([row[5] for row in run.rows]), hidden, isa, "hidden states")
         sums = run.statistics.sum(dim=0).double() / 2**32
@@ -191,7 +194,7 @@ def assert_equal_runs(machine, run, other_machine, other) -> None:
     for position, (ours, theirs) in enumerate(zip(run.rows, other.rows, strict=True)):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b), f"position {position}"
-    used = -(-run.done // 16)
+    used, head_dim = -(-run.done // 16), machine.tiny.config.head_dim
     assert torch.equal(run.statistics[:used], other.statistics[:used])
     last = run.done % 16 or 16
     for ours, theirs, shape in zip(
@@ -202,7 +205,7 @@ def assert_equal_runs(machine, run, other_machine, other) -> None:
     ):
         for index, (a, b) in enumerate(zip(ours[:used], theirs[:used], strict=True)):
             written = last if index == used - 1 else 16
-            a, b = (reference.block_of(shape, 20, block) for block in (a, b))
+            a, b = (reference.block_of(shape, head_dim, block) for block in (a, b))
             assert all(torch.equal(x[:written], y[:written]) for x, y in zip(a, b, strict=True)), (
                 "KV differs"
             )
@@ -271,6 +274,35 @@ def test_token_by_token_gives_the_bits_of_one_piece(crowd, make_run, random_toke
         assert_equal_runs(machines[2], run, machines[0], machines[0].alone(tokens))
 
 
+def test_a_long_context_in_steps_gives_the_bits_of_one_piece(
+    levels, tiny_decoder, make_machine, make_run, random_tokens
+):
+    """Several threads share the chunks of one token's context, and merge them."""
+    shapes = [LayerShape(4, 1, 64), LayerShape(2, 2, 64, window=300)]
+    tiny, tokens = tiny_decoder(layers=shapes, head_dim=20), random_tokens(1100)
+    for isa in levels:
+        quiet, machine = make_machine(tiny, 69, 1, isa), make_machine(tiny, 69, 3, isa)
+        run = make_run(tokens, range(69))
+        for count in (1000, 1, 1, 2, 16, 17, 1, 62):
+            machine.step((run, count))
+        alone = quiet.alone(tokens)
+        assert_equal_runs(machine, run, quiet, alone)
+
+
+@pytest.mark.parametrize("neurons", [1, 33, 1100, 8300])
+def test_few_and_many_tokens_add_up_neurons_alike(
+    neurons, levels, tiny_decoder, make_machine, make_run, random_tokens
+):
+    shape = {"hidden_size": 48, "head_dim": 20, "layers": [LayerShape(1, 1, neurons)] * 2}
+    tiny, tokens = tiny_decoder(**shape), random_tokens(60)
+    for isa in levels:
+        quiet, machine = make_machine(tiny, 4, 1, isa), make_machine(tiny, 4, 3, isa)
+        run = make_run(tokens, range(4))
+        for count in (1, 4, 5, 16, 17, 17):
+            machine.step((run, count))
+        assert_equal_runs(machine, run, quiet, quiet.alone(tokens))
+
+
 def test_forty_sequences_at_once_equal_each_alone(
     levels, tiny_decoder, make_machine, make_run, random_tokens
 ):
@@ -309,6 +341,26 @@ def test_what_blocks_held_before_has_no_effect_even_if_it_was_not_finite(
         assert_equal_runs(machines[2], again, machines[0], expected)
         for ours, theirs in zip(run.rows, expected.rows, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [50, 1000, 20000])
+def test_a_sequence_that_is_not_finite_harms_nobody_else(
+    vocab, levels, tiny_decoder, make_machine, make_run, random_tokens
+):
+    tiny, tokens = tiny_decoder(vocab_size=vocab), random_tokens(40)
+    for isa in levels:
+        quiet, machine = make_machine(tiny, isa=isa), make_machine(tiny, threads=2, isa=isa)
+        blocks = machine.kv.numel() // machine.decoder.kv_block_bytes
+        bad, good = make_run(tokens, [blocks - 1, 9, 10]), make_run(tokens, [3, 2, 1])
+        machine.step((bad, 30), (good, 30))
+        last = machine.kv.view(torch.bfloat16)[-64:]  # of the bad one's first block
+        last.fill_(float("nan"))
+        for count in (1, 2, 7):
+            machine.step((bad, count), (good, count))
+        assert_equal_runs(machine, good, quiet, quiet.alone(tokens))
+        for ids, _, _, _, row, _ in bad.rows[30:]:
+            assert row.isnan().all()
+            assert ids.tolist() == list(range(min(256, vocab))), "no number: by id"
 
 
 def test_no_block_but_its_own_is_written(crowd, make_run, random_tokens):
