@@ -9,6 +9,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
 
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Evaluations keep files; these go with the test."""
+    monkeypatch.setenv("SPARSERVE_CACHE_DIR", str(tmp_path / "cache"))
+
+
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "a"), ("1", "2"), ("i", "n")]
 MERGED_VOCABULARY = 256 + len(MERGES) + 3
 

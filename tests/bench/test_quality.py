@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from sparserve.bench.original import Original, original_states
 from sparserve.bench.quality import Window, bootstrap_interval, cut_windows, log_softmax, measure
-from sparserve.bench.scored import Original, ServedModel
+from sparserve.bench.scored import ServedModel
 from sparserve.cli import app
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine
@@ -84,30 +85,35 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 @pytest.fixture
-def scored(tiny_folder, windows):
-    def served(dtype: str, chunk: int = 512) -> tuple[ServedModel, Original]:
+def served(tiny_folder, windows):
+    """`served(dtype, chunk=…)`: the tiny model as this project serves it."""
+
+    def make(dtype: str, chunk: int = 512) -> ServedModel:
         model = load_model(str(tiny_folder), dtype=dtype)
         settings = EngineSettings(threads=1, kv_cache_gib=0.01, max_context=PROMPT + DECODE)
-        backend = assemble_engine(model, settings).engine.backend
-        return ServedModel(backend, windows, chunk), Original(backend)
+        return ServedModel(assemble_engine(model, settings).engine.backend, windows, chunk)
 
-    return served
+    return make
 
 
-def test_original_and_served_in_float32_are_transformers(scored, windows, tiny_folder):
+@pytest.fixture
+def original(tiny_model, windows) -> Original:
+    states = original_states(tiny_model, windows, 1, None, lambda *_: None)
+    return Original(tiny_model, windows, states)
+
+
+def test_original_and_served_in_float32_are_transformers(served, original, windows, tiny_folder):
     theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    served, original = scored("float32")
-    for window, ours, whole in zip(
-        windows, served.logits(windows), original.logits(windows), strict=True
-    ):
+    both = served("float32").logits(windows), original.logits(windows)
+    for window, ours, whole in zip(windows, *both, strict=True):
         with torch.inference_mode():
             logits = theirs(torch.tensor([window.prompt + window.fed])).logits[0, PROMPT:]
         assert np.abs(ours - logits.numpy()).max() < 1e-4
         assert np.abs(whole - logits.numpy()).max() < 1e-4
 
 
-def test_float32_is_the_original_and_bfloat16_near_it(scored, windows):
-    (exact, original), (coarse, _) = scored("float32", chunk=16), scored("bfloat16")
+def test_float32_is_the_original_and_bfloat16_near_it(served, original, windows):
+    exact, coarse = served("float32", chunk=16), served("bfloat16")
     rows = measure(original.logits, [exact, coarse], windows, lambda *_: None, 4)
     assert rows[0].kl < 1e-9
     assert rows[0].top1 == 1.0
@@ -115,15 +121,15 @@ def test_float32_is_the_original_and_bfloat16_near_it(scored, windows):
     assert rows[1].bytes_per_token < 0.6 * rows[0].bytes_per_token
 
 
-def test_bytes_are_those_of_the_weights_and_the_kv_of_a_window(scored, tiny_model):
-    served, _ = scored("float32")
+def test_bytes_are_those_of_the_weights_and_the_kv_of_a_window(served, tiny_model):
+    float32 = served("float32")
     config, layers = tiny_model.config, tiny_model.config.num_layers
     d, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
     attention = 2 * d * config.head_dim * (config.num_heads + config.num_kv_heads)
     weights = layers * (attention + 3 * d * i + 2 * d) + d + v * d
     kv = 2 * layers * config.num_kv_heads * config.head_dim * (PROMPT + DECODE // 2)
-    assert served.mlp_bytes == 4 * layers * 3 * d * i
-    assert served.bytes_per_token == pytest.approx(4 * (weights + kv), rel=0.001)
+    assert float32.mlp_bytes == 4 * layers * 3 * d * i
+    assert float32.bytes_per_token == pytest.approx(4 * (weights + kv), rel=0.001)
 
 
 def test_log_softmax_holds_for_any_size():
@@ -152,6 +158,7 @@ def test_the_command_writes_a_row_for_each_format(tiny_folder, tmp_path):
     [
         (["--formats", "int3"], "no format is named int3"),
         (["--windows", "9"], "enough for 8 windows"),
+        (["--prompt-tokens", "600"], "windows of 612 tokens exceed the context"),
         (["--json", "/no/such/folder/x"], "the folder of --json"),
     ],
 )
@@ -163,3 +170,16 @@ def test_the_command_refuses_what_cannot_be(tiny_folder, tmp_path, flags, told):
     result = CliRunner().invoke(app, asked)
     assert isinstance(result.exception, ConfigError)
     assert told in str(result.exception)
+
+
+def test_windows_of_unequal_lengths_are_decoded_together(served, original, windows):
+    """As their own whole windows are: prompts of any length, none included, continuations of any."""
+    ragged = [
+        Window(w.prompt[: 7 * i], (*w.prompt[7 * i :], *w.fed)[: 5 + 3 * i], ())
+        for i, w in enumerate(windows)
+    ]
+    system = served("float32")
+    for window, together in zip(ragged, system.logits(ragged), strict=True):
+        (alone,) = system.logits([window])
+        assert len(together) == len(window.fed)
+        np.testing.assert_array_equal(together, alone)

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse_kernels.native import usable_cpus
+from sparserve.bench.cache import evaluation_cache
 from sparserve.bench.offline import BenchProgress
+from sparserve.bench.original import Original, original_states
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
-from sparserve.bench.scored import Original, ServedModel
+from sparserve.bench.scored import ServedModel
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
@@ -29,6 +32,7 @@ class Plan:
     windows: int
     prompt_tokens: int
     decode_tokens: int
+    cache: bool = True  # of the original's part
 
 
 def evaluate_formats(
@@ -36,10 +40,11 @@ def evaluate_formats(
 ) -> list[Quality]:
     """One row for each format of `settings.model`. Raises ConfigError or ModelError."""
     reference = load(plan.original or settings.model, "float32")
+    tokens = plan.prompt_tokens + plan.decode_tokens
+    _check_context(reference, tokens)
     windows = cut_windows(
         _tokens(plan.text, reference), plan.windows, plan.prompt_tokens, plan.decode_tokens
     )
-    tokens = plan.prompt_tokens + plan.decode_tokens
     settings = settings.model_copy(update={"max_context": tokens})
     systems: list[Scored] = []
     for name in plan.formats:
@@ -47,8 +52,11 @@ def evaluate_formats(
         model = reference if is_original else load(settings.model, name)
         _check_vocabulary(model, reference)
         systems.append(_served(model, settings, windows))
-    judge = Original(_engine(reference, settings).backend)
-    return measure(judge.logits, systems, windows, on_progress, WINDOWS_AT_ONCE)
+    cache = evaluation_cache() if plan.cache else None
+    threads = settings.threads or usable_cpus()
+    states = original_states(reference, windows, threads, cache, on_progress)
+    original = Original(reference, windows, states)
+    return measure(original.logits, systems, windows, on_progress, WINDOWS_AT_ONCE)
 
 
 def _tokens(path: Path, model: LoadedModel) -> list[int]:
@@ -70,6 +78,15 @@ def _engine(model: LoadedModel, settings: EngineSettings) -> Engine:
 def _served(model: LoadedModel, settings: EngineSettings, windows: list[Window]) -> Scored:
     engine = _engine(model, settings)
     return ServedModel(engine.backend, windows, engine.limits.max_batched_tokens)
+
+
+def _check_context(model: LoadedModel, tokens: int) -> None:
+    limit = model.config.max_position_embeddings
+    if tokens > limit:
+        raise ConfigError(
+            f"windows of {tokens} tokens exceed the context of {model.name}, {limit}; lower "
+            "--prompt-tokens or --decode-tokens"
+        )
 
 
 def _check_vocabulary(model: LoadedModel, reference: LoadedModel) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 from rich.table import Table
 
-from sparserve.cli.options import with_settings
+from sparserve.cli.options import NO_VALUE, with_settings
 from sparserve.cli.output import check_json_file, out, progress_bars, write_json
 from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
@@ -42,6 +42,14 @@ def evaluate(
     decode_tokens: Annotated[
         int, typer.Option(help="Tokens of each window that are decoded and scored.", min=1)
     ] = 64,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            metavar=NO_VALUE,
+            help="Compute the original anew, and keep nothing of it for later runs.",
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows here as JSON.")
     ] = None,
@@ -61,7 +69,7 @@ def evaluate(
             f"no format is named {', '.join(unknown)}; there are: {', '.join(FORMATS)}"
         )
     check_json_file(json_file)
-    plan = Plan(text, names, original, windows, prompt_tokens, decode_tokens)
+    plan = Plan(text, names, original, windows, prompt_tokens, decode_tokens, cache=not no_cache)
     with progress_bars() as bars:  # one display for loading and scoring
 
         def load(name: str, dtype: str) -> LoadedModel:
