@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparserve.bench.offline import BenchProgress
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
+from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.scored import Original, ServedModel
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
