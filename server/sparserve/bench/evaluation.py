@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sparse_kernels.native import usable_cpus
 from sparserve.bench.cache import evaluation_cache
-from sparserve.bench.offline import BenchProgress
 from sparserve.bench.original import Original, original_states
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
+from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.scored import ServedModel
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
