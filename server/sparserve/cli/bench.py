@@ -174,6 +174,7 @@ def _sweep(
     check_json_file(json_file)
     check_folder("--png", png)
     if png is not None:
+        _check_picture(png)
         require_matplotlib()
     with counting_bar(own_thread=False) as show:
 
@@ -190,6 +191,11 @@ def _sweep(
     if png is not None:
         draw(report).savefig(png)
         err.print(f"picture drawn in {png}")
+
+
+def _check_picture(png: Path) -> None:
+    if png.suffix != ".png":
+        raise ConfigError(f"{png} is no name of a picture; one ends in .png")
 
 
 def _formats(text: str, default: str) -> list[str]:
