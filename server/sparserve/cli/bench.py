@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from sparserve.cli.options import Command, Group, with_settings
 from sparserve.cli.output import (
@@ -23,7 +24,7 @@ from sparserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparserve.bench.offline import Report as OfflineReport
-    from sparserve.bench.sweep import Phase, Report
+    from sparserve.bench.sweep import Plan, Report
     from sparserve.model.loader import LoadedModel
 
 FORMATS = get_args(Dtype)
@@ -71,18 +72,11 @@ def decode(
 
     Prints the share of the byte bound: what the memory-read ceiling of the same run would allow.
     """
-    _sweep(
-        "decode",
-        settings,
-        formats,
-        ("--batch", batch),
-        ("--context", context),
-        new_tokens,
-        rounds,
-        peers,
-        json_file,
-        png,
-    )
+    from sparserve.bench.sweep import Plan
+
+    batches, contexts = _counts("--batch", batch), _counts("--context", context)
+    plan = Plan("decode", batches, contexts, new_tokens, rounds)
+    _sweep(settings, plan, formats, peers, json_file, png)
 
 
 @app.command("prefill", cls=Command)
@@ -100,18 +94,11 @@ def prefill(
     png: PngFile = None,
 ) -> None:
     """Measure prompt tokens/s until the first token, for each format and prompt length."""
-    _sweep(
-        "prefill",
-        settings,
-        formats,
-        ("--batch", batch),
-        ("--prompt-tokens", prompt_tokens),
-        1,
-        rounds,
-        peers,
-        json_file,
-        png,
-    )
+    from sparserve.bench.sweep import Plan
+
+    batches, contexts = _counts("--batch", batch), _counts("--prompt-tokens", prompt_tokens)
+    plan = Plan("prefill", batches, contexts, 1, rounds)
+    _sweep(settings, plan, formats, peers, json_file, png)
 
 
 @app.command("engine", cls=Command)
@@ -169,31 +156,25 @@ def engine(
 
 
 def _sweep(
-    phase: Phase,
     settings: EngineSettings,
+    plan: Plan,
     formats: str,
-    batches: tuple[str, str],
-    contexts: tuple[str, str],
-    new_tokens: int,
-    rounds: int,
     peers: str,
     json_file: Path | None,
     png: Path | None,
 ) -> None:
-    """`batches` and `contexts` are (flag, its value)."""
     from sparserve.bench.formats import measure_formats
     from sparserve.bench.machine import check_threads
     from sparserve.bench.peers import parse_peers
     from sparserve.bench.plot import draw, require_matplotlib
-    from sparserve.bench.sweep import Plan
     from sparserve.engine.factory import load_by_settings
 
-    plan = Plan(phase, _counts(*batches), _counts(*contexts), new_tokens, rounds)
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)
     check_threads(settings.threads)
     check_json_file(json_file)
     check_folder("--png", png)
     if png is not None:
+        _check_picture(png)
         require_matplotlib()
     with counting_bar(own_thread=False) as show:
 
@@ -210,6 +191,11 @@ def _sweep(
     if png is not None:
         draw(report).savefig(png)
         err.print(f"picture drawn in {png}")
+
+
+def _check_picture(png: Path) -> None:
+    if png.suffix != ".png":
+        raise ConfigError(f"{png} is no name of a picture; one ends in .png")
 
 
 def _formats(text: str, default: str) -> list[str]:
@@ -231,23 +217,29 @@ def _counts(flag: str, text: str) -> list[int]:
 
 def _print(report: Report) -> None:
     plan, first = report.plan, report.rows[0]
-    bound = ["% of byte bound"] if plan.phase == "decode" else []
+    decode = plan.phase == "decode"
+    backends = ", ".join(dict.fromkeys(report.backends.values()))
     table = Table(
-        "batch", "context", "system", "format", "tokens/s", "lowest to highest", "GB/s read", *bound,
-        title=f"{first.model}: {plan.phase}" + (f", {plan.new_tokens} new tokens" if bound else ""),
-        caption=f"{report.machine}, {report.threads} threads, backend {', '.join(report.backends.values())}; "
-        f"medians of {plan.rounds} rounds",
+        "batch", "context", Column("system", no_wrap=True), "format", "tokens/s", "rounds",
+        *(["of bound"] if decode else []),
+        title=f"{first.model}: {plan.phase}" + (f", {plan.new_tokens} new tokens" if decode else ""),
+        caption=f"{report.machine}, {report.threads} threads, backend {backends}; "
+        f"medians of {plan.rounds} rounds; {_ceilings(report)}",
+        box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
+    before = (first.batch, first.context)
     for row in report.rows:
+        if (row.batch, row.context) != before:
+            table.add_section()
+            before = (row.batch, row.context)
         table.add_row(
             str(row.batch),
             str(row.context),
             row.system,
             row.format,
             f"{row.tokens_per_second:.1f}",
-            f"{row.tokens_per_second_low:.1f} to {row.tokens_per_second_high:.1f}",
-            f"{row.read_ceiling_gb_s:.1f}",
-            *([f"{row.percent_of_byte_bound:.0f} %"] if bound else []),
+            f"{row.tokens_per_second_low:.1f}-{row.tokens_per_second_high:.1f}",
+            *([f"{row.percent_of_byte_bound:.0f} %"] if decode else []),
         )
     out.print(table)
     for ratio in report.ratios:
@@ -255,6 +247,11 @@ def _print(report: Report) -> None:
             f"batch {ratio.batch}, context {ratio.context}: {ratio.format} {ratio.ratio:.2f}x "
             f"({ratio.ratio_low:.2f} to {ratio.ratio_high:.2f}) {ratio.peer} {ratio.peer_format}"
         )
+
+
+def _ceilings(report: Report) -> str:
+    found = [row.read_ceiling_gb_s for row in report.rows]
+    return f"memory reads at {min(found):.0f} to {max(found):.0f} GB/s"
 
 
 def _print_offline(report: OfflineReport) -> None:

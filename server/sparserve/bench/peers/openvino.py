@@ -14,6 +14,7 @@ import numpy as np
 from sparserve.bench.peers.gguf_files import step_weight_bytes
 from sparserve.bench.peers.packages import require
 from sparserve.bench.systems import Prompts, Run
+from sparserve.errors import ConfigError
 from sparserve.model.config import ModelConfig
 
 
@@ -33,8 +34,12 @@ class OpenVino:
     ) -> None:
         """`arithmetic` and `kv_cache` are names of OpenVINO's element types, of `kv_bytes` bytes.
 
-        Raises ConfigError where the package is missing.
+        Raises ConfigError where the package is missing, and of a single thread.
         """
+        if threads < 2:  # 2026.4 ends the whole process by a division by zero
+            raise ConfigError(
+                f"openvino cannot run on {threads} thread: give --threads 2, or leave it out of --peers"
+            )
         self._openvino, self._genai = require("openvino"), require("openvino_genai")
         self.format = format
         self.weight_bytes = step_weight_bytes(file)
