@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from sparse_kernels.native import usable_cpus
 from sparserve.bench.cache import evaluation_cache
+from sparserve.bench.lm_tasks import Tasks, TaskScore
 from sparserve.bench.original import Original, original_states
+from sparserve.bench.peers import PeerSpec
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.scored import ServedModel
+from sparserve.bench.scored_peers import open_scored
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
@@ -32,13 +36,18 @@ class Plan:
     windows: int
     prompt_tokens: int
     decode_tokens: int
+    peers: Sequence[PeerSpec] = ()
     cache: bool = True  # of the original's part
 
 
 def evaluate_formats(
     settings: EngineSettings, plan: Plan, load: Load, on_progress: BenchProgress
 ) -> list[Quality]:
-    """One row for each format of `settings.model`. Raises ConfigError or ModelError."""
+    """One row for each format of `settings.model`, then one for each peer on the same weights.
+
+    Raises ConfigError or ModelError.
+    """
+    load = cache(load)
     reference = load(plan.original or settings.model, "float32")
     tokens = plan.prompt_tokens + plan.decode_tokens
     _check_context(reference, tokens)
@@ -46,17 +55,46 @@ def evaluate_formats(
         _tokens(plan.text, reference), plan.windows, plan.prompt_tokens, plan.decode_tokens
     )
     settings = settings.model_copy(update={"max_context": tokens})
+    threads = settings.threads or usable_cpus()
     systems: list[Scored] = []
     for name in plan.formats:
-        is_original = name == "float32" and plan.original is None
-        model = reference if is_original else load(settings.model, name)
+        model = load(settings.model, name)
         _check_vocabulary(model, reference)
         systems.append(_served(model, settings, windows))
-    cache = evaluation_cache() if plan.cache else None
-    threads = settings.threads or usable_cpus()
-    states = original_states(reference, windows, threads, cache, on_progress)
+    loaded = partial(load, settings.model)
+    for name, format in _wanted(plan.peers, [system.format for system in systems]):
+        systems.append(open_scored(name, format, loaded, windows, threads))
+    kept = evaluation_cache() if plan.cache else None
+    states = original_states(reference, windows, threads, kept, on_progress)
     original = Original(reference, windows, states)
     return measure(original.logits, systems, windows, on_progress, WINDOWS_AT_ONCE)
+
+
+def evaluate_tasks(
+    settings: EngineSettings,
+    names: Sequence[str],
+    folder: Path | None,
+    limit: int | None,
+    formats: Sequence[str],
+    load: Load,
+    on_progress: BenchProgress,
+) -> list[TaskScore]:
+    """lm-eval's tasks on each format of `settings.model`; see `Tasks`. Raises ConfigError or ModelError."""
+    tasks = Tasks(names, folder)
+    return [
+        score
+        for format in formats
+        for score in tasks.run(load(settings.model, format), settings, limit, on_progress)
+    ]
+
+
+def _wanted(peers: Sequence[PeerSpec], formats: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """(peer, format), each once; a spec without a format stands for each of `formats`."""
+    return dict.fromkeys(
+        (spec.name, format)
+        for spec in peers
+        for format in ([spec.format] if spec.format else formats)
+    )
 
 
 def _tokens(path: Path, model: LoadedModel) -> list[int]:

@@ -75,7 +75,7 @@ def parse_peers(text: str) -> list[PeerSpec]:
             raise ConfigError(f"no peer is named {name!r}; there are: {', '.join(PEERS)}, none")
         specs.append(PeerSpec(name, format or None))
         if format:
-            _check_format(name, format)
+            check_format(name, format)
     return specs
 
 
@@ -83,11 +83,12 @@ def open_peer(name: str, format: str, load: Load, threads: int) -> System:
     """Raises ConfigError where the peer lacks the format or its package is missing, UnsupportedModel
     where it cannot run the model.
     """
-    _check_format(name, format)
+    check_format(name, format)
     return PEERS[name][1](format, load, threads)
 
 
-def _check_format(name: str, format: str) -> None:
+def check_format(name: str, format: str) -> None:
+    """Raises ConfigError."""
     formats = PEERS[name][0]
     if format not in formats:
         raise ConfigError(

@@ -6,6 +6,7 @@ Quantizing needs llama-cpp-python, which does it as llama.cpp's own tool.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import tempfile
 from dataclasses import fields
@@ -51,10 +52,21 @@ def step_weight_bytes(path: Path) -> int:
     """Bytes of a file's weights that a decode step reads: all but the embedding, of which it takes one
     row; a tied one is read as LM head.
     """
-    tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
-    if GGUF_NAMES.lm_head in tensors:
-        del tensors[GGUF_NAMES.embedding]
-    return sum(tensors.values())
+    sizes = _tensor_bytes(path)
+    embedding = sizes[GGUF_NAMES.embedding] if GGUF_NAMES.lm_head in sizes else 0
+    return sum(sizes.values()) - embedding
+
+
+def mlp_weight_bytes(path: Path) -> int:
+    """Those of the feed-forward layers among them."""
+    matrices = tuple(GGUF_NAMES.layer[name].format(i="") for name in ("w_gate", "w_up", "w_down"))
+    ends = tuple(name.removeprefix("blk.") for name in matrices)
+    return sum(size for name, size in _tensor_bytes(path).items() if name.endswith(ends))
+
+
+@functools.cache  # reading the vocabulary takes seconds
+def _tensor_bytes(path: Path) -> dict[str, int]:
+    return {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
 
 
 def _digest(model: LoadedModel) -> str:
