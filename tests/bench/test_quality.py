@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sparserve.cli import app
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine
 from sparserve.errors import ConfigError
+from sparserve.model.backend import Phase
 from sparserve.model.loader import load_model
 
 PROMPT, DECODE, COUNT = 40, 12, 6
@@ -170,6 +172,23 @@ def test_the_command_refuses_what_cannot_be(tiny_folder, tmp_path, flags, told):
     result = CliRunner().invoke(app, asked)
     assert isinstance(result.exception, ConfigError)
     assert told in str(result.exception)
+
+
+def test_a_prompt_that_several_windows_share_is_prefilled_once(served, windows):
+    system = served("float32")
+    backend, prefills = system._backend, []
+    forward = backend.forward
+
+    def watch(batch):
+        prefills.extend(s.token_ids for s in batch.sequences if s.phase is Phase.PREFILL)
+        return forward(batch)
+
+    backend.forward = watch
+    shared = [replace(w, prompt=windows[0].prompt) for w in windows[:3]]
+    together = list(system.logits(shared))
+    assert prefills == [windows[0].prompt]
+    for window, rows in zip(shared, together, strict=True):
+        np.testing.assert_array_equal(rows, *system.logits([window]))
 
 
 def test_windows_of_unequal_lengths_are_decoded_together(served, original, windows):

@@ -104,10 +104,17 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return list(zip(scores, greedy, strict=True))
 
     def _groups(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        """Indices of windows to run together: those of similar length, as many as there is room for."""
+        """Indices of windows to run together: those of one prompt, then of similar length, as many as
+        there is room for.
+        """
         group: list[int] = []
         blocks = 0
-        for index in sorted(range(len(windows)), key=lambda i: -len(windows[i].fed)):
+
+        def order(index: int) -> tuple[int, tuple[int, ...], int]:
+            window = windows[index]
+            return -len(window.prompt), window.prompt, -len(window.fed)
+
+        for index in sorted(range(len(windows)), key=order):
             needed = blocks_for(windows[index].tokens)
             full = len(group) == self._engine.limits.max_running
             if group and (full or blocks + needed > self._engine.backend.num_blocks):

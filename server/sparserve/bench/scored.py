@@ -51,10 +51,16 @@ def decoded_rows(
     backend must have no other user. Raises ConfigError where the KV cache cannot hold these windows.
     """
     tables = _tables(backend, windows)
+    prefilled: dict[tuple[int, ...], list[int]] = {}
     for window, table in zip(windows, tables, strict=True):
+        blocks = table[: blocks_for(len(window.prompt))]
+        if window.prompt in prefilled:  # the choices of one question
+            backend.write_blocks(blocks, backend.read_blocks(prefilled[window.prompt]))
+            continue
         for start in range(0, len(window.prompt), chunk):
             part = window.prompt[start : start + chunk]
             backend.forward(ForwardBatch([SequenceInput(part, start, table, Phase.PREFILL)]))
+        prefilled[window.prompt] = blocks
     for step in range(max(len(window.fed) for window in windows)):
         running = [index for index, window in enumerate(windows) if step < len(window.fed)]
         batch = [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparserve.cli.options import NO_VALUE, with_settings
 from sparserve.cli.output import check_json_file, out, progress_bars, write_json
@@ -138,14 +138,16 @@ def _print(model: str, rows: list[Quality]) -> None:
 
 
 def _print_tasks(model: str, scores: list[TaskScore]) -> None:
-    table = Table("task", "metric", "format", "value", "standard error", "documents", title=model)
+    table = Table(
+        Column("task", overflow="fold"), "metric", Column("format", no_wrap=True), "value, standard error",
+        "documents", title=model,
+    )  # fmt: skip
     for score in scores:
         table.add_row(
             score.task,
             score.metric,
             f"{score.format} {score.policy}",
-            f"{score.value:.4f}",
-            "" if score.stderr is None else f"{score.stderr:.4f}",
+            f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}"),
             str(score.samples),
         )
     out.print(table)
