@@ -30,8 +30,8 @@ def load_file(file: Path) -> Any:
     """
     api = llama_cpp()
     parameters = api.llama_model_default_params()
-    # Its AMX kernels, which only quantized weights have, end the process by a segmentation fault at
-    # the first prompt (0.3.36). They cannot be turned off alone: repacked weights go with them.
+    # Its AMX kernels, which only quantized weights have, can end the process by a segmentation fault
+    # (github.com/ggml-org/llama.cpp/issues/20824). They cannot be turned off alone: repacked weights go too.
     if b"AMX_INT8 = 1" in api.llama_print_system_info():
         parameters.use_extra_bufts = False
     model = api.llama_model_load_from_file(bytes(file), parameters)
