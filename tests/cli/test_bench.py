@@ -32,15 +32,14 @@ def bench(run_main, tiny_folder, tmp_path):
 def test_decode_reports_every_system_at_every_point(bench, tmp_path):
     picture = tmp_path / "decode.png"
     out, _, report = bench(
-        "decode", "--formats", "float32,bfloat16", "--batch", "1,3", "--context", "40,24",
+        "decode", "--formats", "float32,bfloat16", "--batch", "1,3", "--context", "40",
         "--new-tokens", "6", "--png", str(picture),
     )  # fmt: skip
     rows = report["rows"]
     assert all(set(row) == ROW for row in rows)
     assert [(r["batch"], r["context"], r["system"], r["format"]) for r in rows] == [
-        (batch, context, system, format)
+        (batch, 40, system, format)
         for batch in (1, 3)
-        for context in (24, 40)
         for system in ("sparserve", "transformers")
         for format in ("float32", "bfloat16")
     ]
@@ -51,7 +50,7 @@ def test_decode_reports_every_system_at_every_point(bench, tmp_path):
         assert row["byte_bound_tokens_per_second"] > high
         assert row["percent_of_byte_bound"] < 100
     assert {r["ratio"] > 0 for r in report["ratios"]} == {True}
-    assert len(report["ratios"]) == 4 * 2
+    assert len(report["ratios"]) == 2 * 2
     assert report["backends"] == {"float32": "reference", "bfloat16": "reference"}
     assert report["plan"]["rounds"] == 2
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

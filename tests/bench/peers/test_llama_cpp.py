@@ -10,6 +10,7 @@ from sparserve.bench.rounds import fresh_prompts, wait_until_idle
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
+from sparserve.model.loader import load_model
 from sparserve.model.weights import step_weight_bytes
 
 pytest.importorskip("llama_cpp")
@@ -61,6 +62,15 @@ def test_its_bytes_are_those_of_its_file_and_16_bit_kv(peer_model):
     config = peer_model.config
     assert peer.weight_bytes == step_weight_bytes(config, peer_model.weights.dtype)
     assert peer.kv_bytes_per_token == 2 * 2 * config.num_layers * config.num_kv_heads * 16
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0"])
+def test_quantized_prompts_do_not_end_the_process(write_mergeable, tmp_path, format):
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    model = load_model(str(write_mergeable(tmp_path / "m", **sizes)))
+    peer = open_peer("llama.cpp", format, lambda dtype: model, 2)
+    run = peer.run([tuple(range(64)), tuple(range(64, 128))], 4)
+    assert (run.new_tokens, run.tokens_at_ttft) == (8, 2)
 
 
 def test_it_uses_no_cpu_between_its_turns(peer_model):

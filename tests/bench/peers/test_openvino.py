@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from sparserve.bench.peers import open_peer
-from sparserve.bench.peers.openvino import _times
+from sparserve.bench.peers.gguf_files import gguf_file
+from sparserve.bench.peers.openvino import OpenVino, _times
 from sparserve.bench.rounds import wait_until_idle
-from sparserve.errors import ConfigError
+from sparserve.errors import ConfigError, UnsupportedModel
 
 
 def test_decode_is_timed_from_the_step_that_all_prompts_are_in():
@@ -33,3 +34,11 @@ def test_it_runs_our_weights(peer_model):
 def test_a_single_thread_which_would_end_the_process_is_refused(peer_model):
     with pytest.raises(ConfigError, match=r"on 1 thread: give --threads 2, or leave it out"):
         open_peer("openvino", "bfloat16", lambda dtype: peer_model, 1)
+
+
+def test_what_it_refuses_is_told(peer_model):
+    pytest.importorskip("openvino_genai")
+    file = gguf_file(peer_model, "float16")
+    lacking = {"arithmetic": "int3", "kv_cache": "f16", "kv_bytes": 2}
+    with pytest.raises(UnsupportedModel, match=r"OpenVINO cannot run float16 here: (.|\n)*int3"):
+        OpenVino(file, "float16", peer_model.config, 2, **lacking)

@@ -24,6 +24,22 @@ KV_BYTES = 2  # float16
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to it
 
 
+def load_file(file: Path) -> Any:
+    """A `llama_model` in memory. Raises ConfigError where the package is missing, UnsupportedModel where
+    it refuses the file.
+    """
+    api = llama_cpp()
+    parameters = api.llama_model_default_params()
+    # Its AMX kernels, which only quantized weights have, can end the process by a segmentation fault
+    # (github.com/ggml-org/llama.cpp/issues/20824). They cannot be turned off alone: repacked weights go too.
+    if b"AMX_INT8 = 1" in api.llama_print_system_info():
+        parameters.use_extra_bufts = False
+    model = api.llama_model_load_from_file(bytes(file), parameters)
+    if model is None:
+        raise UnsupportedModel(f"llama.cpp cannot load {file}")
+    return model
+
+
 class LlamaCpp:
     name = "llama.cpp"
 
@@ -37,11 +53,7 @@ class LlamaCpp:
         )
         self._vocab_size = config.vocab_size
         self._threads = threads
-        self._model = self._api.llama_model_load_from_file(
-            bytes(file), self._api.llama_model_default_params()
-        )
-        if self._model is None:
-            raise UnsupportedModel(f"llama.cpp cannot load {file}")
+        self._model = load_file(file)
         self._shape = (0, 0)
         self._context: Any = None
         self._batch: Any = None

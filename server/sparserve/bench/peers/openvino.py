@@ -14,7 +14,7 @@ import numpy as np
 from sparserve.bench.peers.gguf_files import step_weight_bytes
 from sparserve.bench.peers.packages import require
 from sparserve.bench.systems import Prompts, Run
-from sparserve.errors import ConfigError
+from sparserve.errors import ConfigError, UnsupportedModel
 from sparserve.model.config import ModelConfig
 
 
@@ -34,7 +34,8 @@ class OpenVino:
     ) -> None:
         """`arithmetic` and `kv_cache` are names of OpenVINO's element types, of `kv_bytes` bytes.
 
-        Raises ConfigError where the package is missing, and of a single thread.
+        Raises ConfigError where the package is missing and of a single thread, UnsupportedModel where it
+        refuses the file or an element type.
         """
         if threads < 2:  # 2026.4 ends the whole process by a division by zero
             raise ConfigError(
@@ -46,13 +47,15 @@ class OpenVino:
         self.kv_bytes_per_token = (
             2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
         )
-        self._pipeline = self._genai.LLMPipeline(
-            str(file),
-            "CPU",
-            INFERENCE_NUM_THREADS=threads,
-            INFERENCE_PRECISION_HINT=arithmetic,
-            KV_CACHE_PRECISION=kv_cache,
-        )
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": arithmetic,
+            "KV_CACHE_PRECISION": kv_cache,
+        }
+        try:
+            self._pipeline = self._genai.LLMPipeline(str(file), "CPU", **settings)
+        except RuntimeError as error:  # an element type that this CPU lacks, an architecture
+            raise UnsupportedModel(f"OpenVINO cannot run {format} here: {error}") from error
 
     def run(self, prompts: Prompts, new_tokens: int) -> Run:
         """Times are those that the pipeline itself reports for each step."""
