@@ -15,7 +15,7 @@ import numpy as np
 
 from sparserve.bench.peers import OPENVINO_FORMATS, check_format
 from sparserve.bench.peers.gguf_files import gguf_file, mlp_weight_bytes, step_weight_bytes
-from sparserve.bench.peers.llama_cpp import KV_BYTES
+from sparserve.bench.peers.llama_cpp import KV_BYTES, load_file
 from sparserve.bench.peers.packages import llama_cpp, require
 from sparserve.bench.quality import Logits, Scored, Window
 from sparserve.errors import ConfigError, UnsupportedModel
@@ -73,18 +73,12 @@ class ScoredLlamaCpp(_GGUFPeer):
         """Raises ConfigError where the package is missing, UnsupportedModel where it refuses the file."""
         super().__init__(file, format, config, windows, KV_BYTES)
         self._api = api = llama_cpp()
-        loading = api.llama_model_default_params()
-        # Its AMX tiles crash on some CPUs (github.com/ggml-org/llama.cpp/issues/20824); without weights
-        # repacked for them the formats compute the same.
-        loading.use_extra_bufts = False
-        self._model = api.llama_model_load_from_file(bytes(file), loading)
-        if self._model is None:
-            raise UnsupportedModel(f"llama.cpp cannot load {file}")
+        model = load_file(file)
         parameters = api.llama_context_default_params()
         parameters.n_ctx = windows[0].tokens
         parameters.n_batch = max(parameters.n_batch, len(windows[0].prompt))
         parameters.n_threads = parameters.n_threads_batch = threads
-        self._context = api.llama_init_from_model(self._model, parameters)
+        self._context = api.llama_init_from_model(model, parameters)
         if self._context is None:
             raise UnsupportedModel(f"llama.cpp makes no context of {windows[0].tokens} tokens")
 
