@@ -87,6 +87,7 @@ def test_engine_reports_whole_generations(bench):
         (["--peers", "vllm"], "no peer is named 'vllm'"),
         (["--batch", "1,0"], "--batch is '1,0': '0' is no whole number from 1 on"),
         (["--context", "12a"], "--context is '12a'"),
+        (["--max-running", "4"], "--max-running: the engine is made for the prompts"),
         (["--json", "/no/such/folder/x"], "the folder of --json"),
         (["--png", "/no/such/folder/x.png"], "the folder of --png"),
         (
