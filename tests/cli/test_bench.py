@@ -32,7 +32,7 @@ def bench(run_main, tiny_folder, tmp_path):
 def test_decode_reports_every_system_at_every_point(bench, tmp_path):
     picture = tmp_path / "decode.png"
     out, _, report = bench(
-        "decode", "--formats", "float32,bfloat16", "--batch", "1,3", "--context", "40",
+        "decode", "--formats", "float32,auto,bfloat16", "--batch", "1,3", "--context", "40",
         "--new-tokens", "6", "--png", str(picture),
     )  # fmt: skip
     rows = report["rows"]

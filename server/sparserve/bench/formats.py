@@ -36,7 +36,9 @@ def measure_formats(
             models[dtype] = load(dtype)
         return models[dtype]
 
-    engines = [_engine(loaded(name), settings, plan) for name in formats]
+    # "auto" may be one of the others.
+    unique = {loaded(name).weights.dtype: loaded(name) for name in formats}
+    engines = [_engine(model, settings, plan) for model in unique.values()]
     info = [engine.backend.info for engine in engines]
     ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
     first = models[formats[0]]

@@ -74,12 +74,12 @@ class ScoredLlamaCpp(_GGUFPeer):
         """Raises ConfigError where the package is missing, UnsupportedModel where it refuses the file."""
         super().__init__(file, format, config, windows, KV_BYTES)
         self._api = api = llama_cpp()
-        self._model = load_file(file)
+        model = load_file(file)
         parameters = api.llama_context_default_params()
         parameters.n_ctx = windows[0].tokens
         parameters.n_batch = max(parameters.n_batch, len(windows[0].prompt))
         parameters.n_threads = parameters.n_threads_batch = threads
-        self._context = api.llama_init_from_model(self._model, parameters)
+        self._context = api.llama_init_from_model(model, parameters)
         if self._context is None:
             raise UnsupportedModel(f"llama.cpp makes no context of {windows[0].tokens} tokens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -16,7 +17,6 @@ from sparserve.cli.output import (
     counting_bar,
     err,
     out,
-    progress_bars,
     write_json,
 )
 from sparserve.config import Dtype, EngineSettings
@@ -25,6 +25,7 @@ from sparserve.errors import ConfigError
 if TYPE_CHECKING:
     from sparserve.bench.offline import Report as OfflineReport
     from sparserve.bench.sweep import Plan, Report
+    from sparserve.model.catalog import DownloadProgress
     from sparserve.model.loader import LoadedModel
 
 FORMATS = get_args(Dtype)
@@ -130,27 +131,20 @@ def engine(
     from sparserve.bench.offline import Plan, run_offline
     from sparserve.bench.peers import open_peer, parse_peers
     from sparserve.bench.systems import Sparserve
-    from sparserve.engine.factory import assemble_engine, load_by_settings
+    from sparserve.engine.factory import assemble_engine
 
     specs = parse_peers(peers)
     check_threads(settings.threads)
     check_json_file(json_file)
-    with progress_bars() as bars:
-
-        def load(dtype: str) -> LoadedModel:
-            own = settings.model_copy(update={"dtype": dtype})
-            return load_by_settings(own, on_tensor=bars.on_tensor, on_download=bars.on_download)
-
+    with counting_bar(own_thread=False) as show:
+        load = _loader(settings, show)
         model = load(settings.dtype)
         built = assemble_engine(model, settings)
         info = built.engine.backend.info
         rivals = [open_peer(s.name, s.format or info.dtype, load, info.threads) for s in specs]
-    concurrency = min(concurrency, settings.max_running)
-    plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
-    with counting_bar(own_thread=False) as on_progress:
-        report = run_offline(
-            built.engine, model.name, Sparserve(built.engine), rivals, plan, on_progress
-        )
+        concurrency = min(concurrency, settings.max_running)
+        plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
+        report = run_offline(built.engine, model.name, Sparserve(built.engine), rivals, plan, show)
     _print_offline(report)
     write_json(json_file, report.as_json())
 
@@ -167,7 +161,6 @@ def _sweep(
     from sparserve.bench.machine import check_threads
     from sparserve.bench.peers import parse_peers
     from sparserve.bench.plot import draw, require_matplotlib
-    from sparserve.engine.factory import load_by_settings
 
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)
     check_threads(settings.threads)
@@ -177,20 +170,26 @@ def _sweep(
         _check_picture(png)
         require_matplotlib()
     with counting_bar(own_thread=False) as show:
-
-        def load(dtype: str) -> LoadedModel:
-            return load_by_settings(
-                settings.model_copy(update={"dtype": dtype}),
-                on_tensor=lambda done, total: show(f"loading {dtype}", done, total),
-                on_download=show,
-            )
-
-        report = measure_formats(settings, plan, names, specs, load, show)
+        report = measure_formats(settings, plan, names, specs, _loader(settings, show), show)
     _print(report)
     write_json(json_file, report.as_json())
     if png is not None:
         draw(report).savefig(png)
         err.print(f"picture drawn in {png}")
+
+
+def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str], LoadedModel]:
+    """Loads `settings.model` in a data type."""
+    from sparserve.engine.factory import load_by_settings
+
+    def load(dtype: str) -> LoadedModel:
+        return load_by_settings(
+            settings.model_copy(update={"dtype": dtype}),
+            on_tensor=lambda done, total: show(f"loading {dtype}", done, total),
+            on_download=show,
+        )
+
+    return load
 
 
 def _check_picture(png: Path) -> None:
