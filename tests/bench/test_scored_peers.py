@@ -114,7 +114,7 @@ def test_the_command_puts_peers_beside_our_formats(mergeable_folder, tmp_path):
 @pytest.mark.parametrize(
     ("peer", "told"),
     [
-        (("openvino", "bfloat16", 1), "single thread; give --threads 2"),
+        (("openvino", "bfloat16", 1), "give --threads 2"),
         (("llama.cpp", "int8"), "llama.cpp has no format int8"),
         (("openvino", "Q8_0"), "openvino has no format Q8_0"),
         (("transformers", "float32"), "transformers is not scored; there are: llama.cpp, openvino"),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+
+import torch
 
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import cache_dir
+from sparserve.model.loader import LoadedModel
 
-EVALUATION_CACHE_BYTES = 8 << 30
+EVALUATION_CACHE_BYTES = 4 << 30
+PEER_CACHE_BYTES = 32 << 30
 ABANDONED = 86400  # seconds after which an unfinished file belongs to a process that is gone
 
 
@@ -34,11 +40,12 @@ class FileCache:
 
     def find(self, key: str) -> Path | None:
         """The file of `key`, which counts as used now; None where there is none."""
+        path = self.path(key)
         try:
-            os.utime(self.path(key))
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         except OSError:
             return None
-        return self.path(key)
+        return path
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Path]:
@@ -54,8 +61,8 @@ class FileCache:
                 unfinished.replace(self.path(key))
         except OSError as error:
             raise ConfigError(
-                f"the cache {self._folder} cannot be written: {error}; set SPARSERVE_CACHE_DIR or give "
-                "--no-cache"
+                f"the cache {self._folder} cannot be written: {error}; set SPARSERVE_CACHE_DIR to "
+                "another folder"
             ) from error
         self._evict(keep=key)
 
@@ -67,7 +74,7 @@ class FileCache:
             except FileNotFoundError:  # another process removed it meanwhile
                 continue
             if entry.is_file():
-                found.append((entry.name == keep, stat.st_mtime_ns, stat.st_size, entry))
+                found.append((entry.name == keep, stat.st_atime_ns, stat.st_size, entry))
             elif time.time() - stat.st_mtime > ABANDONED:
                 shutil.rmtree(entry, ignore_errors=True)
         total = 0
@@ -78,5 +85,23 @@ class FileCache:
 
 
 def evaluation_cache() -> FileCache:
-    """Beside the models: `$SPARSERVE_CACHE_DIR/eval`."""
+    """Of originals: `$SPARSERVE_CACHE_DIR/eval`."""
     return FileCache(cache_dir() / "eval", EVALUATION_CACHE_BYTES)
+
+
+def peer_cache() -> FileCache:
+    """Of the files that peers load: `$SPARSERVE_CACHE_DIR/peers`."""
+    return FileCache(cache_dir() / "peers", PEER_CACHE_BYTES)
+
+
+def fingerprint(model: LoadedModel) -> str:
+    """A hash of config, tokenizer and every weight, a second for 1 to 2 GB of them."""
+    weights = model.weights
+    digest = hashlib.sha256(f"{model.config} {model.tokenizer.to_str()}".encode())
+    tensors = [weights.embedding, weights.norm, weights.lm_head, weights.rope_factors]
+    for layer in weights.layers:
+        tensors += [getattr(layer, field.name) for field in fields(layer)]
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

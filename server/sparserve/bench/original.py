@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from sparserve import __version__
-from sparserve.bench.cache import FileCache
+from sparserve.bench.cache import FileCache, fingerprint
 from sparserve.bench.quality import Logits, Window
 from sparserve.engine.block_manager import blocks_for
 from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
@@ -72,19 +72,6 @@ def original_states(
     with cache.writing(key) as unfinished:  # first of all: it may fail
         np.save(unfinished, _compute(model, windows, threads, on_progress), allow_pickle=False)
     return read(str(cache.path(key)))
-
-
-def fingerprint(model: LoadedModel) -> str:
-    """A hash of all that a model computes with: its config and every weight, a second for 1 to 2 GB."""
-    weights = model.weights
-    digest = hashlib.sha256(repr(model.config).encode())
-    tensors = [weights.embedding, weights.norm, weights.lm_head, weights.rope_factors]
-    for layer in weights.layers:
-        tensors += [getattr(layer, field.name) for field in fields(layer)]
-    for tensor in tensors:
-        if tensor is not None:
-            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _key(model: LoadedModel, windows: Sequence[Window]) -> str:

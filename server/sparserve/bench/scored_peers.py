@@ -16,6 +16,7 @@ import numpy as np
 from sparserve.bench.peers import OPENVINO_FORMATS, check_format
 from sparserve.bench.peers.gguf_files import gguf_file, mlp_weight_bytes, step_weight_bytes
 from sparserve.bench.peers.llama_cpp import KV_BYTES, load_file
+from sparserve.bench.peers.openvino import check_threads
 from sparserve.bench.peers.packages import llama_cpp, require
 from sparserve.bench.quality import Logits, Scored, Window
 from sparserve.errors import ConfigError, UnsupportedModel
@@ -105,9 +106,10 @@ class ScoredOpenVino(_GGUFPeer):
     def __init__(
         self, file: Path, format: str, config: ModelConfig, windows: Sequence[Window], threads: int
     ) -> None:
-        """Raises ConfigError where a package is missing, UnsupportedModel where it refuses the file."""
-        if threads < 2:  # 2026.4 divides by zero while it compiles
-            raise ConfigError("OpenVINO crashes with a single thread; give --threads 2 or more")
+        """Raises ConfigError where a package is missing and of a single thread, UnsupportedModel where it
+        refuses the file or the format.
+        """
+        check_threads(threads)
         _, arithmetic, kv_cache, kv_bytes = OPENVINO_FORMATS[format]
         super().__init__(file, format, config, windows, kv_bytes)
         graph, core = _openvino_graph(file), require("openvino").Core()

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import tempfile
-from dataclasses import fields
 from pathlib import Path
 
-import torch
 from gguf import GGUFReader
 
+from sparserve.bench.cache import fingerprint, peer_cache
 from sparserve.bench.peers.packages import llama_cpp
 from sparserve.bench.to_gguf import GGUF_DTYPES, write_gguf
 from sparserve.errors import UnsupportedModel
-from sparserve.model.catalog import cache_dir
 from sparserve.model.loader import LoadedModel
 from sparserve.model.weights import GGUF_NAMES
 
@@ -32,20 +28,18 @@ def gguf_file(model: LoadedModel, format: str) -> Path:
     Files are named by a hash of the weights. Raises UnsupportedModel of a model that llama.cpp cannot
     express, ConfigError where the cache cannot be written or llama-cpp-python is missing.
     """
-    folder = cache_dir() / "peers"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{model.name.replace('/', '--')}-{_digest(model)}-{format}.gguf"
-    if path.is_file():
+    cache = peer_cache()
+    key = f"{model.name.replace('/', '--')}-{fingerprint(model)[:16]}-{format}.gguf"
+    if (path := cache.find(key)) is not None:
         return path
-    if format in GGUF_DTYPES:
-        write_gguf(model, path, format)
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        source, unfinished = Path(scratch) / "source.gguf", Path(scratch) / path.name
-        write_gguf(model, source, str(model.weights.dtype).removeprefix("torch."))
-        _quantize(source, unfinished, format)
-        unfinished.replace(path)
-    return path
+    with cache.writing(key) as path:
+        if format in GGUF_DTYPES:
+            write_gguf(model, path, format)
+        else:
+            source = path.with_suffix(".source")
+            write_gguf(model, source, str(model.weights.dtype).removeprefix("torch."))
+            _quantize(source, path, format)
+    return cache.path(key)
 
 
 def step_weight_bytes(path: Path) -> int:
@@ -67,19 +61,6 @@ def mlp_weight_bytes(path: Path) -> int:
 @functools.cache  # reading the vocabulary takes seconds
 def _tensor_bytes(path: Path) -> dict[str, int]:
     return {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
-
-
-def _digest(model: LoadedModel) -> str:
-    """Of everything in the file: configuration, weights, vocabulary."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr(model.config).encode())
-    digest.update(model.tokenizer.to_str().encode())
-    weights = model.weights
-    layers = (getattr(layer, field.name) for layer in weights.layers for field in fields(layer))
-    for tensor in (weights.embedding, weights.norm, weights.lm_head, *layers):
-        if tensor is not None:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _quantize(source: Path, target: Path, format: str) -> None:

@@ -37,10 +37,7 @@ class OpenVino:
         Raises ConfigError where the package is missing and of a single thread, UnsupportedModel where it
         refuses the file or an element type.
         """
-        if threads < 2:  # 2026.4 ends the whole process by a division by zero
-            raise ConfigError(
-                f"openvino cannot run on {threads} thread: give --threads 2, or leave it out of --peers"
-            )
+        check_threads(threads)
         self._openvino, self._genai = require("openvino"), require("openvino_genai")
         self.format = format
         self.weight_bytes = step_weight_bytes(file)
@@ -81,3 +78,11 @@ def _times(metrics: Any, batch: int) -> tuple[float, float, int]:
     first = metrics.m_times_to_first_token[0] / 1e6  # microseconds
     ttft = first + (at[started] - at[0]) / 1e3
     return ttft, metrics.generate_durations[0] / 1e6, sum(sizes[: started + 1])
+
+
+def check_threads(threads: int) -> None:
+    """Raises ConfigError of a single thread."""
+    if threads < 2:  # 2026.4 ends the whole process by a division by zero
+        raise ConfigError(
+            f"openvino cannot run on {threads} thread: give --threads 2, or leave it out of --peers"
+        )
