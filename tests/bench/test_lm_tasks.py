@@ -229,7 +229,8 @@ def test_a_local_task_runs_to_its_row(asked, task_folder, theirs, tiny_model, tm
         (["--tasks", "local_colour"], "no task 'local_colour', nor has --task-folder; near it: local_colours"),
         (["--tasks", "x", "--task-folder", "/no/such/folder"], "/no/such/folder does not exist"),
         (["--tasks", "local_colours", "text"], "a text or --tasks, not both"),
-        (["--tasks", "local_colours", "--peers", "llama.cpp:Q8_0"], "--peers are scored on a text"),
+        (["--tasks", "local_colours", "--peers", "llama.cpp:Q8_0"], "--peers and --original are for a text"),
+        (["text"], "--task-folder and --limit are for --tasks"),
         ([], "a text or --tasks"),
     ],
 )  # fmt: skip
