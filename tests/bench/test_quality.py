@@ -213,6 +213,7 @@ def test_a_prompt_that_several_windows_share_is_prefilled_once(served, windows):
     shared = [replace(w, prompt=windows[0].prompt) for w in windows[:3]]
     together = list(system.logits(shared))
     assert prefills == [windows[0].prompt]
+    assert len(list(system.logits([replace(w, prompt=()) for w in windows[:2]]))) == 2
     for window, rows in zip(shared, together, strict=True):
         np.testing.assert_array_equal(rows, *system.logits([window]))
 
