@@ -65,7 +65,7 @@ PAIRS = [
 
 
 def test_likelihoods_are_those_of_transformers(model, theirs, tiny_model):
-    scores = model.loglikelihood(instances("loglikelihood", *PAIRS), disable_tqdm=True)
+    scores = model.loglikelihood(instances("loglikelihood", *PAIRS))
     assert len({greedy for _, greedy in scores}) == 1  # random weights guess nothing
     for (context, continuation), (total, greedy) in zip(PAIRS, scores, strict=True):
         before = tiny_model.tokenizer.encode(context).ids or [256]  # <bos>
@@ -105,7 +105,7 @@ def test_scored_tokens_are_decoded_and_nothing_else(engine, model):
         return forward(batch)
 
     engine.backend.forward = watch
-    model.loglikelihood(instances("loglikelihood", ("abc", "de")), disable_tqdm=True)
+    model.loglikelihood(instances("loglikelihood", ("abc", "de")))
     prefilled = [(tokens, start) for phase, tokens, start in seen if phase is Phase.PREFILL]
     decoded = [(tokens, start) for phase, tokens, start in seen if phase is Phase.DECODE]
     ids = engine.tokenizer.encode("abcde", 10)
@@ -154,7 +154,7 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
     with pytest.raises(
         ConfigError, match="continuation of 97 tokens does not fit the context of 96"
     ):
-        model.loglikelihood(instances("loglikelihood", ("a", "b" * 97)), disable_tqdm=True)
+        model.loglikelihood(instances("loglikelihood", ("a", "b" * 97)))
 
 
 @pytest.fixture
