@@ -59,7 +59,8 @@ class Row:
     tokens_per_second_high: float
     read_ceiling_gb_s: float
     byte_bound_tokens_per_second: float  # at that ceiling
-    percent_of_byte_bound: float  # median of the rounds' own; each has its own ceiling
+    # Median of the rounds' own; each has its own ceiling. Prefill is bound by arithmetic, far below it.
+    percent_of_byte_bound: float
 
 
 @dataclass(frozen=True, slots=True)

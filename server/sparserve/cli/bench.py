@@ -163,6 +163,7 @@ def _sweep(
     from sparserve.bench.plot import draw, require_matplotlib
 
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)
+    _refuse_own_limits(settings)
     check_threads(settings.threads)
     check_json_file(json_file)
     check_folder("--png", png)
@@ -176,6 +177,14 @@ def _sweep(
     if png is not None:
         draw(report).savefig(png)
         err.print(f"picture drawn in {png}")
+
+
+def _refuse_own_limits(settings: EngineSettings) -> None:
+    if given := sorted(settings.model_fields_set & {"max_context", "max_running", "prefix_cache"}):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{flags}: the engine is made for the prompts and batches that are measured; leave it out"
+        )
 
 
 def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str], LoadedModel]:
