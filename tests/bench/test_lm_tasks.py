@@ -65,7 +65,7 @@ PAIRS = [
 
 
 def test_likelihoods_are_those_of_transformers(model, theirs, tiny_model):
-    scores = model.loglikelihood(instances("loglikelihood", *PAIRS), disable_tqdm=True)
+    scores = model.loglikelihood(instances("loglikelihood", *PAIRS))
     assert len({greedy for _, greedy in scores}) == 1  # random weights guess nothing
     for (context, continuation), (total, greedy) in zip(PAIRS, scores, strict=True):
         before = tiny_model.tokenizer.encode(context).ids or [256]  # <bos>
@@ -105,7 +105,7 @@ def test_scored_tokens_are_decoded_and_nothing_else(engine, model):
         return forward(batch)
 
     engine.backend.forward = watch
-    model.loglikelihood(instances("loglikelihood", ("abc", "de")), disable_tqdm=True)
+    model.loglikelihood(instances("loglikelihood", ("abc", "de")))
     prefilled = [(tokens, start) for phase, tokens, start in seen if phase is Phase.PREFILL]
     decoded = [(tokens, start) for phase, tokens, start in seen if phase is Phase.DECODE]
     ids = engine.tokenizer.encode("abcde", 10)
@@ -154,7 +154,7 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
     with pytest.raises(
         ConfigError, match="continuation of 97 tokens does not fit the context of 96"
     ):
-        model.loglikelihood(instances("loglikelihood", ("a", "b" * 97)), disable_tqdm=True)
+        model.loglikelihood(instances("loglikelihood", ("a", "b" * 97)))
 
 
 @pytest.fixture
@@ -229,7 +229,8 @@ def test_a_local_task_runs_to_its_row(asked, task_folder, theirs, tiny_model, tm
         (["--tasks", "local_colour"], "no task 'local_colour', nor has --task-folder; near it: local_colours"),
         (["--tasks", "x", "--task-folder", "/no/such/folder"], "/no/such/folder does not exist"),
         (["--tasks", "local_colours", "text"], "a text or --tasks, not both"),
-        (["--tasks", "local_colours", "--peers", "llama.cpp:Q8_0"], "--peers are scored on a text"),
+        (["--tasks", "local_colours", "--peers", "llama.cpp:Q8_0"], "--peers and --original are for a text"),
+        (["text"], "--task-folder and --limit are for --tasks"),
         ([], "a text or --tasks"),
     ],
 )  # fmt: skip

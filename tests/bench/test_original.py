@@ -1,5 +1,7 @@
 """The original's states are kept, exactly, and made anew when anything they depend on changes."""
 
+import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -98,6 +100,19 @@ def test_what_was_used_longest_ago_gives_way(tmp_path):
     with cache.writing("large") as path:
         path.write_bytes(b"x" * 100)
     assert [entry.name for entry in tmp_path.iterdir()] == ["large"]
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    for name, age in (
+        ("unfinished-old", 2 * 86400),
+        ("unfinished-new", 60),
+        ("another", 2 * 86400),
+    ):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with FileCache(tmp_path, 25).writing("a") as path:
+        path.touch()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", "another", "unfinished-new"}
 
 
 def test_what_fails_leaves_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -174,6 +175,31 @@ def test_the_command_refuses_what_cannot_be(tiny_folder, tmp_path, flags, told):
     assert told in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "told"),
+    [
+        (300, "a vocabulary of 259 tokens, .* one of 300"),
+        (259, "token 65 is '.' in .*, '<other>' in other"),
+    ],
+)
+def test_another_vocabulary_cannot_be_compared(
+    write_tiny_checkpoint, tiny_folder, tmp_path, vocabulary, told
+):
+    other = write_tiny_checkpoint(tmp_path / "other", vocab_size=vocabulary)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (token,) = (token for token, i in tokenizer["model"]["vocab"].items() if i == 65)
+    del tokenizer["model"]["vocab"][token]
+    tokenizer["model"]["vocab"]["<other>"] = 65
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = tmp_path / "text"
+    text.write_text("a" * 300)
+    sizes = ["--windows", "2", "--prompt-tokens", "40", "--decode-tokens", "12"]
+    asked = ["eval", str(text), "--model", str(tiny_folder), "--original", str(other), *sizes]
+    result = CliRunner().invoke(app, [*asked, "--kv-cache-gib", "0.01"])
+    assert isinstance(result.exception, ConfigError)
+    assert re.search(told, str(result.exception))
+
+
 def test_a_prompt_that_several_windows_share_is_prefilled_once(served, windows):
     system = served("float32")
     backend, prefills = system._backend, []
@@ -187,6 +213,7 @@ def test_a_prompt_that_several_windows_share_is_prefilled_once(served, windows):
     shared = [replace(w, prompt=windows[0].prompt) for w in windows[:3]]
     together = list(system.logits(shared))
     assert prefills == [windows[0].prompt]
+    assert len(list(system.logits([replace(w, prompt=()) for w in windows[:2]]))) == 2
     for window, rows in zip(shared, together, strict=True):
         np.testing.assert_array_equal(rows, *system.logits([window]))
 

@@ -110,6 +110,13 @@ def test_rows_beyond_the_tokenizer_become_unused_tokens(write_mergeable, tmp_pat
     assert_tokenizers_agree(back.tokenizer, model.tokenizer)
 
 
+def test_every_end_token_comes_back(write_mergeable, tmp_path):
+    """Llama 3.1's: of a text, of a message that goes on, of a turn."""
+    model = load_model(str(write_mergeable(tmp_path / "source", eos_token_id=[262, 261, 263])))
+    write_gguf(model, tmp_path / "model.gguf", "float32")
+    assert load_model(str(tmp_path / "model.gguf")).config.eos_token_ids == (262, 261, 263)
+
+
 def test_a_sentencepiece_tokenizer_comes_back(write_mergeable, tmp_path):
     """One as Llama 2's tokenizer.json has it: merges in the order of their scores, <s> put first."""
     pieces = ["▁t", "he", "▁the", "in", "▁in", "▁a"]

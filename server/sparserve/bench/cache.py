@@ -20,6 +20,7 @@ from sparserve.model.loader import LoadedModel
 
 EVALUATION_CACHE_BYTES = 4 << 30
 PEER_CACHE_BYTES = 32 << 30
+UNFINISHED = "unfinished-"
 ABANDONED = 86400  # seconds after which an unfinished file belongs to a process that is gone
 
 
@@ -55,7 +56,7 @@ class FileCache:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=UNFINISHED) as scratch:
                 unfinished = Path(scratch) / key
                 yield unfinished
                 unfinished.replace(self.path(key))
@@ -75,7 +76,7 @@ class FileCache:
                 continue
             if entry.is_file():
                 found.append((entry.name == keep, stat.st_atime_ns, stat.st_size, entry))
-            elif time.time() - stat.st_mtime > ABANDONED:
+            elif entry.name.startswith(UNFINISHED) and time.time() - stat.st_mtime > ABANDONED:
                 shutil.rmtree(entry, ignore_errors=True)
         total = 0
         for kept, _, size, entry in sorted(found, reverse=True):  # the new one, then by last use

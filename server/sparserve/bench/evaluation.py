@@ -128,9 +128,17 @@ def _check_context(model: LoadedModel, tokens: int) -> None:
 
 
 def _check_vocabulary(model: LoadedModel, reference: LoadedModel) -> None:
+    """Tokens that only one of the two names are rows of the embedding that it leaves unused."""
     ours, theirs = model.config.vocab_size, reference.config.vocab_size
     if ours != theirs:
         raise ConfigError(
             f"{model.name} has a vocabulary of {ours} tokens, {reference.name} one of {theirs}: "
             "their distributions cannot be compared"
         )
+    named = {i: token for token, i in reference.tokenizer.get_vocab().items()}
+    for token, i in model.tokenizer.get_vocab().items():
+        if named.get(i, token) != token:
+            raise ConfigError(
+                f"token {i} is {token!r} in {model.name}, {named[i]!r} in {reference.name}: their "
+                "distributions cannot be compared"
+            )

@@ -58,7 +58,7 @@ def _tokens(tokenizer: Tokenizer, model: dict[str, Any], size: int) -> dict[str,
 
 
 def _special_ids(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """BOS and the ends of a text and of a turn, and which of them frame a text."""
+    """BOS and the ends of a text, a turn and a message (no more), and which of them frame a text."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     framed = tokenizer.encode("a", add_special_tokens=True).ids
     at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)

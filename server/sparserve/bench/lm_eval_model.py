@@ -53,6 +53,11 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             add_special_tokens = not (bos and string.startswith(bos))
         return list(tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Without a bar of lm-eval's own."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return scores
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:

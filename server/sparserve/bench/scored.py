@@ -54,8 +54,8 @@ def decoded_rows(
     prefilled: dict[tuple[int, ...], list[int]] = {}
     for window, table in zip(windows, tables, strict=True):
         blocks = table[: blocks_for(len(window.prompt))]
-        if window.prompt in prefilled:  # the choices of one question
-            backend.write_blocks(blocks, backend.read_blocks(prefilled[window.prompt]))
+        if same := prefilled.get(window.prompt):  # the choices of one question
+            backend.write_blocks(blocks, backend.read_blocks(same))
             continue
         for start in range(0, len(window.prompt), chunk):
             part = window.prompt[start : start + chunk]

@@ -92,8 +92,10 @@ def evaluate(
     specs = parse_peers(peers)
     if (text is None) == (not tasks):
         raise ConfigError("give a text or --tasks, not both; sparserve eval --help tells more")
-    if tasks and specs:
-        raise ConfigError("--peers are scored on a text, not on --tasks")
+    if tasks and (specs or original):
+        raise ConfigError("--peers and --original are for a text, not for --tasks")
+    if text and (task_folder or limit):
+        raise ConfigError("--task-folder and --limit are for --tasks, not for a text")
     check_json_file(json_file)
     with progress_bars() as bars:  # one display for loading and scoring
 
