@@ -33,7 +33,7 @@ def report(phase: str) -> Report:
         )
     ]
     plan = Plan(phase, [1, 4], [128, 4096], 8, rounds=3)
-    return Report("0", "now", "2 x CPU", 2, {"bfloat16": "reference"}, plan, rows, [])
+    return Report("0", "now", "2 x CPU", 2, 0.0, {"bfloat16": "reference"}, plan, rows, [])
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])

@@ -1,6 +1,7 @@
 """`sparserve bench`: its reports, pictures and what it refuses."""
 
 import json
+import os
 
 import pytest
 
@@ -54,6 +55,7 @@ def test_decode_reports_every_system_at_every_point(bench, tmp_path):
     assert report["backends"].keys() == {"float32", "bfloat16"}
     assert report["backends"]["float32"] == "reference"
     assert report["plan"]["rounds"] == 2
+    assert 0 <= report["cpus_used_by_others"] <= os.cpu_count()
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.stat().st_size > 10_000
     assert "of bound" in out
@@ -99,7 +101,7 @@ def test_engine_reports_whole_generations(bench):
     ],
 )
 def test_what_cannot_be_measured_is_refused(run_main, tiny_folder, flags, told):
-    few = ["--kv-cache-gib", "0.01", "--peers", "none"]
+    few = ["--kv-cache-gib", "0.01", "--peers", "none", "--dtype", "float32"]
     status, _, err = run_main("bench", "decode", "--model", tiny_folder, *few, *flags)
     assert status == 1
     assert told in err

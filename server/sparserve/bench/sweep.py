@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from sparse_kernels.native import read_probe
 from sparserve import __version__
-from sparserve.bench.machine import describe_machine
+from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.rounds import BenchProgress, fresh_prompts, take_turns, wait_until_idle
 from sparserve.bench.systems import Prompts, Run, System
 
@@ -83,6 +83,7 @@ class Report:
     time: str
     machine: str
     threads: int
+    cpus_used_by_others: float  # on average while it was measured; see `machine.CpuWatch`
     backends: dict[str, str]  # our formats -> the backend that ran them
     plan: Plan
     rows: list[Row]
@@ -109,6 +110,7 @@ def run_sweep(
     points = [_Point(plan, batch, context) for batch in plan.batches for context in plan.contexts]
     total, runs = len(points) * len(systems) * (plan.rounds + 1), itertools.count(1)
     on_progress(plan.phase, 0, total)
+    watch = CpuWatch()
     rows: list[Row] = []
     ratios: list[Ratio] = []
     for point in points:
@@ -127,6 +129,7 @@ def run_sweep(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
         threads=threads,
+        cpus_used_by_others=round(watch.others(), 2),
         backends=backends,
         plan=plan,
         rows=rows,

@@ -17,6 +17,7 @@ from sparserve.cli.output import (
     counting_bar,
     err,
     out,
+    warn,
     write_json,
 )
 from sparserve.config import Dtype, EngineSettings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sparserve.model.loader import LoadedModel
 
 FORMATS = get_args(Dtype)
+BUSY = 0.1  # CPUs used by others, from which a report is not worth publishing
 # The names are repeated here, for --help must not load torch.
 PEERS = ("llama.cpp", "transformers", "openvino")
 
@@ -232,7 +234,8 @@ def _print(report: Report) -> None:
         *(["of bound"] if decode else []),
         title=f"{first.model}: {plan.phase}" + (f", {plan.new_tokens} new tokens" if decode else ""),
         caption=f"{report.machine}, {report.threads} threads, backend {backends}; "
-        f"medians of {plan.rounds} rounds; {_ceilings(report)}",
+        f"medians of {plan.rounds} rounds; {_ceilings(report)}; "
+        f"{report.cpus_used_by_others:.2f} CPUs used by others",
         box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     before = (first.batch, first.context)
@@ -254,6 +257,11 @@ def _print(report: Report) -> None:
         out.print(
             f"batch {ratio.batch}, context {ratio.context}: {ratio.format} {ratio.ratio:.2f}x "
             f"({ratio.ratio_low:.2f} to {ratio.ratio_high:.2f}) {ratio.peer} {ratio.peer_format}"
+        )
+    if report.cpus_used_by_others > BUSY:
+        warn(
+            f"other processes used {report.cpus_used_by_others:.2f} CPUs meanwhile: systems that wait for "
+            "their slowest thread lose more than others; measure again when nothing else runs"
         )
 
 
