@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from sparse_kernels.native import read_probe
@@ -110,7 +111,6 @@ def run_offline(
     source = random.Random(plan.seed)
     vocab_size = engine.backend.config.vocab_size
     info = engine.backend.info
-    step_bytes = info.weight_bytes
     systems = [ours, *peers]
     alone: list[list[Run]] = [[] for _ in systems]
     together: list[Run] = []
@@ -124,12 +124,13 @@ def run_offline(
     for done in range(plan.rounds):
         on_progress("alternating", done, plan.rounds)
         wait_until_idle()
-        probe = read_probe(buffer_bytes=step_bytes, threads=info.threads, seconds=0.3)
+        probe = read_probe(buffer_bytes=info.weight_bytes, threads=info.threads, seconds=0.3)
         ceilings.append(probe.gb_per_s)
         prompt = fresh_prompts(source, vocab_size, 1, plan.prompt_tokens)
         runs = take_turns(systems, done, prompt, plan.new_tokens)
         for found, run in zip(alone, runs, strict=True):
             found.append(run)
+        wait_until_idle()
         prompts = fresh_prompts(source, vocab_size, 2 * plan.concurrency, plan.prompt_tokens)
         together.append(ours.run(prompts[: plan.concurrency], plan.new_tokens))
         # Others: the prefix cache would know those.
@@ -142,21 +143,7 @@ def run_offline(
     on_progress("alternating", plan.rounds, plan.rounds)
     ceiling = statistics.median(ceilings)
 
-    def row(system: System, runs: Sequence[Run], batch: int) -> Row:
-        speed = statistics.median(run.decode_tokens_per_second for run in runs)
-        return Row(
-            system=system.name,
-            model=model_name,
-            format=system.format,
-            batch=batch,
-            context=plan.prompt_tokens,
-            new_tokens=plan.new_tokens,
-            tokens_per_second=round(speed, 2),
-            ttft_seconds=round(statistics.median(run.ttft for run in runs), 4),
-            read_ceiling_gb_s=round(ceiling, 1),
-            percent_of_byte_bound=round(100 * speed / batch * step_bytes / (ceiling * 1e9), 1),
-        )
-
+    row = partial(_row, model_name, plan, ceiling)
     return Report(
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -175,6 +162,25 @@ def run_offline(
         },
         concurrent_against_sequential=median_ratio(in_sequence, [run.total for run in together]),
         conversation=_conversation(turns, plan.conversation_tokens) if turns else None,
+    )
+
+
+def _row(
+    model: str, plan: Plan, ceiling: float, system: System, runs: Sequence[Run], batch: int
+) -> Row:
+    speed = statistics.median(run.decode_tokens_per_second for run in runs)
+    bound = ceiling * 1e9 / system.weight_bytes * batch
+    return Row(
+        system=system.name,
+        model=model,
+        format=system.format,
+        batch=batch,
+        context=plan.prompt_tokens,
+        new_tokens=plan.new_tokens,
+        tokens_per_second=round(speed, 2),
+        ttft_seconds=round(statistics.median(run.ttft for run in runs), 4),
+        read_ceiling_gb_s=round(ceiling, 1),
+        percent_of_byte_bound=round(100 * speed / bound, 1),
     )
 
 
