@@ -64,7 +64,7 @@ void Forward::attend(const Layer& layer, const Own& own) {
           merge_parts(layer, tiles[i / layer.kv_heads], static_cast<uint32_t>(i % layer.kv_heads),
                       scratch);
         },
-        [&] { if_few_tokens(store); });
+        [&] { if_few_tokens(store); }, output_share(layer, own));
   } else {
     phase(
         own, heads,
@@ -72,7 +72,7 @@ void Forward::attend(const Layer& layer, const Own& own) {
           attend_whole(layer, tiles[i / layer.kv_heads], static_cast<uint32_t>(i % layer.kv_heads),
                        scratch);
         },
-        [&] { if_few_tokens(store); });
+        [&] { if_few_tokens(store); }, output_share(layer, own));
   }
   then_per_token(own, store);
 }

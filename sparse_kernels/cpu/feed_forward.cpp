@@ -28,7 +28,7 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
           activate(layer, begin, end, scratch);
           down(layer, part, 0, m_.columns, partial_ + p * count_ * m_.columns, false);
         },
-        [&] { if_few_tokens(finish); });
+        [&] { if_few_tokens(finish); }, next_share(index, own));
     then_per_token(own, finish);
   } else {
     phase(own, layer.blocks, [&](size_t block) { activate(layer, block, block + 1, scratch); });

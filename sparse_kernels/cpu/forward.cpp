@@ -8,6 +8,8 @@
 namespace sk {
 namespace {
 
+constexpr size_t kUpcomingBytes = 192 << 10;  // a part of the second-level cache
+
 constexpr size_t kFusedTokens = 16;  // feed-forward in one phase, with partial sums per partition
 constexpr size_t kOutputRows = 32;   // rows of the attention's output projection in a unit
 
@@ -120,6 +122,20 @@ void Forward::split_attention() {
   chunk_total_ = chunk_largest_ + rows;
 }
 
+Upcoming Forward::share_of(Rows matrix, size_t rows, const Own& own) const {
+  const size_t threads = ranges_.size();
+  const size_t begin = rows * own.index / threads, end = rows * (own.index + 1) / threads;
+  const size_t bytes = (end - begin) * matrix.stride * sizeof(uint16_t);
+  const char* at = reinterpret_cast<const char*>(matrix.data + begin * matrix.stride);
+  return {at, at + std::min(bytes, kUpcomingBytes)};
+}
+
+Upcoming Forward::next_share(size_t layer, const Own& own) const {
+  if (layer + 1 == m_.layers.size()) return share_of(m_.lm_head, m_.vocab, own);
+  const Layer& next = m_.layers[layer + 1];
+  return share_of(next.qkv, (next.heads + 2 * next.kv_heads) * m_.dim, own);
+}
+
 void Forward::tick(sk_phase phase, uint32_t index) {
   if (index != 0 || args_.phase_seconds == nullptr) return;
   const Clock::time_point now = Clock::now();
@@ -183,37 +199,41 @@ void Forward::norm_token(const float* weight, size_t row, size_t place, void* op
 
 void Forward::project(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
-  phase(own, layer.heads + 2 * layer.kv_heads, [&](size_t head) {
-    const uint32_t group = layer.heads / layer.kv_heads;
-    const bool is_query = head < layer.heads,
-               is_key = !is_query && head < layer.heads + layer.kv_heads;
-    HeadTask task = {};
-    task.tokens = static_cast<uint32_t>(count_);
-    task.head_dim = m_.head_dim;
-    task.dim = m_.dim;
-    task.eps = m_.eps;
-    task.scale = 1;
-    task.heads = scratch;
-    task.stride = m_.dim;
-    if (is_query) {  // [kv head, token, head of the group, dim]
-      task.heads = queries_ + (head / group * count_ * group + head % group) * m_.dim;
-      task.stride = group * m_.dim;
-      task.norm = layer.q_norm;
-      task.scale = 1.0f / std::sqrt(static_cast<float>(m_.head_dim));
-    }
-    if (is_key) task.norm = layer.k_norm;
-    if (is_query || is_key) {
-      task.cos = cos_;
-      task.sin = sin_;
-    }
-    if (layer.qkv_bias != nullptr) task.bias = layer.qkv_bias + head * m_.dim;
-    const size_t first = head * m_.dim;
-    k_.dot(rows_from(layer.qkv, first), m_.dim, m_.columns, operand_, count_, task.heads,
-           task.stride);
-    k_.finish_heads(&task);
-    if (!is_query)
-      append(layer, static_cast<uint32_t>((head - layer.heads) % layer.kv_heads), is_key, scratch);
-  });
+  phase(
+      own, layer.heads + 2 * layer.kv_heads,
+      [&](size_t head) {
+        const uint32_t group = layer.heads / layer.kv_heads;
+        const bool is_query = head < layer.heads,
+                   is_key = !is_query && head < layer.heads + layer.kv_heads;
+        HeadTask task = {};
+        task.tokens = static_cast<uint32_t>(count_);
+        task.head_dim = m_.head_dim;
+        task.dim = m_.dim;
+        task.eps = m_.eps;
+        task.scale = 1;
+        task.heads = scratch;
+        task.stride = m_.dim;
+        if (is_query) {  // [kv head, token, head of the group, dim]
+          task.heads = queries_ + (head / group * count_ * group + head % group) * m_.dim;
+          task.stride = group * m_.dim;
+          task.norm = layer.q_norm;
+          task.scale = 1.0f / std::sqrt(static_cast<float>(m_.head_dim));
+        }
+        if (is_key) task.norm = layer.k_norm;
+        if (is_query || is_key) {
+          task.cos = cos_;
+          task.sin = sin_;
+        }
+        if (layer.qkv_bias != nullptr) task.bias = layer.qkv_bias + head * m_.dim;
+        const size_t first = head * m_.dim;
+        k_.dot(rows_from(layer.qkv, first), m_.dim, m_.columns, operand_, count_, task.heads,
+               task.stride);
+        k_.finish_heads(&task);
+        if (!is_query)
+          append(layer, static_cast<uint32_t>((head - layer.heads) % layer.kv_heads), is_key,
+                 scratch);
+      },
+      [] {}, output_share(layer, own));
 }
 
 void Forward::append(const Layer& layer, uint32_t head, bool is_key, const float* heads) {
@@ -256,7 +276,8 @@ void Forward::output(const Layer& layer, const Own& own) {
       [&] {
         reduce_all();
         if_few_tokens(norm);
-      });
+      },
+      share_of(layer.gate, size_t{layer.blocks} * SK_NEURON_BLOCK, own));
   then_per_token(own, norm);
 }
 
@@ -286,7 +307,7 @@ void Forward::head(const Own& own) {
         }
       });
   if (args_.num_outputs == 0) return;
-  phase(own, (m_.vocab + kHeadRows - 1) / kHeadRows, [&](size_t i) {
+  phase(own, head_units(m_), [&](size_t i) {
     head_rows(m_, output_operand_, args_.num_outputs, i, own.scratch, args_.logits);
   });
 }

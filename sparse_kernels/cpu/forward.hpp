@@ -46,6 +46,13 @@ struct Own {
   float* scratch;  // for one unit of work
 };
 
+// Weights that a thread will read after the next barrier; while it waits there it fetches them into
+// its cache.
+struct Upcoming {
+  const char* at;
+  const char* end;
+};
+
 // Running softmax of one query row.
 struct SoftmaxState {
   float largest, total;
@@ -76,7 +83,8 @@ class Forward {
   // Calls unit(i) for all i below `count`; then between() on one thread. Each thread has a range of
   // its own, in order, and helps the others when it is through.
   template <typename Unit, typename Between>
-  void phase(const Own& own, size_t count, Unit&& unit, Between&& between) {
+  void phase(const Own& own, size_t count, Unit&& unit, Between&& between,
+             Upcoming upcoming = {nullptr, nullptr}) {
     const size_t threads = ranges_.size();
     for (size_t i = 0; i < threads; ++i) {
       const size_t owner = (own.index + i) % threads;
@@ -87,15 +95,28 @@ class Forward {
         if (place < end - begin) unit(begin + place);
       }
     }
-    m_.barrier.arrive_and_wait([&] {
-      for (Range& range : ranges_) range.taken.store(0, std::memory_order_relaxed);
-      between();
-    });
+    m_.barrier.arrive_and_wait(
+        [&] {
+          for (Range& range : ranges_) range.taken.store(0, std::memory_order_relaxed);
+          between();
+        },
+        [&] {
+          for (int i = 0; i < 8 && upcoming.at < upcoming.end; ++i, upcoming.at += 64) {
+            __builtin_prefetch(upcoming.at, 0, 3);
+          }
+        });
   }
   template <typename Unit>
   void phase(const Own& own, size_t count, Unit&& unit) {
     phase(own, count, unit, [] {});
   }
+  // The beginning of a thread's share of a matrix, of the projection after a layer's attention, and
+  // of what follows a layer.
+  Upcoming share_of(Rows matrix, size_t rows, const Own& own) const;
+  Upcoming output_share(const Layer& layer, const Own& own) const {
+    return share_of(layer.output, m_.hidden, own);
+  }
+  Upcoming next_share(size_t layer, const Own& own) const;
 
   // unit(begin, end) for all tokens, after a phase: on its last thread, or as a phase of its own.
   template <typename Body>

@@ -148,48 +148,44 @@ void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
   store_dots(c[3], tokens - kGroup, out + kGroup * out_stride + 16, out_stride);
 }
 
-// Four tiles of rows and one group of tokens.
-void dot_4x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
+// One to four tiles of rows and one group of tokens. A tile's product takes 52 cycles, but another
+// one can begin after 16: with four sums at once none waits.
+template <size_t kTiles>
+void dot_nx1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
              size_t out_stride, size_t tokens) {
   const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
   finish_stores();
   _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if constexpr (kTiles > 1) _tile_zero(1);
+  if constexpr (kTiles > 2) _tile_zero(2);
+  if constexpr (kTiles > 3) _tile_zero(3);
   for (size_t i = 0; i < steps; ++i) {
     const uint16_t* at = w + i * kTileK;
     _tile_loadd(6, x + i * kTile, 64);
     _tile_loadd(4, at, bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, at + 16 * stride, bytes);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(7, at + 32 * stride, bytes);
-    _tile_dpbf16ps(2, 7, 6);
-    _tile_loadd(4, at + 48 * stride, bytes);
-    _tile_dpbf16ps(3, 4, 6);
+    if constexpr (kTiles > 1) {
+      _tile_loadd(5, at + 16 * stride, bytes);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    if constexpr (kTiles > 2) {
+      _tile_loadd(7, at + 32 * stride, bytes);
+      _tile_dpbf16ps(2, 7, 6);
+    }
+    if constexpr (kTiles > 3) {
+      _tile_loadd(4, at + 48 * stride, bytes);
+      _tile_dpbf16ps(3, 4, 6);
+    }
   }
-  alignas(64) float c[4][kTileFloats];
+  alignas(64) float c[kTiles][kTileFloats];
   _tile_stored(0, c[0], 64);
-  _tile_stored(1, c[1], 64);
-  _tile_stored(2, c[2], 64);
-  _tile_stored(3, c[3], 64);
-  for (size_t i = 0; i < 4; ++i) store_dots(c[i], tokens, out + 16 * i, out_stride);
+  if constexpr (kTiles > 1) _tile_stored(1, c[1], 64);
+  if constexpr (kTiles > 2) _tile_stored(2, c[2], 64);
+  if constexpr (kTiles > 3) _tile_stored(3, c[3], 64);
+  for (size_t i = 0; i < kTiles; ++i) store_dots(c[i], tokens, out + 16 * i, out_stride);
 }
 
-void dot_1x1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
-             size_t out_stride, size_t tokens) {
-  finish_stores();
-  _tile_zero(0);
-  for (size_t i = 0; i < k / kTileK; ++i) {
-    _tile_loadd(4, w + i * kTileK, stride * sizeof(uint16_t));
-    _tile_loadd(6, x + i * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-  }
-  alignas(64) float c[kTileFloats];
-  _tile_stored(0, c, 64);
-  store_dots(c, tokens, out, out_stride);
-}
+constexpr decltype(&dot_nx1<1>) kDots[] = {dot_nx1<1>, dot_nx1<2>, dot_nx1<3>, dot_nx1<4>};
 
 void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out,
          size_t out_stride) {
@@ -203,21 +199,21 @@ void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens
       dot_2x2(w, weights.stride, k, inputs + token / kGroup * group_size,
               out + token * out_stride + row, out_stride, at_most(tokens - token, 2 * kGroup));
     }
-    for (size_t i = row; token < tokens && i < row + 32; i += 16) {
-      dot_1x1(weights.data + i * weights.stride, weights.stride, k,
-              inputs + token / kGroup * group_size, out + token * out_stride + i, out_stride,
-              tokens - token);
+    if (token < tokens) {
+      dot_nx1<2>(w, weights.stride, k, inputs + token / kGroup * group_size,
+                 out + token * out_stride + row, out_stride, tokens - token);
     }
   }
   while (row < rows) {
-    const bool four = row + 64 <= rows;
-    const auto kernel = four ? dot_4x1 : dot_1x1;
+    // Six tiles are three and three, not four and two.
+    const size_t left = (rows - row) / 16, parts = (left + 3) / 4,
+                 tiles = (left + parts - 1) / parts;
     for (size_t token = 0; token < tokens; token += kGroup) {
-      kernel(weights.data + row * weights.stride, weights.stride, k,
-             inputs + token / kGroup * group_size, out + token * out_stride + row, out_stride,
-             at_most(tokens - token, kGroup));
+      kDots[tiles - 1](weights.data + row * weights.stride, weights.stride, k,
+                       inputs + token / kGroup * group_size, out + token * out_stride + row,
+                       out_stride, at_most(tokens - token, kGroup));
     }
-    row += four ? 64 : 16;
+    row += 16 * tiles;
   }
 }
 
@@ -273,10 +269,9 @@ inline void store_downs(const float* low, const float* high, size_t tokens, floa
   }
 }
 
-// w: [blocks] of two tiles of 32 columns. One or two groups of tokens.
-void down_tile(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group_stride,
-               size_t tokens, float* out, size_t out_stride, bool add) {
-  const bool two = tokens > kGroup;
+// Two groups of tokens, 32 columns. w: [blocks] of two tiles.
+void down_2x2(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group_stride,
+              size_t tokens, float* out, size_t out_stride, bool add) {
   finish_stores();
   _tile_zero(0);
   _tile_zero(1);
@@ -288,50 +283,95 @@ void down_tile(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + (2 * block + 1) * kTile, 64);
     _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-      _tile_loadd(5, a + group_stride + block * kTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(5, a + group_stride + block * kTile, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  alignas(64) float c[4][kTileFloats];
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  _tile_stored(2, c[2], 64);
+  _tile_stored(3, c[3], 64);
+  store_downs(c[0], c[1], kGroup, out, out_stride, add);
+  store_downs(c[2], c[3], tokens - kGroup, out + kGroup * out_stride, out_stride, add);
+}
+
+// One group of tokens, 32 or 64 columns.
+template <bool kWide>
+void down_1xn(const uint16_t* w, size_t blocks, const uint16_t* a, size_t tokens, float* out,
+              size_t out_stride, bool add) {
+  const uint16_t* next = w + 2 * blocks * kTile;
+  finish_stores();
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kWide) _tile_zero(2);
+  if constexpr (kWide) _tile_zero(3);
+  for (size_t block = 0; block < blocks; ++block) {
+    _tile_loadd(4, a + block * kTile, 64);
+    _tile_loadd(5, w + 2 * block * kTile, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, w + (2 * block + 1) * kTile, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    if constexpr (kWide) {
+      _tile_loadd(7, next + 2 * block * kTile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, next + (2 * block + 1) * kTile, 64);
+      _tile_dpbf16ps(3, 4, 5);
     }
   }
   alignas(64) float c[4][kTileFloats];
   _tile_stored(0, c[0], 64);
   _tile_stored(1, c[1], 64);
-  store_downs(c[0], c[1], at_most(tokens, kGroup), out, out_stride, add);
-  if (!two) return;
-  _tile_stored(2, c[2], 64);
-  _tile_stored(3, c[3], 64);
-  store_downs(c[2], c[3], tokens - kGroup, out + kGroup * out_stride, out_stride, add);
+  if constexpr (kWide) _tile_stored(2, c[2], 64);
+  if constexpr (kWide) _tile_stored(3, c[3], 64);
+  store_downs(c[0], c[1], tokens, out, out_stride, add);
+  if constexpr (kWide) store_downs(c[2], c[3], tokens, out + 32, out_stride, add);
 }
 
-// Rows of a strip of columns lie far apart: they are fetched before they are paired up. Whole rows
-// come faster by themselves (measured).
-constexpr size_t kPairsAhead = 8;
+// Columns [0, columns) of weights that are paired up, for all tokens.
+void down_tiles(const uint16_t* w, size_t columns, const uint16_t* inputs, size_t group_stride,
+                size_t blocks, const DownTask& task, float* out) {
+  size_t token = 0;
+  for (; token + kGroup < task.tokens; token += 2 * kGroup) {
+    for (size_t column = 0; column < columns; column += 32) {
+      down_2x2(w + column / 32 * blocks * 2 * kTile, blocks, inputs + token / kGroup * group_stride,
+               group_stride, at_most(task.tokens - token, 2 * kGroup),
+               out + token * task.out_stride + column, task.out_stride, task.add);
+    }
+  }
+  if (token >= task.tokens) return;
+  for (size_t column = 0; column < columns;) {
+    const bool wide = column + 64 <= columns;
+    (wide ? down_1xn<true>
+          : down_1xn<false>)(w + column / 32 * blocks * 2 * kTile, blocks,
+                             inputs + token / kGroup * group_stride, task.tokens - token,
+                             out + token * task.out_stride + column, task.out_stride, task.add);
+    column += wide ? 64 : 32;
+  }
+}
+
+// Weights that are paired up before they are multiplied: rows are read in long pieces, as memory
+// likes it, and the pairs stay in the second-level cache.
+constexpr size_t kPairedTiles = 256;
 
 void down(const DownTask* task) {
-  alignas(64) uint16_t tiles[kMaxDownBlocks * 2 * kTile];
-  const size_t blocks = task->last_block - task->first_block, pairs = blocks * 16;
-  const bool is_strip = task->columns < task->weights.stride / 4;
+  alignas(64) uint16_t tiles[kPairedTiles * kTile];
+  const size_t blocks = task->last_block - task->first_block;
   const size_t group_stride = task->neurons / 32 * kTile, stride = task->weights.stride;
   const uint16_t* inputs =
       static_cast<const uint16_t*>(task->activations) + task->first_block * kTile;
-  for (size_t column = 0; column < task->columns; column += 32) {
-    const uint16_t* from =
-        task->weights.data + task->first_block * 32 * stride + task->first_column + column;
-    for (size_t pair = 0; pair < pairs; ++pair) {
-      uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
+  const uint16_t* from = task->weights.data + task->first_block * 32 * stride + task->first_column;
+  const size_t strip = kPairedTiles / (2 * blocks) * 32;
+  for (size_t begin = 0; begin < task->columns; begin += strip) {
+    const size_t end = at_most(begin + strip, task->columns);
+    for (size_t pair = 0; pair < blocks * 16; ++pair) {
       const uint16_t* row = from + 2 * pair * stride;
-      if (is_strip) {
-        prefetch(row + 2 * kPairsAhead * stride, 64);
-        prefetch(row + (2 * kPairsAhead + 1) * stride, 64);
+      uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
+      for (size_t column = begin; column < end; column += 32, low += blocks * 2 * kTile) {
+        pair_up(row + column, row + stride + column, low, low + kTile);
       }
-      pair_up(row, row + stride, low, low + kTile);
     }
-    for (size_t token = 0; token < task->tokens; token += 2 * kGroup) {
-      down_tile(tiles, blocks, inputs + token / kGroup * group_stride, group_stride,
-                at_most(task->tokens - token, 2 * kGroup),
-                task->out + token * task->out_stride + column, task->out_stride, task->add);
-    }
+    down_tiles(tiles, end - begin, inputs, group_stride, blocks, *task, task->out + begin);
   }
 }
 

@@ -16,6 +16,11 @@ class SpinBarrier {
   // writes all of them then see.
   template <typename Completion>
   void arrive_and_wait(Completion&& completion) {
+    arrive_and_wait(completion, [] {});
+  }
+  // Those that wait call idle() again and again; it takes less than a microsecond.
+  template <typename Completion, typename Idle>
+  void arrive_and_wait(Completion&& completion, Idle&& idle) {
     const uint32_t round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       completion();
@@ -26,6 +31,7 @@ class SpinBarrier {
     // With more threads than CPUs the one waited for needs this CPU: give it up after a while.
     for (uint32_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
       if (spins < 4096) {
+        idle();
         relax();
       } else {
         sched_yield();
