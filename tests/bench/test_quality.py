@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from sparserve.bench.original import Original, original_states
 from sparserve.bench.quality import Window, bootstrap_interval, cut_windows, log_softmax, measure
-from sparserve.bench.scored import Original, ServedModel
+from sparserve.bench.scored import ServedModel
 from sparserve.cli import app
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine
 from sparserve.errors import ConfigError
+from sparserve.model.backend import Phase
 from sparserve.model.loader import load_model
 
 PROMPT, DECODE, COUNT = 40, 12, 6
@@ -84,30 +88,35 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 @pytest.fixture
-def scored(tiny_folder, windows):
-    def served(dtype: str, chunk: int = 512) -> tuple[ServedModel, Original]:
+def served(tiny_folder, windows):
+    """`served(dtype, chunk=…)`: the tiny model as this project serves it."""
+
+    def make(dtype: str, chunk: int = 512) -> ServedModel:
         model = load_model(str(tiny_folder), dtype=dtype)
         settings = EngineSettings(threads=1, kv_cache_gib=0.01, max_context=PROMPT + DECODE)
-        backend = assemble_engine(model, settings).engine.backend
-        return ServedModel(backend, windows, chunk), Original(backend)
+        return ServedModel(assemble_engine(model, settings).engine.backend, windows, chunk)
 
-    return served
+    return make
 
 
-def test_original_and_served_in_float32_are_transformers(scored, windows, tiny_folder):
+@pytest.fixture
+def original(tiny_model, windows) -> Original:
+    states = original_states(tiny_model, windows, 1, None, lambda *_: None)
+    return Original(tiny_model, windows, states)
+
+
+def test_original_and_served_in_float32_are_transformers(served, original, windows, tiny_folder):
     theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    served, original = scored("float32")
-    for window, ours, whole in zip(
-        windows, served.logits(windows), original.logits(windows), strict=True
-    ):
+    both = served("float32").logits(windows), original.logits(windows)
+    for window, ours, whole in zip(windows, *both, strict=True):
         with torch.inference_mode():
             logits = theirs(torch.tensor([window.prompt + window.fed])).logits[0, PROMPT:]
         assert np.abs(ours - logits.numpy()).max() < 1e-4
         assert np.abs(whole - logits.numpy()).max() < 1e-4
 
 
-def test_float32_is_the_original_and_bfloat16_near_it(scored, windows):
-    (exact, original), (coarse, _) = scored("float32", chunk=16), scored("bfloat16")
+def test_float32_is_the_original_and_bfloat16_near_it(served, original, windows):
+    exact, coarse = served("float32", chunk=16), served("bfloat16")
     rows = measure(original.logits, [exact, coarse], windows, lambda *_: None, 4)
     assert rows[0].kl < 1e-9
     assert rows[0].top1 == 1.0
@@ -115,15 +124,15 @@ def test_float32_is_the_original_and_bfloat16_near_it(scored, windows):
     assert rows[1].bytes_per_token < 0.6 * rows[0].bytes_per_token
 
 
-def test_bytes_are_those_of_the_weights_and_the_kv_of_a_window(scored, tiny_model):
-    served, _ = scored("float32")
+def test_bytes_are_those_of_the_weights_and_the_kv_of_a_window(served, tiny_model):
+    float32 = served("float32")
     config, layers = tiny_model.config, tiny_model.config.num_layers
     d, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
     attention = 2 * d * config.head_dim * (config.num_heads + config.num_kv_heads)
     weights = layers * (attention + 3 * d * i + 2 * d) + d + v * d
     kv = 2 * layers * config.num_kv_heads * config.head_dim * (PROMPT + DECODE // 2)
-    assert served.mlp_bytes == 4 * layers * 3 * d * i
-    assert served.bytes_per_token == pytest.approx(4 * (weights + kv), rel=0.001)
+    assert float32.mlp_bytes == 4 * layers * 3 * d * i
+    assert float32.bytes_per_token == pytest.approx(4 * (weights + kv), rel=0.001)
 
 
 def test_log_softmax_holds_for_any_size():
@@ -152,6 +161,7 @@ def test_the_command_writes_a_row_for_each_format(tiny_folder, tmp_path):
     [
         (["--formats", "int3"], "no format is named int3"),
         (["--windows", "9"], "enough for 8 windows"),
+        (["--prompt-tokens", "600"], "windows of 612 tokens exceed the context"),
         (["--json", "/no/such/folder/x"], "the folder of --json"),
     ],
 )
@@ -163,3 +173,59 @@ def test_the_command_refuses_what_cannot_be(tiny_folder, tmp_path, flags, told):
     result = CliRunner().invoke(app, asked)
     assert isinstance(result.exception, ConfigError)
     assert told in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "told"),
+    [
+        (300, "a vocabulary of 259 tokens, .* one of 300"),
+        (259, "token 65 is '.' in .*, '<other>' in other"),
+    ],
+)
+def test_another_vocabulary_cannot_be_compared(
+    write_tiny_checkpoint, tiny_folder, tmp_path, vocabulary, told
+):
+    other = write_tiny_checkpoint(tmp_path / "other", vocab_size=vocabulary)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (token,) = (token for token, i in tokenizer["model"]["vocab"].items() if i == 65)
+    del tokenizer["model"]["vocab"][token]
+    tokenizer["model"]["vocab"]["<other>"] = 65
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = tmp_path / "text"
+    text.write_text("a" * 300)
+    sizes = ["--windows", "2", "--prompt-tokens", "40", "--decode-tokens", "12"]
+    asked = ["eval", str(text), "--model", str(tiny_folder), "--original", str(other), *sizes]
+    result = CliRunner().invoke(app, [*asked, "--kv-cache-gib", "0.01"])
+    assert isinstance(result.exception, ConfigError)
+    assert re.search(told, str(result.exception))
+
+
+def test_a_prompt_that_several_windows_share_is_prefilled_once(served, windows):
+    system = served("float32")
+    backend, prefills = system._backend, []
+    forward = backend.forward
+
+    def watch(batch):
+        prefills.extend(s.token_ids for s in batch.sequences if s.phase is Phase.PREFILL)
+        return forward(batch)
+
+    backend.forward = watch
+    shared = [replace(w, prompt=windows[0].prompt) for w in windows[:3]]
+    together = list(system.logits(shared))
+    assert prefills == [windows[0].prompt]
+    assert len(list(system.logits([replace(w, prompt=()) for w in windows[:2]]))) == 2
+    for window, rows in zip(shared, together, strict=True):
+        np.testing.assert_array_equal(rows, *system.logits([window]))
+
+
+def test_windows_of_unequal_lengths_are_decoded_together(served, original, windows):
+    """As their own whole windows are: prompts of any length, none included, continuations of any."""
+    ragged = [
+        Window(w.prompt[: 7 * i], (*w.prompt[7 * i :], *w.fed)[: 5 + 3 * i], ())
+        for i, w in enumerate(windows)
+    ]
+    system = served("float32")
+    for window, together in zip(ragged, system.logits(ragged), strict=True):
+        (alone,) = system.logits([window])
+        assert len(together) == len(window.fed)
+        np.testing.assert_array_equal(together, alone)

@@ -27,7 +27,8 @@ def test_without_a_command_help_is_shown(run_main):
 HEAVY = ("torch", "transformers", "xgrammar", "tokenizers", "numpy")
 LIGHT = [
     ["--version"], ["--help"], ["models"], ["models", "--help"],
-    *([name, "--help"] for name in ("demo", "serve", "chat", "generate", "bench")),
+    *([name, "--help"] for name in ("demo", "serve", "chat", "generate", "bench", "eval")),
+    *(["bench", name, "--help"] for name in ("decode", "prefill", "engine")),
     ["generate", "hello", "--server", "127.0.0.1:1"], ["chat", "--server", "127.0.0.1:1"],
 ]  # fmt: skip
 
@@ -48,7 +49,7 @@ def test_what_runs_no_model_here_starts_without_torch(arguments):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["serve"], ["chat"], ["generate"], ["bench"], ["models"], ["models", "list"]]
+    "command", [[], ["demo"], ["serve"], ["chat"], ["generate"], ["bench"], ["bench", "decode"], ["models"], ["models", "list"]]
 )  # fmt: skip
 def test_help_shows_a_value_only_where_one_is_taken(run_main, command):
     status, out, _ = run_main(*command, "--help")

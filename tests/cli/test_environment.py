@@ -61,7 +61,7 @@ def test_a_port_of_kubernetes_is_told_with_the_ways_out(monkeypatch, run_main, s
 
 def test_a_command_tells_slips_and_goes_on(monkeypatch, run_main):
     monkeypatch.setenv("SPARSERVE_MAX_RUNING", "5")
-    for command in ("serve", "bench", ["generate", "x"]):
+    for command in ("serve", ["bench", "engine"], ["generate", "x"]):
         words = [command] if isinstance(command, str) else command
         status, _, err = run_main(*words, "--model", "/nowhere")
         assert status == 1

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
-from sparserve.bench.offline import BenchProgress
+from sparse_kernels.native import usable_cpus
+from sparserve.bench.cache import evaluation_cache
+from sparserve.bench.lm_tasks import Tasks, TaskScore
+from sparserve.bench.original import Original, original_states
+from sparserve.bench.peers import PeerSpec
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
-from sparserve.bench.scored import Original, ServedModel
+from sparserve.bench.rounds import BenchProgress
+from sparserve.bench.scored import ServedModel
+from sparserve.bench.scored_peers import open_scored
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
@@ -29,26 +36,65 @@ class Plan:
     windows: int
     prompt_tokens: int
     decode_tokens: int
+    peers: Sequence[PeerSpec] = ()
+    cache: bool = True  # of the original's part
 
 
 def evaluate_formats(
     settings: EngineSettings, plan: Plan, load: Load, on_progress: BenchProgress
 ) -> list[Quality]:
-    """One row for each format of `settings.model`. Raises ConfigError or ModelError."""
+    """One row for each format of `settings.model`, then one for each peer on the same weights.
+
+    Raises ConfigError or ModelError.
+    """
+    load = cache(load)
     reference = load(plan.original or settings.model, "float32")
+    tokens = plan.prompt_tokens + plan.decode_tokens
+    _check_context(reference, tokens)
     windows = cut_windows(
         _tokens(plan.text, reference), plan.windows, plan.prompt_tokens, plan.decode_tokens
     )
-    tokens = plan.prompt_tokens + plan.decode_tokens
     settings = settings.model_copy(update={"max_context": tokens})
+    threads = settings.threads or usable_cpus()
     systems: list[Scored] = []
     for name in plan.formats:
-        is_original = name == "float32" and plan.original is None
-        model = reference if is_original else load(settings.model, name)
+        model = load(settings.model, name)
         _check_vocabulary(model, reference)
         systems.append(_served(model, settings, windows))
-    judge = Original(_engine(reference, settings).backend)
-    return measure(judge.logits, systems, windows, on_progress, WINDOWS_AT_ONCE)
+    loaded = partial(load, settings.model)
+    for name, format in _wanted(plan.peers, [system.format for system in systems]):
+        systems.append(open_scored(name, format, loaded, windows, threads))
+    kept = evaluation_cache() if plan.cache else None
+    states = original_states(reference, windows, threads, kept, on_progress)
+    original = Original(reference, windows, states)
+    return measure(original.logits, systems, windows, on_progress, WINDOWS_AT_ONCE)
+
+
+def evaluate_tasks(
+    settings: EngineSettings,
+    names: Sequence[str],
+    folder: Path | None,
+    limit: int | None,
+    formats: Sequence[str],
+    load: Load,
+    on_progress: BenchProgress,
+) -> list[TaskScore]:
+    """lm-eval's tasks on each format of `settings.model`; see `Tasks`. Raises ConfigError or ModelError."""
+    tasks = Tasks(names, folder)
+    return [
+        score
+        for format in formats
+        for score in tasks.run(load(settings.model, format), settings, limit, on_progress)
+    ]
+
+
+def _wanted(peers: Sequence[PeerSpec], formats: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """(peer, format), each once; a spec without a format stands for each of `formats`."""
+    return dict.fromkeys(
+        (spec.name, format)
+        for spec in peers
+        for format in ([spec.format] if spec.format else formats)
+    )
 
 
 def _tokens(path: Path, model: LoadedModel) -> list[int]:
@@ -72,10 +118,27 @@ def _served(model: LoadedModel, settings: EngineSettings, windows: list[Window])
     return ServedModel(engine.backend, windows, engine.limits.max_batched_tokens)
 
 
+def _check_context(model: LoadedModel, tokens: int) -> None:
+    limit = model.config.max_position_embeddings
+    if tokens > limit:
+        raise ConfigError(
+            f"windows of {tokens} tokens exceed the context of {model.name}, {limit}; lower "
+            "--prompt-tokens or --decode-tokens"
+        )
+
+
 def _check_vocabulary(model: LoadedModel, reference: LoadedModel) -> None:
+    """Tokens that only one of the two names are rows of the embedding that it leaves unused."""
     ours, theirs = model.config.vocab_size, reference.config.vocab_size
     if ours != theirs:
         raise ConfigError(
             f"{model.name} has a vocabulary of {ours} tokens, {reference.name} one of {theirs}: "
             "their distributions cannot be compared"
         )
+    named = {i: token for token, i in reference.tokenizer.get_vocab().items()}
+    for token, i in model.tokenizer.get_vocab().items():
+        if named.get(i, token) != token:
+            raise ConfigError(
+                f"token {i} is {token!r} in {model.name}, {named[i]!r} in {reference.name}: their "
+                "distributions cannot be compared"
+            )

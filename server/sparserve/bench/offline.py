@@ -1,4 +1,6 @@
-"""Offline decode speed and TTFT: rivals alternated in one run, the read ceiling of that run beside.
+"""Whole generations through the engine: decode speed and TTFT, alone, at once and in conversation.
+
+Rivals are alternated in one run, the read ceiling of that run stands beside.
 
 The byte bound of a decode step is the time to read every weight once (embedding rows apart) at the
 read ceiling, which is measured in the same run over a buffer as large as the step reads.
@@ -6,26 +8,30 @@ read ceiling, which is measured in the same run over a buffer as large as the st
 
 from __future__ import annotations
 
-import platform
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from sparse_kernels.native import read_probe
 from sparserve import __version__
-from sparserve.bench.systems import Prompts, Run, System
+from sparserve.bench.machine import describe_machine
+from sparserve.bench.rounds import (
+    BenchProgress,
+    fresh_prompts,
+    median_ratio,
+    take_turns,
+    wait_until_idle,
+)
+from sparserve.bench.systems import Run, System
 from sparserve.engine.engine import Engine
 from sparserve.errors import ConfigError
 
 # What a conversation's second turn adds: the model's answer and the user's next words.
 SECOND_TURN_TOKENS = 64 + 24
-
-# (what is measured, done, total)
-BenchProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,64 +109,78 @@ def run_offline(
             f"{engine.limits.max_context}; lower --prompt-tokens, --conversation-tokens or --new-tokens"
         )
     source = random.Random(plan.seed)
-    step_bytes = engine.backend.info.weight_bytes
+    vocab_size = engine.backend.config.vocab_size
+    info = engine.backend.info
     systems = [ours, *peers]
-    alone: dict[str, list[Run]] = {system.name: [] for system in systems}
+    alone: list[list[Run]] = [[] for _ in systems]
     together: list[Run] = []
     in_sequence: list[float] = []
     turns: list[tuple[float, float]] = []
     ceilings: list[float] = []
     for system in systems:
-        system.run(_prompts(source, engine, 1, plan.prompt_tokens), min(plan.new_tokens, 8))
+        system.run(
+            fresh_prompts(source, vocab_size, 1, plan.prompt_tokens), min(plan.new_tokens, 8)
+        )
     for done in range(plan.rounds):
         on_progress("alternating", done, plan.rounds)
-        ceilings.append(read_probe(buffer_bytes=step_bytes, seconds=0.3).gb_per_s)
-        prompt = _prompts(source, engine, 1, plan.prompt_tokens)
-        for system in systems:
-            alone[system.name].append(system.run(prompt, plan.new_tokens))
-        prompts = _prompts(source, engine, 2 * plan.concurrency, plan.prompt_tokens)
+        wait_until_idle()
+        probe = read_probe(buffer_bytes=info.weight_bytes, threads=info.threads, seconds=0.3)
+        ceilings.append(probe.gb_per_s)
+        prompt = fresh_prompts(source, vocab_size, 1, plan.prompt_tokens)
+        runs = take_turns(systems, done, prompt, plan.new_tokens)
+        for found, run in zip(alone, runs, strict=True):
+            found.append(run)
+        wait_until_idle()
+        prompts = fresh_prompts(source, vocab_size, 2 * plan.concurrency, plan.prompt_tokens)
         together.append(ours.run(prompts[: plan.concurrency], plan.new_tokens))
         # Others: the prefix cache would know those.
         later = prompts[plan.concurrency :]
         in_sequence.append(sum(ours.run([p], plan.new_tokens).total for p in later))
         if plan.conversation_tokens:
-            (first,) = _prompts(source, engine, 1, plan.conversation_tokens)
-            (rest,) = _prompts(source, engine, 1, SECOND_TURN_TOKENS)
+            (first,) = fresh_prompts(source, vocab_size, 1, plan.conversation_tokens)
+            (rest,) = fresh_prompts(source, vocab_size, 1, SECOND_TURN_TOKENS)
             turns.append((ours.run([first], 2).ttft, ours.run([first + rest], 2).ttft))
     on_progress("alternating", plan.rounds, plan.rounds)
     ceiling = statistics.median(ceilings)
 
-    def row(name: str, runs: Sequence[Run]) -> Row:
-        speed = statistics.median(run.decode_tokens_per_second for run in runs)
-        steps = speed / runs[0].batch
-        return Row(
-            system=name,
-            model=model_name,
-            format=engine.backend.info.dtype,
-            batch=runs[0].batch,
-            context=plan.prompt_tokens,
-            new_tokens=plan.new_tokens,
-            tokens_per_second=round(speed, 2),
-            ttft_seconds=round(statistics.median(run.ttft for run in runs), 4),
-            read_ceiling_gb_s=round(ceiling, 1),
-            percent_of_byte_bound=round(100 * steps * step_bytes / (ceiling * 1e9), 1),
-        )
-
+    row = partial(_row, model_name, plan, ceiling)
     return Report(
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=_machine(),
-        threads=engine.backend.info.threads,
+        machine=describe_machine(),
+        threads=info.threads,
         plan=plan,
-        rows=[*(row(name, runs) for name, runs in alone.items()), row(ours.name, together)],
+        rows=[
+            *(row(system, runs, 1) for system, runs in zip(systems, alone, strict=True)),
+            row(ours, together, plan.concurrency),
+        ],
         speed_against_peers={
-            peer.name: _median_ratio(
-                [run.total for run in alone[peer.name]], [run.total for run in alone[ours.name]]
+            f"{peer.name}:{peer.format}": median_ratio(
+                [run.total for run in runs], [run.total for run in alone[0]]
             )
-            for peer in peers
+            for peer, runs in zip(peers, alone[1:], strict=True)
         },
-        concurrent_against_sequential=_median_ratio(in_sequence, [run.total for run in together]),
+        concurrent_against_sequential=median_ratio(in_sequence, [run.total for run in together]),
         conversation=_conversation(turns, plan.conversation_tokens) if turns else None,
+    )
+
+
+def _row(
+    model: str, plan: Plan, ceiling: float, system: System, runs: Sequence[Run], batch: int
+) -> Row:
+    speed = statistics.median(run.decode_tokens_per_second for run in runs)
+    bound = ceiling * 1e9 / system.weight_bytes * batch
+    return Row(
+        system=system.name,
+        model=model,
+        format=system.format,
+        batch=batch,
+        context=plan.prompt_tokens,
+        new_tokens=plan.new_tokens,
+        tokens_per_second=round(speed, 2),
+        ttft_seconds=round(statistics.median(run.ttft for run in runs), 4),
+        read_ceiling_gb_s=round(ceiling, 1),
+        percent_of_byte_bound=round(100 * speed / bound, 1),
     )
 
 
@@ -171,28 +191,5 @@ def _conversation(turns: Sequence[tuple[float, float]], first_tokens: int) -> Co
         second_turn_tokens=first_tokens + SECOND_TURN_TOKENS,
         first_ttft_seconds=round(statistics.median(first), 4),
         second_ttft_seconds=round(statistics.median(second), 4),
-        second_against_first=_median_ratio(second, first),
+        second_against_first=median_ratio(second, first),
     )
-
-
-def _median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 3)
-
-
-def _prompts(source: random.Random, engine: Engine, count: int, length: int) -> Prompts:
-    """Fresh random token ids, so that nothing of them is cached yet."""
-    vocab = engine.backend.config.vocab_size
-    return [tuple(source.randrange(vocab) for _ in range(length)) for _ in range(count)]
-
-
-def _machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if "model name" in line
-        ]
-        cpu = f"{len(names)} x {names[0]}" if names else cpu
-    return f"{cpu}, {platform.system()}"

@@ -30,6 +30,11 @@ class Window:
     fed: tuple[int, ...]
     targets: tuple[int, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Positions that its KV takes."""
+        return len(self.prompt) + len(self.fed)
+
 
 class Scored(Protocol):
     """A system whose decoded positions are compared."""

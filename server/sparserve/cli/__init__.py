@@ -30,8 +30,8 @@ app.command("demo", cls=Command)(demo.demo)
 app.command("serve", cls=Command)(serve.serve)
 app.command("chat", cls=Command)(chat.chat)
 app.command("generate", cls=Command)(generate.generate)
-app.command("bench", cls=Command)(bench.bench)
 app.command("eval", cls=Command)(evaluate.evaluate)
+app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 
 

@@ -1,48 +1,121 @@
-"""`sparserve bench`."""
+"""`sparserve bench`: one command for each thing that is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
-from sparserve.cli.options import with_settings
+from sparserve.cli.options import Command, Group, with_settings
 from sparserve.cli.output import (
+    check_folder,
     check_json_file,
     counting_bar,
+    err,
     out,
-    progress_bars,
+    warn,
     write_json,
 )
-from sparserve.config import EngineSettings
+from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sparserve.bench.offline import Report
+    from sparserve.bench.offline import Report as OfflineReport
+    from sparserve.bench.sweep import Plan, Report
+    from sparserve.model.catalog import DownloadProgress
+    from sparserve.model.loader import LoadedModel
 
-PEERS = ("transformers",)
+FORMATS = get_args(Dtype)
+BUSY = 0.1  # CPUs used by others, from which a report is not worth publishing
+# The names are repeated here, for --help must not load torch.
+PEERS = ("llama.cpp", "transformers", "openvino")
+
+app = typer.Typer(help="Measure speed beside rivals.", no_args_is_help=True, cls=Group)
+
+Formats = Annotated[
+    str,
+    typer.Option(
+        help=f"Formats of our weights, comma-separated: {', '.join(FORMATS)}. Default: --dtype's."
+    ),
+]
+Peers = Annotated[
+    str,
+    typer.Option(
+        help=f"Rivals to alternate with, comma-separated, or none: {', '.join(PEERS)}; each in our formats, "
+        "or in one of its own as in llama.cpp:Q8_0 and openvino:int8."
+    ),
+]
+Rounds = Annotated[int, typer.Option(help="Times to alternate; medians are reported.", min=1)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")]
+PngFile = Annotated[Path | None, typer.Option("--png", help="Draw the rows here as a picture.")]
 
 
+@app.command("decode", cls=Command)
 @with_settings(EngineSettings)
-def bench(
+def decode(
     settings: EngineSettings,
-    peers: Annotated[
-        str,
-        typer.Option(
-            help=f"Rivals to alternate with, comma-separated, or none. There are: {', '.join(PEERS)}."
-        ),
-    ] = "transformers",
+    formats: Formats = "",
+    batch: Annotated[str, typer.Option(help="Sequences decoded at once, comma-separated.")] = "1,8",
+    context: Annotated[
+        str, typer.Option(help="Tokens in each prompt, random ids, comma-separated.")
+    ] = "128,1024",
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate for each prompt, greedily.", min=2)
+    ] = 128,
+    rounds: Rounds = 5,
+    peers: Peers = "transformers",
+    json_file: JsonFile = None,
+    png: PngFile = None,
+) -> None:
+    """Measure tokens/s after a prompt, for each format, batch size and context.
+
+    Prints the share of the byte bound: what the memory-read ceiling of the same run would allow.
+    """
+    from sparserve.bench.sweep import Plan
+
+    batches, contexts = _counts("--batch", batch), _counts("--context", context)
+    plan = Plan("decode", batches, contexts, new_tokens, rounds)
+    _sweep(settings, plan, formats, peers, json_file, png)
+
+
+@app.command("prefill", cls=Command)
+@with_settings(EngineSettings)
+def prefill(
+    settings: EngineSettings,
+    formats: Formats = "",
+    batch: Annotated[str, typer.Option(help="Prompts sent at once, comma-separated.")] = "1",
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Tokens in each prompt, random ids, comma-separated.")
+    ] = "64,256,1024",
+    rounds: Rounds = 5,
+    peers: Peers = "transformers",
+    json_file: JsonFile = None,
+    png: PngFile = None,
+) -> None:
+    """Measure prompt tokens/s until the first token, for each format and prompt length."""
+    from sparserve.bench.sweep import Plan
+
+    batches, contexts = _counts("--batch", batch), _counts("--prompt-tokens", prompt_tokens)
+    plan = Plan("prefill", batches, contexts, 1, rounds)
+    _sweep(settings, plan, formats, peers, json_file, png)
+
+
+@app.command("engine", cls=Command)
+@with_settings(EngineSettings)
+def engine(
+    settings: EngineSettings,
+    peers: Peers = "transformers",
     prompt_tokens: Annotated[
         int, typer.Option(help="Tokens in each prompt, random ids.", min=1)
     ] = 64,
     new_tokens: Annotated[
         int, typer.Option(help="Tokens to generate for each prompt, greedily.", min=2)
     ] = 64,
-    rounds: Annotated[
-        int, typer.Option(help="Times to alternate; medians are reported.", min=1)
-    ] = 5,
+    rounds: Rounds = 5,
     concurrency: Annotated[
         int, typer.Option(help="Requests at once in the batched rows.", min=2)
     ] = 8,
@@ -53,44 +126,151 @@ def bench(
             min=0,
         ),
     ] = 1000,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report here as JSON.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Measure offline tokens/s and time to first token, alternating with rivals on the same weights.
-
-    Prints the memory-read ceiling of the same run and what share of the byte bound was reached.
-    """
+    """Measure whole generations: TTFT and tokens/s alone, at once, in sequence, in a conversation."""
+    from sparserve.bench.machine import check_threads
     from sparserve.bench.offline import Plan, run_offline
-    from sparserve.bench.systems import Sparserve, Transformers
-    from sparserve.engine.factory import assemble_engine, load_by_settings
+    from sparserve.bench.peers import open_peer, parse_peers
+    from sparserve.bench.systems import Sparserve
+    from sparserve.engine.factory import assemble_engine
 
-    names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
-    if unknown := [name for name in names if name not in PEERS]:
-        raise ConfigError(
-            f"no peer is named {', '.join(unknown)}; there are: {', '.join(PEERS)}, none"
-        )
+    specs = parse_peers(peers)
+    check_threads(settings.threads)
     check_json_file(json_file)
-    with progress_bars() as bars:
-        model = load_by_settings(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
-    built = assemble_engine(model, settings)
-    rivals = [Transformers(model) for _ in names]  # the only peer that there is
-    concurrency = min(concurrency, settings.max_running)
-    plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
-    with counting_bar() as on_progress:
-        report = run_offline(
-            built.engine,
-            model.name,
-            Sparserve(built.engine),
-            rivals,
-            plan,
-            on_progress,
-        )
-    _print(report)
+    with counting_bar(own_thread=False) as show:
+        load = _loader(settings, show)
+        model = load(settings.dtype)
+        built = assemble_engine(model, settings)
+        info = built.engine.backend.info
+        rivals = [open_peer(s.name, s.format or info.dtype, load, info.threads) for s in specs]
+        concurrency = min(concurrency, settings.max_running)
+        plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
+        report = run_offline(built.engine, model.name, Sparserve(built.engine), rivals, plan, show)
+    _print_offline(report)
     write_json(json_file, report.as_json())
 
 
+def _sweep(
+    settings: EngineSettings,
+    plan: Plan,
+    formats: str,
+    peers: str,
+    json_file: Path | None,
+    png: Path | None,
+) -> None:
+    from sparserve.bench.formats import measure_formats
+    from sparserve.bench.machine import check_threads
+    from sparserve.bench.peers import parse_peers
+    from sparserve.bench.plot import draw, require_matplotlib
+
+    names, specs = _formats(formats, settings.dtype), parse_peers(peers)
+    _refuse_own_limits(settings)
+    check_threads(settings.threads)
+    check_json_file(json_file)
+    check_folder("--png", png)
+    if png is not None:
+        _check_picture(png)
+        require_matplotlib()
+    with counting_bar(own_thread=False) as show:
+        report = measure_formats(settings, plan, names, specs, _loader(settings, show), show)
+    _print(report)
+    write_json(json_file, report.as_json())
+    if png is not None:
+        draw(report).savefig(png)
+        err.print(f"picture drawn in {png}")
+
+
+def _refuse_own_limits(settings: EngineSettings) -> None:
+    if given := sorted(settings.model_fields_set & {"max_context", "max_running", "prefix_cache"}):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{flags}: the engine is made for the prompts and batches that are measured; leave it out"
+        )
+
+
+def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str], LoadedModel]:
+    """Loads `settings.model` in a data type."""
+    from sparserve.engine.factory import load_by_settings
+
+    def load(dtype: str) -> LoadedModel:
+        return load_by_settings(
+            settings.model_copy(update={"dtype": dtype}),
+            on_tensor=lambda done, total: show(f"loading {dtype}", done, total),
+            on_download=show,
+        )
+
+    return load
+
+
+def _check_picture(png: Path) -> None:
+    if png.suffix != ".png":
+        raise ConfigError(f"{png} is no name of a picture; one ends in .png")
+
+
+def _formats(text: str, default: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")] if text else [default]
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise ConfigError(
+            f"no format is named {', '.join(unknown)}; there are: {', '.join(FORMATS)}"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _counts(flag: str, text: str) -> list[int]:
+    """A list of whole numbers from 1 on. Raises ConfigError."""
+    words = [word.strip() for word in text.split(",")]
+    if bad := [word for word in words if not word.isascii() or not word.isdigit() or int(word) < 1]:
+        raise ConfigError(f"{flag} is {text!r}: {bad[0]!r} is no whole number from 1 on")
+    return sorted({int(word) for word in words})
+
+
 def _print(report: Report) -> None:
+    plan, first = report.plan, report.rows[0]
+    decode = plan.phase == "decode"
+    backends = ", ".join(dict.fromkeys(report.backends.values()))
+    table = Table(
+        "batch", "context", Column("system", no_wrap=True), "format", "tokens/s", "rounds",
+        *(["of bound"] if decode else []),
+        title=f"{first.model}: {plan.phase}" + (f", {plan.new_tokens} new tokens" if decode else ""),
+        caption=f"{report.machine}, {report.threads} threads, backend {backends}; "
+        f"medians of {plan.rounds} rounds; {_ceilings(report)}; "
+        f"{report.cpus_used_by_others:.2f} CPUs used by others",
+        box=box.SIMPLE, pad_edge=False,
+    )  # fmt: skip
+    before = (first.batch, first.context)
+    for row in report.rows:
+        if (row.batch, row.context) != before:
+            table.add_section()
+            before = (row.batch, row.context)
+        table.add_row(
+            str(row.batch),
+            str(row.context),
+            row.system,
+            row.format,
+            f"{row.tokens_per_second:.1f}",
+            f"{row.tokens_per_second_low:.1f}-{row.tokens_per_second_high:.1f}",
+            *([f"{row.percent_of_byte_bound:.0f} %"] if decode else []),
+        )
+    out.print(table)
+    for ratio in report.ratios:
+        out.print(
+            f"batch {ratio.batch}, context {ratio.context}: {ratio.format} {ratio.ratio:.2f}x "
+            f"({ratio.ratio_low:.2f} to {ratio.ratio_high:.2f}) {ratio.peer} {ratio.peer_format}"
+        )
+    if report.cpus_used_by_others > BUSY:
+        warn(
+            f"other processes used {report.cpus_used_by_others:.2f} CPUs meanwhile: systems that wait for "
+            "their slowest thread lose more than others; measure again when nothing else runs"
+        )
+
+
+def _ceilings(report: Report) -> str:
+    found = [row.read_ceiling_gb_s for row in report.rows]
+    return f"memory reads at {min(found):.0f} to {max(found):.0f} GB/s"
+
+
+def _print_offline(report: OfflineReport) -> None:
     table = Table(
         "system", "format", "batch", "tokens/s", "TTFT", "% of byte bound",
         title=f"{report.rows[0].model}: {report.plan.prompt_tokens} prompt + {report.plan.new_tokens} new tokens",

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
-from sparserve.cli.options import with_settings
+from sparserve.cli.options import NO_VALUE, with_settings
 from sparserve.cli.output import check_json_file, out, progress_bars, write_json
 from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sparserve.bench.lm_tasks import TaskScore
     from sparserve.bench.quality import Quality
     from sparserve.model.loader import LoadedModel
 
@@ -23,14 +24,23 @@ FORMATS = get_args(Dtype)
 
 @with_settings(EngineSettings)
 def evaluate(
-    text: Annotated[Path, typer.Argument(help="A text file, long enough for all windows.")],
     settings: EngineSettings,
+    text: Annotated[
+        Path | None, typer.Argument(help="A text file, long enough for all windows.")
+    ] = None,
     formats: Annotated[
         str,
         typer.Option(
             help=f"Formats of the weights to score, comma-separated: {', '.join(FORMATS)}. Default: --dtype's."
         ),
     ] = "",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Rivals to score on the same windows, comma-separated, each with its format: "
+            "llama.cpp:Q4_K_M, openvino:int8. Without a format: those of --formats."
+        ),
+    ] = "none",
     original: Annotated[
         str | None,
         typer.Option(help="The model to compare with, always in float32. Default: --model itself."),
@@ -42,17 +52,36 @@ def evaluate(
     decode_tokens: Annotated[
         int, typer.Option(help="Tokens of each window that are decoded and scored.", min=1)
     ] = 64,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            metavar=NO_VALUE,
+            help="Compute the original anew, and keep nothing of it for later runs.",
+        ),
+    ] = False,
+    tasks: Annotated[
+        str, typer.Option(help="Run these tasks of lm-eval instead of a text, comma-separated.")
+    ] = "",
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of YAML files with tasks of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents of each task at most; default: all.", min=1)
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows here as JSON.")
     ] = None,
 ) -> None:
-    """Measure how far a model as served is from the original in float32.
+    """Measure what a model as served has lost: its distance from the original in float32, or lm-eval's tasks.
 
-    The text is cut into windows: a prompt, and a continuation that is fed token by token through decode.
+    TEXT is cut into windows: a prompt, and a continuation that is fed token by token through decode.
     Tells the mean KL divergence with its 95 % interval, top-1 agreement, perplexity and the bytes that
-    a decode step reads.
+    a decode step reads. With --tasks the scored tokens are decoded as well, and answers generated as they
+    would be served.
     """
-    from sparserve.bench.evaluation import Plan, evaluate_formats
+    from sparserve.bench.evaluation import Plan, evaluate_formats, evaluate_tasks
+    from sparserve.bench.peers import parse_peers
     from sparserve.engine.factory import load_by_settings
 
     names = [name.strip() for name in formats.split(",")] if formats else [settings.dtype]
@@ -60,31 +89,67 @@ def evaluate(
         raise ConfigError(
             f"no format is named {', '.join(unknown)}; there are: {', '.join(FORMATS)}"
         )
+    specs = parse_peers(peers)
+    if (text is None) == (not tasks):
+        raise ConfigError("give a text or --tasks, not both; sparserve eval --help tells more")
+    if tasks and (specs or original):
+        raise ConfigError("--peers and --original are for a text, not for --tasks")
+    if text and (task_folder or limit):
+        raise ConfigError("--task-folder and --limit are for --tasks, not for a text")
     check_json_file(json_file)
-    plan = Plan(text, names, original, windows, prompt_tokens, decode_tokens)
     with progress_bars() as bars:  # one display for loading and scoring
 
         def load(name: str, dtype: str) -> LoadedModel:
             own = settings.model_copy(update={"model": name, "dtype": dtype})
             return load_by_settings(own, on_tensor=bars.on_tensor, on_download=bars.on_download)
 
-        rows = evaluate_formats(settings, plan, load, bars.on_download)
-    _print(settings.model, rows)
-    write_json(json_file, [asdict(row) for row in rows])
+        if text is None:
+            wanted = [name.strip() for name in tasks.split(",")]
+            scores = evaluate_tasks(
+                settings, wanted, task_folder, limit, names, load, bars.on_download
+            )
+        else:
+            plan = Plan(
+                text, names, original, windows, prompt_tokens, decode_tokens, specs, not no_cache
+            )
+            rows = evaluate_formats(settings, plan, load, bars.on_download)
+    if text is None:
+        _print_tasks(settings.model, scores)
+        write_json(json_file, [asdict(score) for score in scores])
+    else:
+        _print(settings.model, rows)
+        write_json(json_file, [asdict(row) for row in rows])
 
 
 def _print(model: str, rows: list[Quality]) -> None:
     table = Table(
-        "served", "MB/token", "KL, 95 % interval", "KL p95", "top-1", "perplexity",
+        "system", "format", "MB/token", "KL, 95 % interval", "KL p95", "top-1", "perplexity",
         title=f"{model} against the original in float32, {rows[0].windows} windows",
     )  # fmt: skip
     for row in rows:
         table.add_row(
+            row.system,
             f"{row.format} {row.policy}",
             f"{row.bytes_per_token / 1e6:.1f}",
             f"{row.kl:.1e} ({row.kl_low:.1e}, {row.kl_high:.1e})",
             f"{row.kl_p95:.1e}",
             f"{row.top1:.2%}",
             f"{row.perplexity:.2f}",
+        )
+    out.print(table)
+
+
+def _print_tasks(model: str, scores: list[TaskScore]) -> None:
+    table = Table(
+        Column("task", overflow="fold"), "metric", Column("format", no_wrap=True), "value, standard error",
+        "documents", title=model,
+    )  # fmt: skip
+    for score in scores:
+        table.add_row(
+            score.task,
+            score.metric,
+            f"{score.format} {score.policy}",
+            f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}"),
+            str(score.samples),
         )
     out.print(table)

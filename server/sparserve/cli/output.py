@@ -50,21 +50,32 @@ class ProgressBars:
 
 
 @contextmanager
-def counting_bar() -> Iterator[DownloadProgress]:
-    """`show(what, done, total)` draws a bar on stderr for each `what`, gone when done."""
+def counting_bar(*, own_thread: bool = True) -> Iterator[DownloadProgress]:
+    """`show(what, done, total)` draws a bar on stderr for each `what`, gone when done.
+
+    Without a thread of its own it is drawn at each `show` and takes no time from what is measured between.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        auto_refresh=own_thread,
+    ) as progress:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=None)
-            progress.update(tasks[what], completed=done, total=total or None)
+            progress.update(
+                tasks[what], completed=done, total=total or None, refresh=not own_thread
+            )
 
         yield show
 
@@ -112,8 +123,13 @@ def tell_result(result: Result, *, asked_for_neurons: bool = False) -> None:
 
 def check_json_file(path: Path | None) -> None:
     """Before the minutes that a report takes. Raises ConfigError."""
+    check_folder("--json", path)
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Of a file that `flag` asks for. Raises ConfigError."""
     if path is not None and not path.resolve().parent.is_dir():
-        raise ConfigError(f"the folder of --json {path} does not exist")
+        raise ConfigError(f"the folder of {flag} {path} does not exist")
 
 
 def write_json(path: Path | None, report: object) -> None:

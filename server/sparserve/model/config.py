@@ -234,6 +234,7 @@ class ModelConfig:
                     [
                         *read.ids("tokenizer.ggml.eos_token_id"),
                         *read.ids("tokenizer.ggml.eot_token_id"),
+                        *read.ids("tokenizer.ggml.eom_token_id"),
                     ]
                 )
             ),

@@ -1,0 +1,61 @@
+"""Turns, idleness and ratios of alternated measurements."""
+
+import random
+import statistics
+import threading
+
+import pytest
+
+from sparserve.bench.rounds import fresh_prompts, median_ratio, take_turns, wait_until_idle
+from sparserve.bench.systems import Run
+from sparserve.errors import SparserveError
+
+
+class Named:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self._log = name, log
+
+    def run(self, prompts, new_tokens):
+        self._log.append(self.name)
+        return Run(1.0, 2.0, new_tokens, len(self._log))
+
+
+def test_each_round_begins_with_another_system_and_keeps_their_order():
+    order: list[str] = []
+    systems = [Named(name, order) for name in "abc"]
+    for turn in range(4):
+        runs = take_turns(systems, turn, [(1,)], 5)
+        first = turn % 3
+        # `tokens_at_ttft` says as which run of all it came.
+        assert [run.tokens_at_ttft - 3 * turn for run in runs] == [
+            (place - first) % 3 + 1 for place in range(3)
+        ]
+    assert "".join(order) == "abcbcacababc"
+
+
+def test_prompts_are_of_the_vocabulary_and_never_the_same():
+    source = random.Random(1)
+    first, second = (fresh_prompts(source, 7, 3, 40) for _ in range(2))
+    assert [len(prompt) for prompt in first] == [40] * 3
+    assert {token for prompt in first for token in prompt} == set(range(7))
+    assert len({*first, *second}) == 6
+
+
+def test_a_thread_that_spins_is_waited_for_and_then_told():
+    stop = threading.Event()
+    spinning = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)])
+    spinning.start()
+    try:
+        with pytest.raises(SparserveError, match=r"use [0-9.]+ CPUs 0.3 s after the last run"):
+            wait_until_idle(patience=0.3)
+        threading.Timer(0.2, stop.set).start()
+        wait_until_idle()
+        assert stop.is_set()
+    finally:
+        stop.set()
+        spinning.join()
+
+
+def test_the_ratio_is_the_median_of_the_rounds_own():
+    ours, theirs = [10.0, 1.0, 30.0], [5.0, 4.0, 10.0]
+    assert median_ratio(ours, theirs) == statistics.median([2.0, 0.25, 3.0])

@@ -1,0 +1,56 @@
+"""Ours and transformers, run as they are measured."""
+
+import random
+
+import pytest
+import torch
+
+from sparserve.bench.peers.transformers import Transformers
+from sparserve.bench.rounds import fresh_prompts
+from sparserve.bench.systems import Run, Sparserve
+
+
+@pytest.fixture
+def prompts():
+    source = random.Random(5)
+    return lambda count, length: fresh_prompts(source, 256, count, length)
+
+
+def test_decode_speed_counts_what_came_after_every_prompts_first_token():
+    run = Run(ttft=2.0, total=5.0, new_tokens=40, tokens_at_ttft=10)
+    assert run.decode_tokens_per_second == 10.0
+
+
+def test_prompts_read_before_decode_from_one_step_on(tiny_engine, prompts):
+    engine = tiny_engine(max_running=6, max_batched_tokens=96, mixed_prefill_tokens=32)
+    staggered = Sparserve(engine).run(prompts(6, 70), 9)
+    together = Sparserve(engine, prompts_cached=True).run(prompts(6, 70), 9)
+    assert staggered.new_tokens == together.new_tokens == 6 * 9
+    assert staggered.tokens_at_ttft > 6  # the first decoded while the last was read
+    assert together.tokens_at_ttft == 6
+    assert 0 < together.ttft < together.total
+    assert not engine.has_work
+
+
+def test_what_the_engine_reads_is_the_backends(tiny_engine):
+    engine = tiny_engine()
+    ours, info = Sparserve(engine), engine.backend.info
+    assert (ours.format, ours.weight_bytes) == ("float32", info.weight_bytes)
+    assert ours.kv_bytes_per_token == info.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_transformers_runs_with_our_threads_and_gives_them_back(
+    tiny_model, tiny_engine, prompts, count
+):
+    ours, theirs = Sparserve(tiny_engine()), Transformers(tiny_model, threads=1)
+    threads = torch.get_num_threads()
+    run = theirs.run(prompts(count, 20), 6)
+    assert (run.new_tokens, run.tokens_at_ttft) == (6 * count, count)
+    assert 0 < run.ttft < run.total
+    assert torch.get_num_threads() == threads
+    assert (theirs.weight_bytes, theirs.kv_bytes_per_token) == (
+        ours.weight_bytes,
+        ours.kv_bytes_per_token,
+    )
+    assert theirs.format == ours.format

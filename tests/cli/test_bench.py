@@ -1,0 +1,120 @@
+"""`sparserve bench`: its reports, pictures and what it refuses."""
+
+import json
+import os
+
+import pytest
+
+from sparse_kernels.native import usable_cpus
+
+TINY = ("--threads", "1", "--kv-cache-gib", "0.01", "--rounds", "2")
+ROW = {
+    "system", "model", "format", "batch", "context", "new_tokens", "tokens_per_second",
+    "tokens_per_second_low", "tokens_per_second_high", "read_ceiling_gb_s",
+    "byte_bound_tokens_per_second", "percent_of_byte_bound",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(run_main, tiny_folder, tmp_path):
+    """`bench("decode", …)` -> (exit status, stdout, stderr, the JSON report)."""
+
+    def run(command: str, *flags: str, expect: int = 0):
+        file = tmp_path / "report.json"
+        status, out, err = run_main(
+            "bench", command, "--model", tiny_folder, *TINY, "--json", file, *flags
+        )
+        assert status == expect, err
+        return out, err, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+def test_decode_reports_every_system_at_every_point(bench, tmp_path):
+    picture = tmp_path / "decode.png"
+    out, _, report = bench(
+        "decode", "--formats", "float32,auto,bfloat16", "--batch", "1,3", "--context", "40",
+        "--new-tokens", "6", "--png", str(picture),
+    )  # fmt: skip
+    rows = report["rows"]
+    assert all(set(row) == ROW for row in rows)
+    assert [(r["batch"], r["context"], r["system"], r["format"]) for r in rows] == [
+        (batch, 40, system, format)
+        for batch in (1, 3)
+        for system in ("sparserve", "transformers")
+        for format in ("float32", "bfloat16")
+    ]
+    for row in rows:
+        low, high = row["tokens_per_second_low"], row["tokens_per_second_high"]
+        assert 0 < low <= row["tokens_per_second"] <= high
+        assert row["read_ceiling_gb_s"] > 0.1
+        assert row["byte_bound_tokens_per_second"] > high
+        assert row["percent_of_byte_bound"] < 100
+    assert {r["ratio"] > 0 for r in report["ratios"]} == {True}
+    assert len(report["ratios"]) == 2 * 2
+    assert report["backends"].keys() == {"float32", "bfloat16"}
+    assert report["backends"]["float32"] == "reference"
+    assert report["plan"]["rounds"] == 2
+    assert 0 <= report["cpus_used_by_others"] <= os.cpu_count()
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.stat().st_size > 10_000
+    assert "of bound" in out
+    assert "batch 3, context 40: float32" in out
+
+
+def test_prefill_reports_prompt_tokens(bench):
+    out, _, report = bench("prefill", "--prompt-tokens", "16,64", "--peers", "none")
+    assert [(row["context"], row["new_tokens"]) for row in report["rows"]] == [(16, 1), (64, 1)]
+    assert report["plan"]["phase"] == "prefill"
+    assert report["ratios"] == []
+    assert "prefill" in out
+
+
+def test_engine_reports_whole_generations(bench):
+    flags = ["--prompt-tokens", "20", "--new-tokens", "6", "--concurrency", "3"]
+    flags += ["--dtype", "float32", "--conversation-tokens", "60"]
+    out, _, report = bench("engine", *flags)
+    rows = [(row["system"], row["batch"]) for row in report["rows"]]
+    assert rows == [("sparserve", 1), ("transformers", 1), ("sparserve", 3)]
+    assert all(row["tokens_per_second"] > 0 for row in report["rows"])
+    assert report["speed_against_peers"].keys() == {"transformers:float32"}
+    assert report["conversation"]["second_turn_tokens"] == 60 + 88
+    assert "3 at once against 3 in sequence" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--threads", str(usable_cpus() + 1)], f"more than the {usable_cpus()} CPUs"),
+        (["--context", "500", "--new-tokens", "13"], "513 tokens of prompt and output exceed"),
+        (["--formats", "int3"], "no format is named int3; there are: auto, float32"),
+        (["--peers", "vllm"], "no peer is named 'vllm'"),
+        (["--batch", "1,0"], "--batch is '1,0': '0' is no whole number from 1 on"),
+        (["--context", "12a"], "--context is '12a'"),
+        (["--max-running", "4"], "--max-running: the engine is made for the prompts"),
+        (["--json", "/no/such/folder/x"], "the folder of --json"),
+        (["--png", "/no/such/folder/x.png"], "the folder of --png"),
+        (
+            ["--batch", "80", "--context", "500", "--new-tokens", "12"],
+            "sequences of 512 tokens need",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(run_main, tiny_folder, flags, told):
+    few = ["--kv-cache-gib", "0.01", "--peers", "none", "--dtype", "float32"]
+    status, _, err = run_main("bench", "decode", "--model", tiny_folder, *few, *flags)
+    assert status == 1
+    assert told in err
+
+
+def test_one_new_token_leaves_nothing_to_decode(run_main, tiny_folder):
+    status, _, err = run_main("bench", "decode", "--model", tiny_folder, "--new-tokens", "1")
+    assert status == 2
+    assert "--new-tokens" in err
+
+
+def test_a_picture_needs_a_format_that_can_be_drawn(run_main, tiny_folder, tmp_path):
+    asked = ["--model", tiny_folder, "--png", tmp_path / "x.docx"]
+    status, _, err = run_main("bench", "decode", *asked)
+    assert status == 1
+    assert "x.docx is no name of a picture; one ends in .png" in err
