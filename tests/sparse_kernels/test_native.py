@@ -268,7 +268,10 @@ class TestIsaLevel:
         code = "from sparse_kernels import native; native.cpu_features()"
         done = run_python(code, tmp_path, SPARSE_KERNELS_ISA="avx1024")
         assert done.returncode == 1
-        assert "SPARSE_KERNELS_ISA is 'avx1024'; it can be portable, avx2, avx512 or amx" in done.stderr
+        assert (
+            "SPARSE_KERNELS_ISA is 'avx1024'; it can be portable, avx2, avx512 or amx"
+            in done.stderr
+        )
 
     @pytest.mark.parametrize("level", LEVELS)
     def test_argument_forces_a_level(self, level: str) -> None:
