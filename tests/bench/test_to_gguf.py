@@ -77,8 +77,8 @@ def test_our_loader_reads_back_the_same_model(write_mergeable, tmp_path, config,
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         {
-            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 16.0,
-            "beta_slow": 2.0, "attention_factor": 0.75,
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
+            "attention_factor": 0.75,
         },
         {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -159,6 +159,10 @@ def test_a_sentencepiece_tokenizer_comes_back(write_mergeable, tmp_path):
             "no sliding window for MistralForCausalLM",
         ),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "no RoPE of the kind dynamic"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2.0}},
+            "beta_slow 1 and truncation alone; this model has 32, 2 and",
+        ),
     ],
 )
 def test_what_llama_cpp_has_no_word_for_is_refused(write_mergeable, tmp_path, config, told):
@@ -201,10 +205,24 @@ def test_the_command_exports_a_model(mergeable_folder, tmp_path):
         assert told in str(result.exception)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
-def test_llama_cpp_computes_the_same(write_mergeable, tmp_path, architecture):
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"tie_word_embeddings": True, "head_dim": 32},
+        {"attention_bias": True},
+        {"architectures": ["Qwen2ForCausalLM"]},
+        {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 0.75}},
+    ],
+    ids=["llama", "tied, wide heads", "biases", "qwen2", "qwen3", "linear", "llama3", "yarn", "own yarn"],
+)  # fmt: skip
+def test_llama_cpp_computes_the_same(write_mergeable, tmp_path, config):
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = load_model(str(write_mergeable(tmp_path / "source", architectures=[architecture])))
+    model = load_model(str(write_mergeable(tmp_path / "source", **config)))
     write_gguf(model, tmp_path / "model.gguf", "float32")
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
     text = "the 12 things in a row<eos>"

@@ -81,9 +81,14 @@ def _refuse_what_has_no_counterpart(config: ModelConfig) -> None:
             f"llama.cpp has no sliding window for {config.architecture}; its file would attend to everything"
         )
     rope = config.rope
-    if rope.kind == "dynamic" or (rope.kind == "yarn" and not rope.truncate):
-        kind = "yarn without truncation" if rope.kind == "yarn" else rope.kind
-        raise UnsupportedModel(f"llama.cpp has no RoPE of the kind {kind}")
+    if rope.kind == "dynamic":
+        raise UnsupportedModel("llama.cpp has no RoPE of the kind dynamic")
+    # GGUF has names for these numbers, but llama.cpp does not read them for these architectures.
+    if rope.kind == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, True):
+        raise UnsupportedModel(
+            f"llama.cpp runs yarn with beta_fast 32, beta_slow 1 and truncation alone; this model has "
+            f"{rope.beta_fast:g}, {rope.beta_slow:g} and truncate={str(rope.truncate).lower()}"
+        )
 
 
 def _hyperparameters(config: ModelConfig, arch: str) -> dict[str, Any]:
@@ -116,8 +121,6 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any]:
             "type": "yarn",
             "factor": rope.factor,
             "original_context_length": rope.original_max_position_embeddings,
-            "yarn_beta_fast": rope.beta_fast,
-            "yarn_beta_slow": rope.beta_slow,
             "attn_factor": rope.attention_factor / temperature,
         }
     return {}
