@@ -47,7 +47,7 @@ class CpuFeatures:
     """What the CPU offers and which level of kernels is in use."""
 
     isa: str
-    """Level in use: portable, avx2 or avx512; `SPARSE_KERNELS_ISA` forces one."""
+    """Level in use: portable, avx2, avx512 or amx; `SPARSE_KERNELS_ISA` forces one."""
     highest_isa: str
     """Highest level that this CPU runs."""
     flags: frozenset[str]
@@ -116,7 +116,7 @@ def read_probe(
         threads: 1 to 1024; None: `usable_cpus()`.
         seconds: of reading, above 0 and at most 600. Filling the buffer comes before it, of the
             order of 0.2 s a GiB.
-        isa: portable, avx2 or avx512; auto: the level in use.
+        isa: portable, avx2, avx512 or amx; auto: the level in use.
 
     Raises:
         NativeCallError: a value outside its limits, more memory than there is, a level that the

@@ -134,6 +134,8 @@ async def test_a_wrong_model_setting_or_file_is_one_clear_line_and_exit_status_1
     [
         (["--port", "70000"], "port is '70000'"),
         (["--dtype", "int7"], "dtype is 'int7'"),
+        (["--backend", "gpu"], "backend is 'gpu'"),
+        (["--backend", "cpu", "--dtype", "float32"], "dtype is float32 and it needs bfloat16"),
         (["--kv-cache-gib", "inf"], "kv_cache_gib is 'inf'"),
         (["--config", "/none.yaml"], "/none.yaml does not exist"),
         (["--max-context", "513"], "max_context 513 is beyond the model's own limit of 512"),

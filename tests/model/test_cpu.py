@@ -193,7 +193,12 @@ def test_a_value_that_bfloat16_cannot_hold_is_told(write_tiny_checkpoint, tmp_pa
         make_decoder(model.config, model.weights, threads=1)
 
 
-def test_torch_has_one_thread_beside_those_of_the_forward(backend):
+def test_torch_has_one_thread_beside_those_of_the_forward_but_all_in_the_reference(
+    backend, tiny_bfloat16, make_backend
+):
+    reference = make_backend(tiny_bfloat16, threads=2)
     torch.set_num_threads(2)
     CpuBackend(backend.config, backend._decoder, num_blocks=1)
     assert torch.get_num_threads() == 1
+    reference.forward(ForwardBatch([SequenceInput([1], 0, [0], Phase.PREFILL)]))
+    assert torch.get_num_threads() == 2

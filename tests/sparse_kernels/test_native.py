@@ -29,7 +29,7 @@ STRUCTS = [
     for value in vars(_abi).values()
     if isinstance(value, type) and issubclass(value, ctypes.Structure)
 ]
-LEVELS = ["portable", "avx2", "avx512"]
+LEVELS = ["portable", "avx2", "avx512", "amx"]
 MIB = 1 << 20
 
 
@@ -136,7 +136,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "value", "status", "text"),
         [
-            ("abi_version", 99, sk_status.SK_STATUS_ABI_MISMATCH, "99.*library has 1"),
+            ("abi_version", 99, sk_status.SK_STATUS_ABI_MISMATCH, "99.*library has 2"),
             ("struct_size", 8, sk_status.SK_STATUS_ABI_MISMATCH, "struct_size 8.*library has 48"),
             ("threads", 0, sk_status.SK_STATUS_BAD_SIZE, "threads is 0; it can be 1 to 1024"),
             ("threads", 1025, sk_status.SK_STATUS_BAD_SIZE, "threads is 1025.* 1024"),
@@ -151,7 +151,7 @@ class TestRefusals:
             ("seconds", 601.0, sk_status.SK_STATUS_BAD_VALUE, "seconds is 601"),
             ("seconds", math.nan, sk_status.SK_STATUS_BAD_VALUE, "seconds is -?nan"),
             ("seconds", math.inf, sk_status.SK_STATUS_BAD_VALUE, "seconds is inf"),
-            ("isa", 4, sk_status.SK_STATUS_BAD_VALUE, "isa is 4"),
+            ("isa", 5, sk_status.SK_STATUS_BAD_VALUE, "isa is 5"),
             ("isa", -1, sk_status.SK_STATUS_BAD_VALUE, "isa is -1"),
             ("reserved", 7, sk_status.SK_STATUS_BAD_VALUE, "reserved is 7"),
         ],
@@ -237,8 +237,9 @@ class TestIsaLevel:
             pytest.skip("SPARSE_KERNELS_ISA is set")
         features = native.cpu_features()
         assert features.isa == features.highest_isa
-        assert ("avx512f" in features.flags) >= (features.isa == "avx512")
-        assert ("avx2" in features.flags) >= (features.isa in ("avx2", "avx512"))
+        assert ("amx_bf16" in features.flags) >= (features.isa == "amx")
+        assert ("avx512f" in features.flags) >= (features.isa in ("avx512", "amx"))
+        assert ("avx2" in features.flags) >= (features.isa in ("avx2", "avx512", "amx"))
 
     def test_flags_are_those_of_the_operating_system(self) -> None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -267,7 +268,10 @@ class TestIsaLevel:
         code = "from sparse_kernels import native; native.cpu_features()"
         done = run_python(code, tmp_path, SPARSE_KERNELS_ISA="avx1024")
         assert done.returncode == 1
-        assert "SPARSE_KERNELS_ISA is 'avx1024'; it can be portable, avx2 or avx512" in done.stderr
+        assert (
+            "SPARSE_KERNELS_ISA is 'avx1024'; it can be portable, avx2, avx512 or amx"
+            in done.stderr
+        )
 
     @pytest.mark.parametrize("level", LEVELS)
     def test_argument_forces_a_level(self, level: str) -> None:
@@ -417,7 +421,7 @@ class TestPackaging:
     def test_library_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
         path = native._find_library()
         monkeypatch.setattr(_abi, "SK_ABI_VERSION", 99)
-        with pytest.raises(native.NativeLibraryError, match=r"ABI version 1, .* needs 99.*install"):
+        with pytest.raises(native.NativeLibraryError, match=r"ABI version 2, .* needs 99.*install"):
             native._load.__wrapped__(path)
 
     def test_wheel_binds_to_no_python(self) -> None:

@@ -85,7 +85,6 @@ class ReferenceBackend:
             config.rope, config.head_dim, weights.rope_factors
         )
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
-        torch.set_num_threads(threads)
         dtype, device = str(weights.dtype).removeprefix("torch."), str(weights.embedding.device)
         self.info = BackendInfo(
             "reference",
@@ -106,6 +105,8 @@ class ReferenceBackend:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
+        if torch.get_num_threads() != self.info.threads:  # one number for all of a process
+            torch.set_num_threads(self.info.threads)
         layout = self._lay_out(batch)
         cos, sin = llama.rope_tables(
             layout.positions, self._frequencies, self.config.rope.attention_factor
