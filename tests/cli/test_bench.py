@@ -118,3 +118,12 @@ def test_a_picture_needs_a_format_that_can_be_drawn(run_main, tiny_folder, tmp_p
     status, _, err = run_main("bench", "decode", *asked)
     assert status == 1
     assert "x.docx is no name of a picture; one ends in .png" in err
+
+
+def test_engine_serves_the_same_as_streams(bench):
+    flags = ["--prompt-tokens", "20", "--new-tokens", "6", "--concurrency", "3", "--peers", "none"]
+    out, _, report = bench("engine", *flags, "--conversation-tokens", "0", "--served")
+    rows = [(row["system"], row["batch"]) for row in report["rows"]]
+    assert rows == [("sparserve", 1), ("sparserve", 3), ("sparserve, served", 3)]
+    assert report["served_against_offline"] > 0
+    assert "3 streams over gRPC against offline" in out

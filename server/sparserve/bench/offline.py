@@ -88,6 +88,8 @@ class Report:
     # Medians of per-round ratios; >= 1 is in sparserve's favour.
     speed_against_peers: dict[str, float]
     concurrent_against_sequential: float
+    # As streams of a server whose client shares its CPUs; median of per-round ratios, None: not asked for.
+    served_against_offline: float | None
     conversation: Conversation | None
 
     def as_json(self) -> dict[str, Any]:
@@ -101,8 +103,11 @@ def run_offline(
     peers: Sequence[System],
     plan: Plan,
     on_progress: BenchProgress,
+    served: System | None = None,
 ) -> Report:
-    """Measure batch 1 against the peers and `plan.concurrency` at once against one after another."""
+    """Measure batch 1 against the peers, `plan.concurrency` at once against one after another, and
+    against as many streams of `served`.
+    """
     if plan.longest > engine.limits.max_context:
         raise ConfigError(
             f"{plan.longest} tokens of prompt and output exceed the context of "
@@ -114,6 +119,8 @@ def run_offline(
     systems = [ours, *peers]
     alone: list[list[Run]] = [[] for _ in systems]
     together: list[Run] = []
+    streamed: list[Run] = []
+    at_once = [ours] if served is None else [ours, served]
     in_sequence: list[float] = []
     turns: list[tuple[float, float]] = []
     ceilings: list[float] = []
@@ -130,11 +137,11 @@ def run_offline(
         runs = take_turns(systems, done, prompt, plan.new_tokens)
         for found, run in zip(alone, runs, strict=True):
             found.append(run)
-        wait_until_idle()
-        prompts = fresh_prompts(source, vocab_size, 2 * plan.concurrency, plan.prompt_tokens)
-        together.append(ours.run(prompts[: plan.concurrency], plan.new_tokens))
-        # Others: the prefix cache would know those.
-        later = prompts[plan.concurrency :]
+        several = partial(fresh_prompts, source, vocab_size, plan.concurrency, plan.prompt_tokens)
+        runs = take_turns(at_once, done, several(), plan.new_tokens)
+        together.append(runs[0])
+        streamed += runs[1:]
+        later = several()  # others: the prefix cache would know those
         in_sequence.append(sum(ours.run([p], plan.new_tokens).total for p in later))
         if plan.conversation_tokens:
             (first,) = fresh_prompts(source, vocab_size, 1, plan.conversation_tokens)
@@ -153,6 +160,7 @@ def run_offline(
         rows=[
             *(row(system, runs, 1) for system, runs in zip(systems, alone, strict=True)),
             row(ours, together, plan.concurrency),
+            *([row(served, streamed, plan.concurrency)] if served else []),
         ],
         speed_against_peers={
             f"{peer.name}:{peer.format}": median_ratio(
@@ -161,6 +169,11 @@ def run_offline(
             for peer, runs in zip(peers, alone[1:], strict=True)
         },
         concurrent_against_sequential=median_ratio(in_sequence, [run.total for run in together]),
+        served_against_offline=median_ratio(
+            [run.total for run in together], [run.total for run in streamed]
+        )
+        if served
+        else None,
         conversation=_conversation(turns, plan.conversation_tokens) if turns else None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -10,6 +11,7 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
+from sparserve.cli.local import server_settings
 from sparserve.cli.options import Command, Group, with_settings
 from sparserve.cli.output import (
     check_folder,
@@ -126,12 +128,20 @@ def engine(
             min=0,
         ),
     ] = 1000,
+    served: Annotated[
+        bool,
+        typer.Option(
+            "--served",
+            help="Also as streams of a server in a process of its own, which loads the model again.",
+        ),
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Measure whole generations: TTFT and tokens/s alone, at once, in sequence, in a conversation."""
     from sparserve.bench.machine import check_threads
     from sparserve.bench.offline import Plan, run_offline
     from sparserve.bench.peers import open_peer, parse_peers
+    from sparserve.bench.served import Served
     from sparserve.bench.systems import Sparserve
     from sparserve.engine.factory import assemble_engine
 
@@ -146,7 +156,14 @@ def engine(
         rivals = [open_peer(s.name, s.format or info.dtype, load, info.threads) for s in specs]
         concurrency = min(concurrency, settings.max_running)
         plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
-        report = run_offline(built.engine, model.name, Sparserve(built.engine), rivals, plan, show)
+        measure = partial(
+            run_offline, built.engine, model.name, Sparserve(built.engine), rivals, plan, show
+        )
+        if served:
+            with Served(server_settings(settings), info) as server:
+                report = measure(server)
+        else:
+            report = measure()
     _print_offline(report)
     write_json(json_file, report.as_json())
 
@@ -293,6 +310,10 @@ def _print_offline(report: OfflineReport) -> None:
     out.print(
         f"{report.plan.concurrency} at once against {report.plan.concurrency} in sequence: {ratio:.2f}x"
     )
+    if (ratio_served := report.served_against_offline) is not None:
+        out.print(
+            f"{report.plan.concurrency} streams over gRPC against offline: {ratio_served:.2f}x"
+        )
     if (turns := report.conversation) is not None:
         out.print(
             f"conversation: TTFT {turns.first_ttft_seconds * 1000:.0f} ms for a first turn of "
