@@ -36,7 +36,7 @@
 #define SK_BLOCK_SIZE 16      /* positions in a KV block */
 #define SK_NUM_CANDIDATES 256 /* likeliest tokens of a row, or the whole vocabulary if smaller */
 #define SK_NEURON_BLOCK 32    /* neurons that are added up together in the down product */
-#define SK_PARTITIONS 16      /* of the neurons; their sums are added in order */
+#define SK_PARTITIONS 16      /* of the neurons, at least; their sums are added in order */
 #define SK_ROW_TILE 16        /* rows of a matrix are stored in whole tiles */
 #define SK_COLUMN_TILE 32     /* and its columns */
 #define SK_ALIGNMENT 64       /* of the first byte and of the row stride of a matrix, and of KV */
