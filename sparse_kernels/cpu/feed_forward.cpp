@@ -82,12 +82,9 @@ void Forward::down(const Layer& layer, uint32_t partition, size_t column, size_t
 }
 
 void Forward::add_partitions(const Layer& layer, size_t token) {
-  float* total = partial_ + token * m_.columns;
-  for (size_t p = 1; p < layer.partitions; ++p) {
-    const float* more = partial_ + (p * count_ + token) * m_.columns;
-    for (size_t i = 0; i < m_.columns; ++i) total[i] += more[i];
-  }
-  take(token, 0, total, m_.columns);
+  float* first = partial_ + token * m_.columns;
+  k_.sum_rows(first, count_ * m_.columns, layer.partitions, m_.columns, first);
+  take(token, 0, first, m_.columns);
 }
 
 void Forward::add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index) {

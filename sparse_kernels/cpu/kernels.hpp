@@ -89,6 +89,9 @@ struct Kernels {
   // c], in the order of the neurons, from zero. `weights` begins at neuron 0.
   void (*down)(const DownTask* task);
 
+  // out[i] = the sum of rows[0][i], rows[1][i], ... in this order; n is a multiple of 32.
+  void (*sum_rows)(const float* rows, size_t stride, size_t count, size_t n, float* out);
+
   void (*finish_heads)(const HeadTask* task);
   void (*append_key)(const float* key, size_t dim, size_t offset, uint16_t* block);
   void (*append_value)(const float* value, size_t dim, size_t offset, uint16_t* block);

@@ -81,6 +81,19 @@ void rms_norm(const float* x, const float* weight, size_t n, float eps, float* o
   for (size_t j = 0; j < n; ++j) out[j] = x[j] * factor * weight[j];
 }
 
+void sum_rows(const float* rows, size_t stride, size_t count, size_t n, float* out) {
+  constexpr size_t kVectors = 32 / kLanes;
+  for (size_t i = 0; i < n; i += 32) {
+    F sums[kVectors];
+    for (size_t j = 0; j < kVectors; ++j) sums[j] = Simd::load(rows + i + j * kLanes);
+    for (size_t row = 1; row < count; ++row) {
+      const float* at = rows + row * stride + i;
+      for (size_t j = 0; j < kVectors; ++j) sums[j] = sums[j] + Simd::load(at + j * kLanes);
+    }
+    for (size_t j = 0; j < kVectors; ++j) Simd::store(out + i + j * kLanes, sums[j]);
+  }
+}
+
 void finish_heads(const HeadTask* task) {
   const size_t half = task->head_dim / 2;
   for (size_t token = 0; token < task->tokens; ++token) {
@@ -321,6 +334,7 @@ double sum_of_exp(const float* x, size_t n, float largest, float factor) {
 // The kernels of this file; those of the matrix products are the level's own.
 void set_common(Kernels* kernels) {
   kernels->rms_norm = rms_norm;
+  kernels->sum_rows = sum_rows;
   kernels->finish_heads = finish_heads;
   kernels->append_key = append_key;
   kernels->append_value = append_value;
