@@ -1,10 +1,10 @@
 // A barrier that costs well under a microsecond when each thread has a CPU.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 #include <cstdint>
+
+#include "futex.hpp"
 
 namespace sk {
 
@@ -25,32 +25,31 @@ class SpinBarrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       completion();
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      // Both sequentially consistent: either a sleeper sees the new round or it is seen.
+      round_.store(round + 1);
+      if (sleepers_.load() != 0) wake_all(&round_);
       return;
     }
-    // With more threads than CPUs the one waited for needs this CPU: give it up after a while.
-    for (uint32_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < 4096) {
-        idle();
-        relax();
-      } else {
-        sched_yield();
-      }
+    for (uint32_t spins = 0; spins < kSpins; ++spins) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      idle();
+      relax();
     }
+    // The one waited for may have no CPU, because others are busy: one that falls idle takes it
+    // over at once, one that is merely yielded does not.
+    sleepers_.fetch_add(1);
+    while (round_.load() == round) sleep_while(&round_, round);
+    sleepers_.fetch_sub(1);
   }
 
  private:
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-  }
+  static constexpr uint32_t kSpins =
+      1024;  // some 50 us, longer than most waits where all have a CPU
 
   const uint32_t threads_;
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<uint32_t> sleepers_{0};
 };
 
 }  // namespace sk

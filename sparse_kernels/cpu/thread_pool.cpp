@@ -1,11 +1,8 @@
 #include "thread_pool.hpp"
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <chrono>
-#include <climits>
+
+#include "futex.hpp"
 
 namespace sk {
 namespace {
@@ -14,20 +11,6 @@ namespace {
 // is Python for 0.1 to 0.5 ms; waking a sleeper costs some 10 us, spinning takes the CPU from
 // others.
 constexpr auto kSpin = std::chrono::microseconds(50);
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-void futex(std::atomic<uint32_t>* word, int operation, uint32_t value) {
-  static_assert(sizeof(*word) == sizeof(uint32_t), "a futex is 32 bits");
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation | FUTEX_PRIVATE_FLAG, value,
-          nullptr, nullptr, 0);
-}
 
 }  // namespace
 
@@ -63,7 +46,7 @@ void ThreadPool::announce() {
   // Both sequentially consistent, as in wait_for: either a sleeper sees the new round or it is
   // seen.
   round_.fetch_add(1);
-  if (sleepers_.load() != 0) futex(&round_, FUTEX_WAKE, INT_MAX);
+  if (sleepers_.load() != 0) wake_all(&round_);
 }
 
 void ThreadPool::work(uint32_t index) {
@@ -84,7 +67,7 @@ bool ThreadPool::wait_for(uint32_t seen) {
       continue;
     }
     sleepers_.fetch_add(1);
-    while (round_.load() == seen) futex(&round_, FUTEX_WAIT, seen);
+    while (round_.load() == seen) sleep_while(&round_, seen);
     sleepers_.fetch_sub(1);
   }
   return !stop_;
