@@ -11,7 +11,7 @@ import torch
 
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows
-from sparse_kernels.pack import NonFiniteWeights, pack
+from sparse_kernels.pack import NonFiniteWeights, PackedDecoder, pack
 from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
 from sparserve.errors import CorruptCheckpoint
 from sparserve.model import llama
@@ -37,10 +37,16 @@ SCORED_ROWS = 64
 
 
 def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) -> Decoder:
+    """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
+    library refuses.
+    """
+    return Decoder(pack_model(config, weights), threads=threads)
+
+
+def pack_model(config: ModelConfig, weights: ModelWeights) -> PackedDecoder:
     """The library's own copy of `weights`, in DTYPE in main memory; each layer is asked for once.
 
-    Raises CorruptCheckpoint of weights that are not finite, MemoryError, and NativeCallError of
-    what the library refuses.
+    Raises CorruptCheckpoint of weights that are not finite, and MemoryError.
     """
     shapes = [
         LayerShape(
@@ -64,10 +70,9 @@ def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) ->
     # By index: a sequence's iterator would hold one layer while it reads the next.
     layers = (_tensors(weights.layers[i]) for i in range(config.num_layers))
     try:
-        packed = pack(decoder_config, ends, layers)
+        return pack(decoder_config, ends, layers)
     except NonFiniteWeights as error:
         raise CorruptCheckpoint(f"the weights are damaged: {error}") from error
-    return Decoder(packed, threads=threads)
 
 
 def _tensors(layer: LayerWeights) -> LayerTensors:
