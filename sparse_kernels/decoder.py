@@ -62,6 +62,7 @@ class Decoder:
         widest = max(shape.intermediate_size for shape in config.layers)
         self._sums_shape = (len(config.layers), widest)  # of a KV block's statistics
         self._logits = torch.empty(0, config.vocab_size)
+        self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa)
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
@@ -112,7 +113,9 @@ class Decoder:
         logits = torch.empty(outputs, self._candidates)
         normalizers = torch.empty(2, outputs)
         whole = self._logits_buffer(outputs)
-        hidden = torch.empty(len(wanted_hidden), hidden_size)
+        hidden = self._no_hidden
+        if wanted_hidden:
+            hidden = torch.empty(len(wanted_hidden), hidden_size)
         kv_bytes = kv.numel() * kv.element_size()
         _FORWARD.pack_into(
             self._arguments, 0, _abi.SK_ABI_VERSION, _FORWARD.size,
@@ -169,7 +172,9 @@ class Decoder:
 
     def _logits_buffer(self, rows: int) -> torch.Tensor:
         """[rows, vocab], reused: fresh pages for 3 MB would cost a tenth of a step each time."""
-        if len(self._logits) < rows:
+        if rows == self._logits.shape[0]:
+            return self._logits
+        if rows > self._logits.shape[0]:
             buffer = torch.empty(rows, self.config.vocab_size)
             if rows > KEPT_LOGITS_ROWS:
                 return buffer

@@ -165,18 +165,21 @@ class CpuBackend:
         first = 0
         for sequence in batch.sequences:
             targets, parts = sequence.targets, []
+            if not targets:
+                yield None
+                continue
             own = hidden[first : first + len(targets)]
             for start in range(0, len(targets), SCORED_ROWS):
                 piece = slice(start, start + SCORED_ROWS)
                 logits = self._decoder.logits(own[piece])
                 parts.append(target_scores(logits, targets[piece], sequence.num_top))
-            yield concatenate_scores(parts) if parts else None
+            yield concatenate_scores(parts)
             first += len(targets)
 
 
 def _candidates(rows: Rows) -> Candidates:
     return Candidates(
-        token_ids=rows.candidate_ids.long(),
+        token_ids=rows.candidate_ids,
         logits=rows.candidate_logits,
         log_normalizer=rows.log_normalizers,
         log_normalizer_1=rows.log_normalizers_1,
