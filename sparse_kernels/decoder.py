@@ -21,6 +21,8 @@ from sparse_kernels.pack import PackedDecoder, pointer
 BLOCK_SIZE = _abi.SK_BLOCK_SIZE
 # Rows of logits whose memory is kept between calls: a larger one is for a single call.
 KEPT_LOGITS_ROWS = 64
+# Of a forward's time, in the order of sk_phase: qkv, attention, output, mlp, head, candidates.
+PHASES = tuple(phase.name.removeprefix("SK_PHASE_").lower() for phase in _abi.sk_phase)
 
 
 class Tokens(Protocol):
@@ -60,6 +62,7 @@ class Decoder:
         widest = max(shape.intermediate_size for shape in config.layers)
         self._sums_shape = (len(config.layers), widest)  # of a KV block's statistics
         self._logits = torch.empty(0, config.vocab_size)
+        self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa)
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
@@ -80,6 +83,7 @@ class Decoder:
         temperatures: Sequence[float] = (),
         hidden_rows: Sequence[int] = (),
         statistics: Sequence[torch.Tensor | None] | None = None,
+        phase_seconds: array[float] | None = None,
     ) -> Rows:
         """Compute a batch and write its KV.
 
@@ -91,6 +95,7 @@ class Decoder:
             statistics: for each sequence None, or zeroed int64 [KV blocks that its tokens touch,
                 layers, widest intermediate_size]: norm scores of all tokens but position 0, in
                 units of 2^-32, are added.
+            phase_seconds: doubles, one for each of PHASES, set to the wall time of each.
 
         Raises NativeCallError where the library refuses a value, ValueError where it could not know.
         """
@@ -101,13 +106,16 @@ class Decoder:
             numbers += array("i", sequence.token_ids)  # `extend` of a list takes twice as long
             numbers += array("i", sequence.block_table)
         self._check_lengths(rows, temps, kv, statistics or ())
+        times = 0 if phase_seconds is None else _address_of_times(phase_seconds)
         records = _records(sequences, numbers, statistics)
         outputs, vocab, hidden_size = len(rows), self.config.vocab_size, self.config.hidden_size
         ids = torch.empty(outputs, self._candidates, dtype=torch.int32)
         logits = torch.empty(outputs, self._candidates)
         normalizers = torch.empty(2, outputs)
         whole = self._logits_buffer(outputs)
-        hidden = torch.empty(len(wanted_hidden), hidden_size)
+        hidden = self._no_hidden
+        if wanted_hidden:
+            hidden = torch.empty(len(wanted_hidden), hidden_size)
         kv_bytes = kv.numel() * kv.element_size()
         _FORWARD.pack_into(
             self._arguments, 0, _abi.SK_ABI_VERSION, _FORWARD.size,
@@ -116,7 +124,7 @@ class Decoder:
             rows.buffer_info()[0], temps.buffer_info()[0], wanted_hidden.buffer_info()[0],
             outputs * vocab, outputs * self._candidates, hidden.numel(),
             whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),
-            normalizers.data_ptr() + 4 * outputs, hidden.data_ptr(), 0,
+            normalizers.data_ptr() + 4 * outputs, hidden.data_ptr(), times,
         )  # fmt: skip
         status = self._library.sk_forward(self._model, ctypes.byref(self._arguments))
         native.check(self._library, status)
@@ -164,7 +172,9 @@ class Decoder:
 
     def _logits_buffer(self, rows: int) -> torch.Tensor:
         """[rows, vocab], reused: fresh pages for 3 MB would cost a tenth of a step each time."""
-        if len(self._logits) < rows:
+        if rows == self._logits.shape[0]:
+            return self._logits
+        if rows > self._logits.shape[0]:
             buffer = torch.empty(rows, self.config.vocab_size)
             if rows > KEPT_LOGITS_ROWS:
                 return buffer
@@ -195,6 +205,16 @@ def model_arguments(
     arguments.embedding, arguments.lm_head = packed.embedding, packed.lm_head
     arguments.reduce = native.new_struct(_abi.sk_reduce)
     return arguments
+
+
+def _address_of_times(phase_seconds: array[float]) -> int:
+    """Raises ValueError: the library cannot measure it."""
+    if phase_seconds.typecode != "d" or len(phase_seconds) != len(PHASES):
+        raise ValueError(
+            f"phase_seconds are {len(phase_seconds)} numbers of type {phase_seconds.typecode!r}; "
+            f"expected {len(PHASES)} of type 'd'"
+        )
+    return phase_seconds.buffer_info()[0]
 
 
 def _records(

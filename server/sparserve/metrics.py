@@ -271,9 +271,11 @@ class Metrics:
 
         One that ran no tokens only waited: its time says nothing.
         """
-        self.preemptions.inc(preempted)
-        self.prefix_cache_queries.inc(prefix_queries)
-        self.prefix_cache_hits.inc(prefix_hits)
+        if preempted:
+            self.preemptions.inc(preempted)
+        if prefix_queries:
+            self.prefix_cache_queries.inc(prefix_queries)
+            self.prefix_cache_hits.inc(prefix_hits)
         if tokens:
             self.step_time.observe(seconds)
             self.step_tokens.observe(tokens)

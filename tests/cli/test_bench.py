@@ -82,6 +82,46 @@ def test_engine_reports_whole_generations(bench):
     assert "3 at once against 3 in sequence" in out
 
 
+def test_kernels_reports_every_phase_of_every_step(bench, tmp_path):
+    picture = tmp_path / "kernels.png"
+    out, _, report = bench(
+        "kernels", "--levels", "portable", "--batch", "1,3", "--context", "40", "--prefill", "64",
+        "--png", str(picture),
+    )  # fmt: skip
+    phases = ["qkv", "attention", "output", "mlp", "head", "candidates", "step"]
+    rows = report["rows"]
+    assert [(r["step"], r["batch"], r["context"], r["phase"]) for r in rows] == [
+        (*step, phase)
+        for step in (("decode", 1, 40), ("decode", 3, 40), ("prefill", 1, 64))
+        for phase in phases
+    ]
+    for row in rows:
+        assert row["level"] == "portable"
+        assert row["milliseconds"] > 0
+        assert (row["bytes"] > 0) == (row["phase"] != "candidates")  # what those read is in a cache
+    assert report["read_ceiling_gb_s"] > 0.1
+    assert report["plan"]["rounds"] == 2
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    for word in ("decode, batch 3", "prompt of 64", "portable, ms", "% of ceiling", "GFLOP/s"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--levels", "sse"], "no level of the instruction set is named 'sse'"),
+        (["--dtype", "float32"], "the cpu backend cannot be used: dtype is float32"),
+        (["--prefill", "513"], "513 tokens exceed the model's context of 512"),
+        (["--max-running", "4"], "--max-running: the engine is made for"),
+        (["--png", "x.docx"], "x.docx is no name of a picture"),
+    ],
+)
+def test_kernels_that_cannot_be_measured_are_refused(run_main, tiny_folder, flags, told):
+    status, _, err = run_main("bench", "kernels", "--model", tiny_folder, "--threads", "1", *flags)
+    assert status == 1
+    assert told in err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -3,6 +3,8 @@
 import ctypes
 import itertools
 import threading
+import time
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparse_kernels import _abi, reference
 from sparse_kernels import decoder as decoder_module
+from sparse_kernels.decoder import PHASES
 from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
 
 SHAPES = {
@@ -146,6 +149,24 @@ def test_rows_come_as_asked_for_and_repeated(tiny_decoder, make_machine, make_pa
     assert rows.log_normalizers_1[1] == rows.log_normalizers_1[3]
     nothing = machine.decoder.forward([make_part(tokens, 0, [3, 4, 5])], machine.kv)
     assert [len(part) for part in nothing] == [0] * 6
+
+
+def test_phases_are_timed_and_change_nothing(tiny_decoder, make_machine, make_part, random_tokens):
+    machine = make_machine(tiny_decoder())
+    part = make_part(random_tokens(40), 0, [0, 1, 2])
+    ask = {"output_rows": [39], "temperatures": [1.0]}
+    untimed = [row.clone() for row in machine.decoder.forward([part], machine.kv, **ask)]
+    seconds = array("d", [-1.0] * len(PHASES))
+    started = time.perf_counter()
+    timed = machine.decoder.forward([part], machine.kv, **ask, phase_seconds=seconds)
+    taken = time.perf_counter() - started
+    assert PHASES == ("qkv", "attention", "output", "mlp", "head", "candidates")
+    assert all(phase > 0 for phase in seconds)
+    assert sum(seconds) < taken
+    assert all(map(torch.equal, timed, untimed))
+    for wrong in (array("d", [0.0] * 5), array("f", [0.0] * 6)):
+        with pytest.raises(ValueError, match="; expected 6 of type"):
+            machine.decoder.forward([part], machine.kv, phase_seconds=wrong)
 
 
 def test_only_logits_are_overwritten_by_the_next_forward(tiny_decoder, make_machine, make_run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich import box
@@ -26,6 +26,8 @@ from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sparserve.bench.kernels import Point
+    from sparserve.bench.kernels import Report as KernelReport
     from sparserve.bench.offline import Report as OfflineReport
     from sparserve.bench.sweep import Plan, Report
     from sparserve.model.catalog import DownloadProgress
@@ -168,6 +170,55 @@ def engine(
     write_json(json_file, report.as_json())
 
 
+@app.command("kernels", cls=Command)
+@with_settings(EngineSettings)
+def kernels(
+    settings: EngineSettings,
+    levels: Annotated[
+        str,
+        typer.Option(
+            help="Levels of the instruction set, comma-separated: portable, avx2, avx512, amx; auto: all of this CPU."
+        ),
+    ] = "auto",
+    batch: Annotated[
+        str, typer.Option(help="Sequences in a decode step, comma-separated.")
+    ] = "1,8,16",
+    context: Annotated[
+        int, typer.Option(help="Positions of each that have KV before a decode step.", min=1)
+    ] = 128,
+    prefill: Annotated[
+        int, typer.Option(help="Tokens of a prompt, read in one step; 0: leave it out.", min=0)
+    ] = 256,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    png: PngFile = None,
+) -> None:
+    """Measure where a step's time goes on the cpu backend, for each level of the instruction set.
+
+    Prints the share of the read ceiling for decode, GFLOP/s for a prompt.
+    """
+    from sparserve.bench.kernels import Plan, check_plan, choose_levels, run_kernels
+    from sparserve.bench.machine import check_threads
+    from sparserve.bench.plot_kernels import draw
+    from sparserve.engine.factory import make_decoders
+
+    plan = Plan(choose_levels(levels), _counts("--batch", batch), context, prefill, rounds)
+    _refuse_own_limits(settings)
+    check_threads(settings.threads)
+    _check_files(json_file, png)
+    # Never a fallback: where the cpu backend cannot run, the settings are refused.
+    settings = settings.model_copy(update={"backend": "cpu"})
+    with counting_bar(own_thread=False) as show:
+        model = _loader(settings, show)(settings.dtype)
+        check_plan(plan, model.config.max_position_embeddings)
+        decoders = make_decoders(model, settings, plan.levels)
+        report = run_kernels(decoders, plan, model=model.name, on_progress=show)
+    _print_kernels(report)
+    write_json(json_file, report.as_json())
+    if png is not None:
+        _save_picture(draw(report), png)
+
+
 def _sweep(
     settings: EngineSettings,
     plan: Plan,
@@ -179,23 +230,18 @@ def _sweep(
     from sparserve.bench.formats import measure_formats
     from sparserve.bench.machine import check_threads
     from sparserve.bench.peers import parse_peers
-    from sparserve.bench.plot import draw, require_matplotlib
+    from sparserve.bench.plot import draw
 
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)
     _refuse_own_limits(settings)
     check_threads(settings.threads)
-    check_json_file(json_file)
-    check_folder("--png", png)
-    if png is not None:
-        _check_picture(png)
-        require_matplotlib()
+    _check_files(json_file, png)
     with counting_bar(own_thread=False) as show:
         report = measure_formats(settings, plan, names, specs, _loader(settings, show), show)
     _print(report)
     write_json(json_file, report.as_json())
     if png is not None:
-        draw(report).savefig(png)
-        err.print(f"picture drawn in {png}")
+        _save_picture(draw(report), png)
 
 
 def _refuse_own_limits(settings: EngineSettings) -> None:
@@ -220,9 +266,21 @@ def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str],
     return load
 
 
-def _check_picture(png: Path) -> None:
-    if png.suffix != ".png":
-        raise ConfigError(f"{png} is no name of a picture; one ends in .png")
+def _check_files(json_file: Path | None, png: Path | None) -> None:
+    """Before the minutes that a measurement takes. Raises ConfigError."""
+    from sparserve.bench.plot import require_matplotlib
+
+    check_json_file(json_file)
+    check_folder("--png", png)
+    if png is not None:
+        if png.suffix != ".png":
+            raise ConfigError(f"{png} is no name of a picture; one ends in .png")
+        require_matplotlib()
+
+
+def _save_picture(figure: Any, png: Path) -> None:
+    figure.savefig(png)
+    err.print(f"picture drawn in {png}")
 
 
 def _formats(text: str, default: str) -> list[str]:
@@ -275,11 +333,47 @@ def _print(report: Report) -> None:
             f"batch {ratio.batch}, context {ratio.context}: {ratio.format} {ratio.ratio:.2f}x "
             f"({ratio.ratio_low:.2f} to {ratio.ratio_high:.2f}) {ratio.peer} {ratio.peer_format}"
         )
-    if report.cpus_used_by_others > BUSY:
+    _warn_if_busy(report.cpus_used_by_others)
+
+
+def _warn_if_busy(cpus_used_by_others: float) -> None:
+    if cpus_used_by_others > BUSY:
         warn(
-            f"other processes used {report.cpus_used_by_others:.2f} CPUs meanwhile: systems that wait for "
+            f"other processes used {cpus_used_by_others:.2f} CPUs meanwhile: systems that wait for "
             "their slowest thread lose more than others; measure again when nothing else runs"
         )
+
+
+def _print_kernels(report: KernelReport) -> None:
+    for point in report.plan.points:
+        _print_step(report, point)
+    out.print(
+        f"{report.machine}, {report.threads} threads; medians of {report.plan.rounds} rounds; memory reads "
+        f"at {report.read_ceiling_gb_s:.0f} GB/s; {report.cpus_used_by_others:.2f} CPUs used by others"
+    )
+    _warn_if_busy(report.cpus_used_by_others)
+
+
+def _print_step(report: KernelReport, point: Point) -> None:
+    """A column for each phase. Reading bounds decode, arithmetic a prompt."""
+    decode = point.kind == "decode"
+    rows = [row for row in report.rows if (row.step, row.batch) == (point.kind, point.batch)]
+    by_level = {level: [r for r in rows if r.level == level] for level in report.plan.levels}
+    first = next(iter(by_level.values()))
+    what = f"decode, batch {point.batch}, after" if decode else "prompt of"
+    table = Table(
+        Column("", no_wrap=True), *[Column(row.phase, justify="right") for row in first],
+        title=f"{report.model}: {what} {point.context} tokens", box=box.SIMPLE, pad_edge=False,
+    )  # fmt: skip
+    table.add_row("MB to read", *[f"{r.bytes / 1e6:.1f}" for r in first], end_section=True)
+    for level, own in by_level.items():
+        table.add_row(f"{level}, ms", *[f"{row.milliseconds:.2f}" for row in own])
+        if decode:
+            shares = [f"{row.percent_of_ceiling:.0f}" if row.bytes else "" for row in own]
+            table.add_row("% of ceiling", *shares)
+        else:
+            table.add_row("GFLOP/s", *[f"{r.gflops:.0f}" if r.gflops else "" for r in own])
+    out.print(table)
 
 
 def _ceilings(report: Report) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sparse_kernels.decoder import Decoder
@@ -22,7 +24,7 @@ from sparserve.errors import ConfigError
 from sparserve.metrics import Metrics
 from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.cpu import CpuBackend, make_decoder
+from sparserve.model.cpu import CpuBackend, make_decoder, pack_model
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
 from sparserve.model.placement import Placement
@@ -143,7 +145,8 @@ def _make_backend(
     name, reason = choose_backend(settings, str(dtype).removeprefix("torch."))
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
-        decoder = _make_decoder(model, threads)
+        with _told_as_config_error(model.name):
+            decoder = make_decoder(config, model.weights, threads=threads)
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
         return CpuBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
@@ -152,16 +155,29 @@ def _make_backend(
     return backend, context
 
 
-def _make_decoder(model: LoadedModel, threads: int) -> Decoder:
-    """Raises ConfigError or CorruptCheckpoint."""
+def make_decoders(
+    model: LoadedModel, settings: EngineSettings, levels: Sequence[str]
+) -> list[Decoder]:
+    """One for each level of the instruction set, all over one copy of the weights.
+
+    Raises ConfigError or CorruptCheckpoint.
+    """
+    with _told_as_config_error(model.name):
+        packed = pack_model(model.config, model.weights)
+        return [Decoder(packed, threads=_threads(settings), isa=level) for level in levels]
+
+
+@contextmanager
+def _told_as_config_error(model_name: str) -> Iterator[None]:
+    """What the cpu backend refuses, with the way out."""
     try:
-        return make_decoder(model.config, model.weights, threads=threads)
+        yield
     except NativeCallError as error:
         raise ConfigError(
-            f"the cpu backend cannot run {model.name}: {error}; take --backend reference"
+            f"the cpu backend cannot run {model_name}: {error}; take --backend reference"
         ) from error
     except MemoryError as error:
-        raise ConfigError(f"the weights of {model.name} do not fit into memory: {error}") from error
+        raise ConfigError(f"the weights of {model_name} do not fit into memory: {error}") from error
 
 
 def _threads(settings: EngineSettings) -> int:

@@ -30,7 +30,7 @@ _BINS = 4096  # of a selection by weight
 class Row:
     """The likeliest tokens of one row, sorted by (logit descending, id ascending)."""
 
-    ids: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int32] | npt.NDArray[np.int64]
     logits: Array
     log_normalizer: float  # of the whole row, relative to logits[0], at the request's temperature
     log_normalizer_1: float  # at temperature 1
@@ -40,7 +40,7 @@ class Row:
 
 def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
     ids = candidates.token_ids.cpu().numpy()
-    logits = candidates.logits.cpu().double().numpy()
+    logits = candidates.logits.cpu().numpy().astype(np.float64)
     normalizers = candidates.log_normalizer.tolist()
     normalizers_1 = candidates.log_normalizer_1.tolist()
 
@@ -84,13 +84,14 @@ def sample(row: Row, params: SamplingParams, seed: int, choice: int, step: int) 
 
 def generated_token(row: Row, token_id: int, num_top: int) -> GeneratedToken:
     """A token with its log-probability, and those of the `num_top` likeliest, in the model's own row."""
-    at = np.flatnonzero(row.ids == token_id)
-    logit = float(row.logits[at[0]] if len(at) else row.full_logits()[token_id])
+    at = int((row.ids == token_id).argmax())  # 0 where it is none of them
+    in_head = row.ids[at] == token_id
+    logprob = _logprob(row, float(row.logits[at] if in_head else row.full_logits()[token_id]))
+    if not num_top:
+        return GeneratedToken(token_id, logprob, ())
     top = zip(row.ids[:num_top].tolist(), row.logits[:num_top].tolist(), strict=True)
     return GeneratedToken(
-        token_id,
-        _logprob(row, logit),
-        tuple(TopToken(i, _logprob(row, top_logit)) for i, top_logit in top),
+        token_id, logprob, tuple(TopToken(i, _logprob(row, logit)) for i, logit in top)
     )
 
 

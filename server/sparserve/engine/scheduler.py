@@ -136,6 +136,8 @@ class Scheduler:
     def _schedule_prompts(self, budget: int, plan: Plan) -> None:
         """Share `budget` tokens among the running prompts; see invariant 4."""
         prompts = [s for s in self.running if s.phase is Phase.PREFILL]
+        if not prompts:
+            return
         left = {s: s.prefill_target - s.num_computed for s in prompts}
         shares = dict.fromkeys(prompts, 0)
         shortest = sorted(prompts, key=lambda s: (left[s], s.order))
@@ -161,6 +163,8 @@ class Scheduler:
         itself the latest, and is preempted.
         """
         missing = blocks_for(sequence.num_computed + 1) - len(sequence.block_table)
+        if missing <= 0:
+            return True
         while missing > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim, plan)

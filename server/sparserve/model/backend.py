@@ -66,7 +66,7 @@ class Candidates:
     the rare request whose choice may lie outside; it is valid until the next forward.
     """
 
-    token_ids: torch.Tensor  # [rows, min(NUM_CANDIDATES, vocab)] int64
+    token_ids: torch.Tensor  # [rows, min(NUM_CANDIDATES, vocab)] int32 or int64
     logits: torch.Tensor  # same shape, float32
     # [rows] float32: logsumexp((logits of the whole row - its largest) / temperature). Relative to the
     # largest, or float32 would lose everything at small temperatures.

@@ -11,7 +11,7 @@ import torch
 
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows
-from sparse_kernels.pack import NonFiniteWeights, pack
+from sparse_kernels.pack import NonFiniteWeights, PackedDecoder, pack
 from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
 from sparserve.errors import CorruptCheckpoint
 from sparserve.model import llama
@@ -37,10 +37,16 @@ SCORED_ROWS = 64
 
 
 def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) -> Decoder:
+    """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
+    library refuses.
+    """
+    return Decoder(pack_model(config, weights), threads=threads)
+
+
+def pack_model(config: ModelConfig, weights: ModelWeights) -> PackedDecoder:
     """The library's own copy of `weights`, in DTYPE in main memory; each layer is asked for once.
 
-    Raises CorruptCheckpoint of weights that are not finite, MemoryError, and NativeCallError of
-    what the library refuses.
+    Raises CorruptCheckpoint of weights that are not finite, and MemoryError.
     """
     shapes = [
         LayerShape(
@@ -64,10 +70,9 @@ def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) ->
     # By index: a sequence's iterator would hold one layer while it reads the next.
     layers = (_tensors(weights.layers[i]) for i in range(config.num_layers))
     try:
-        packed = pack(decoder_config, ends, layers)
+        return pack(decoder_config, ends, layers)
     except NonFiniteWeights as error:
         raise CorruptCheckpoint(f"the weights are damaged: {error}") from error
-    return Decoder(packed, threads=threads)
 
 
 def _tensors(layer: LayerWeights) -> LayerTensors:
@@ -160,18 +165,21 @@ class CpuBackend:
         first = 0
         for sequence in batch.sequences:
             targets, parts = sequence.targets, []
+            if not targets:
+                yield None
+                continue
             own = hidden[first : first + len(targets)]
             for start in range(0, len(targets), SCORED_ROWS):
                 piece = slice(start, start + SCORED_ROWS)
                 logits = self._decoder.logits(own[piece])
                 parts.append(target_scores(logits, targets[piece], sequence.num_top))
-            yield concatenate_scores(parts) if parts else None
+            yield concatenate_scores(parts)
             first += len(targets)
 
 
 def _candidates(rows: Rows) -> Candidates:
     return Candidates(
-        token_ids=rows.candidate_ids.long(),
+        token_ids=rows.candidate_ids,
         logits=rows.candidate_logits,
         log_normalizer=rows.log_normalizers,
         log_normalizer_1=rows.log_normalizers_1,
