@@ -125,7 +125,9 @@ void Forward::merge_parts(const Layer& layer, const QueryTile& tile, uint32_t he
 
 void Forward::merge(SoftmaxState* state, float* values, float largest, float total,
                     const float* more) const {
-  if (largest == -INFINITY) return;  // the chunk held nothing for this row
+  // The chunk held nothing for this row. (-inf as the largest would not tell: scores that are no
+  // numbers may leave it too.)
+  if (total == 0) return;
   if (state->total == 0) {
     *state = {largest, total};
     std::copy_n(more, m_.dim, values);

@@ -1,6 +1,8 @@
 #include "forward.hpp"
 
+#include <cfloat>
 #include <cmath>
+#include <new>
 
 #include "candidates.hpp"
 #include "head.hpp"
@@ -27,6 +29,7 @@ void Forward::run() {
     mark_ = Clock::now();
   }
   m_.pool.run([](void* self, uint32_t index) { static_cast<Forward*>(self)->work(index); }, this);
+  if (out_of_memory_) throw std::bad_alloc();
 }
 
 void Forward::lay_out() {
@@ -302,7 +305,7 @@ void Forward::head(const Own& own) {
       [&](size_t i) { norm_token(m_.norm, args_.output_rows[i], i, output_operand_, own.normed); },
       [&] {
         for (size_t i = 0; i < args_.num_hidden; ++i) {
-          std::copy_n(x_ + args_.hidden_rows[i] * m_.columns, m_.hidden,
+          std::copy_n(x_ + size_t{args_.hidden_rows[i]} * m_.columns, m_.hidden,
                       args_.hidden + i * m_.hidden);
         }
       });
@@ -312,18 +315,24 @@ void Forward::head(const Own& own) {
   });
 }
 
-void Forward::choose(size_t i) {
+void Forward::choose(size_t i) noexcept {
   const size_t kept = std::min<size_t>(SK_NUM_CANDIDATES, m_.vocab);
   const float* logits = args_.logits + i * m_.vocab;
-  choose_candidates(k_, logits, m_.vocab, kept, args_.candidate_ids + i * kept,
-                    args_.candidate_logits + i * kept);
-  const float top = args_.candidate_logits[i * kept];
+  try {
+    choose_candidates(k_, logits, m_.vocab, kept, args_.candidate_ids + i * kept,
+                      args_.candidate_logits + i * kept);
+  } catch (const std::bad_alloc&) {
+    out_of_memory_ = true;
+    return;
+  }
+  const float top = args_.candidate_logits[i * kept], temperature = args_.temperatures[i];
   args_.log_normalizers_1[i] =
       static_cast<float>(std::log(k_.sum_of_exp(logits, m_.vocab, top, 1)));
-  args_.log_normalizers[i] = args_.temperatures[i] == 1
-                                 ? args_.log_normalizers_1[i]
-                                 : static_cast<float>(std::log(k_.sum_of_exp(
-                                       logits, m_.vocab, top, 1 / args_.temperatures[i])));
+  // Infinity times the distance 0 of the largest would not be a number.
+  const float factor = std::min(1 / temperature, FLT_MAX);
+  args_.log_normalizers[i] =
+      temperature == 1 ? args_.log_normalizers_1[i]
+                       : static_cast<float>(std::log(k_.sum_of_exp(logits, m_.vocab, top, factor)));
 }
 
 }  // namespace sk

@@ -60,7 +60,7 @@ struct SoftmaxState {
 
 class Forward {
  public:
-  // `args` are checked and outlive it. Throws std::bad_alloc.
+  // `args` are checked and outlive it. Both throw std::bad_alloc.
   Forward(Model& model, const sk_forward_args& args);
   void run();
 
@@ -131,6 +131,7 @@ class Forward {
   }
 
   void tick(sk_phase phase, uint32_t index);
+  // On each thread. Nothing may be thrown here: the others would wait at a barrier for ever.
   void work(uint32_t index);
 
   // The layers.
@@ -148,7 +149,7 @@ class Forward {
   // Where the outputs of a sublayer are added up: the residual itself if there is one rank.
   void take(size_t token, size_t column, const float* values, size_t n);
   void head(const Own& own);
-  void choose(size_t i);
+  void choose(size_t i) noexcept;
 
   // attention.cpp
   Span span_of(const Layer& layer, const QueryTile& tile) const;
@@ -197,6 +198,7 @@ class Forward {
   void* output_operand_ = nullptr;
 
   std::vector<Range> ranges_;  // of each thread
+  std::atomic<bool> out_of_memory_{false};
   Clock::time_point mark_;
 };
 

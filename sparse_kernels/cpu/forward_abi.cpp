@@ -158,29 +158,33 @@ int32_t check_logits(const Model& model, const sk_logits_args& args) {
   return SK_STATUS_OK;
 }
 
+// check(model), then compute(model) when it is this call's turn.
+template <typename Check, typename Compute>
+int32_t call(uint64_t handle, Check&& check, Compute&& compute) {
+  return guarded([&]() -> int32_t {
+    std::shared_ptr<Model> model;
+    if (const int32_t status = find_model(handle, &model)) return status;
+    if (const int32_t status = check(*model)) return status;
+    const std::lock_guard<std::mutex> one_at_a_time(model->mutex);
+    if (model->ended) return no_such_model(handle);
+    compute(*model);
+    return SK_STATUS_OK;
+  });
+}
+
 }  // namespace
 }  // namespace sk
 
 int32_t sk_forward(uint64_t handle, const sk_forward_args* args) {
   if (const int32_t status = sk::check_struct(args, "sk_forward_args")) return status;
-  return sk::guarded([&]() -> int32_t {
-    const std::shared_ptr<sk::Model> model = sk::find_model(handle);
-    if (model == nullptr) return SK_STATUS_BAD_VALUE;
-    if (const int32_t status = sk::check_forward(*model, *args)) return status;
-    const std::lock_guard<std::mutex> one_at_a_time(model->mutex);
-    sk::Forward(*model, *args).run();
-    return SK_STATUS_OK;
-  });
+  return sk::call(
+      handle, [&](const sk::Model& model) { return sk::check_forward(model, *args); },
+      [&](sk::Model& model) { sk::Forward(model, *args).run(); });
 }
 
 int32_t sk_logits(uint64_t handle, const sk_logits_args* args) {
   if (const int32_t status = sk::check_struct(args, "sk_logits_args")) return status;
-  return sk::guarded([&]() -> int32_t {
-    const std::shared_ptr<sk::Model> model = sk::find_model(handle);
-    if (model == nullptr) return SK_STATUS_BAD_VALUE;
-    if (const int32_t status = sk::check_logits(*model, *args)) return status;
-    const std::lock_guard<std::mutex> one_at_a_time(model->mutex);
-    sk::run_head(*model, *args);
-    return SK_STATUS_OK;
-  });
+  return sk::call(
+      handle, [&](const sk::Model& model) { return sk::check_logits(model, *args); },
+      [&](sk::Model& model) { sk::run_head(model, *args); });
 }

@@ -288,7 +288,8 @@ double sum_of_squares(const float* a, size_t n) {
 }
 
 void add_norm_scores(const float* a, size_t n, double total, int64_t* sums) {
-  if (!(total > 0)) return;
+  // A token whose activations are not finite scores nothing, like one whose are all zero.
+  if (!(total > 0 && total < static_cast<double>(kInfinity))) return;
   const double units = 4294967296.0 / total;
   // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
   const double magic = 6755399441055744.0;

@@ -215,9 +215,8 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   const Kernels& kernels = *model->kernels;
   SK_TRY(check_matrix("embedding", args.embedding, args.vocab_size, args.hidden_size, kernels,
                       &model->embedding));
-  if (args.lm_head.data == args.embedding.data) {
+  if (std::memcmp(&args.lm_head, &args.embedding, sizeof(sk_matrix)) == 0) {
     model->lm_head = model->embedding;
-    SK_TRY(check_struct(&args.lm_head, "lm_head"));
   } else {
     SK_TRY(check_matrix("lm_head", args.lm_head, args.vocab_size, args.hidden_size, kernels,
                         &model->lm_head));
@@ -234,12 +233,22 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
 
 }  // namespace
 
-std::shared_ptr<Model> find_model(uint64_t handle) {
+int32_t no_such_model(uint64_t handle) {
+  return fail(SK_STATUS_BAD_VALUE, "there is no model %" PRIu64, handle);
+}
+
+int32_t find_model(uint64_t handle, std::shared_ptr<Model>* model) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
   const auto found = registry().find(handle);
-  if (found != registry().end()) return found->second;
-  fail(SK_STATUS_BAD_VALUE, "there is no model %" PRIu64, handle);
-  return nullptr;
+  if (found == registry().end()) return no_such_model(handle);
+  if (found->second->process != getpid()) {
+    return fail(SK_STATUS_UNSUPPORTED,
+                "model %" PRIu64
+                " belongs to process %ld; its threads did not come along in a fork",
+                handle, static_cast<long>(found->second->process));
+  }
+  *model = found->second;
+  return SK_STATUS_OK;
 }
 
 }  // namespace sk
@@ -252,13 +261,15 @@ int32_t sk_model_create(const sk_model_args* args, sk_model_info* info) {
 
 int32_t sk_model_destroy(uint64_t handle) {
   return sk::guarded([&]() -> int32_t {
-    const std::shared_ptr<sk::Model> model = sk::find_model(handle);
-    if (model == nullptr) return SK_STATUS_BAD_VALUE;
+    std::shared_ptr<sk::Model> model;
+    if (const int32_t status = sk::find_model(handle, &model)) return status;
     {
       const std::lock_guard<std::mutex> lock(sk::registry_mutex);
       sk::registry().erase(handle);
     }
+    // Calls that still wait for their turn find it ended: the weights are the caller's again.
     const std::lock_guard<std::mutex> idle(model->mutex);
+    model->ended = true;
     return SK_STATUS_OK;
   });
 }

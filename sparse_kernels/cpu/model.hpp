@@ -1,6 +1,9 @@
 // A decoder as the ABI describes it, checked, and what a forward needs beside it.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -66,7 +69,9 @@ struct Model {
   sk_isa isa;
   size_t kv_elements;  // of one block in all layers
 
-  std::mutex mutex;  // one forward at a time
+  std::mutex mutex;                // one forward at a time
+  bool ended = false;              // by sk_model_destroy; read and written under `mutex`
+  const pid_t process = getpid();  // a fork takes only the calling thread along, not the pool's
   ThreadPool pool;
   SpinBarrier barrier;  // of the threads inside a forward
   // Buffers of a forward, see forward.cpp.
@@ -75,7 +80,8 @@ struct Model {
   std::vector<Scratch> scratch;  // of each thread
 };
 
-// Null where there is no such model, with the failure noted.
-std::shared_ptr<Model> find_model(uint64_t handle);
+// SK_STATUS_OK, or the failure, noted: no such model, or one of another process.
+int32_t find_model(uint64_t handle, std::shared_ptr<Model>* model);
+int32_t no_such_model(uint64_t handle);
 
 }  // namespace sk

@@ -158,13 +158,15 @@ struct sk_layer {
   const float* attention_norm; /* [hidden_size] */
   const float* mlp_norm;       /* [hidden_size] */
   const float* qkv_bias;       /* [(num_heads + 2 num_kv_heads) head] or null */
-  const float* output_bias;    /* [hidden_size] or null */
+  const float* output_bias;    /* [hidden_size] or null; of several ranks only one may have it */
   const float* q_norm;         /* [head_dim] or null */
   const float* k_norm;         /* [head_dim] or null */
 };
 
 /* Adds up partial sums of all ranks in place: data [count] float32. Called on one thread of a
- * forward, after the attention output and after the feed-forward, while the others wait. */
+ * forward, after the attention output and after the feed-forward, while the others wait. The sum
+ * after the attention output holds output_bias: a rank that had it beside another would add it
+ * twice. */
 struct sk_reduce {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -217,7 +219,8 @@ struct sk_sequence {
   uint32_t num_blocks;
   uint32_t statistics_blocks; /* 0, or the number of KV blocks that the tokens touch */
   int64_t* statistics; /* null, or [statistics_blocks, num_layers, widest intermediate_size]: norm
-                          scores of the tokens but position 0, in units of 2^-32, are added */
+                          scores of the tokens but position 0, in units of 2^-32, are added; a
+                          token whose activations are not finite adds nothing */
 };
 
 /* What a forward does with a ragged batch. Row r of the batch is the r-th of all sequences' tokens,
@@ -293,7 +296,9 @@ SK_API int32_t sk_read_probe(const struct sk_read_probe_args* args,
  * refused. */
 SK_API int32_t sk_model_create(const struct sk_model_args* args, struct sk_model_info* info);
 
-/* Ends a model's threads and frees what the library allocated. Waits for a forward that runs. */
+/* Ends a model's threads and frees what the library allocated. Waits for a forward that runs; those
+ * that wait for their turn are refused. In a process that was forked after sk_model_create a model
+ * cannot be used or destroyed: its calls return SK_STATUS_UNSUPPORTED. */
 SK_API int32_t sk_model_destroy(uint64_t model);
 
 /* Computes a batch: writes KV and everything that `args` asks for. A sequence's bits do not depend

@@ -9,6 +9,7 @@ from sparserve.engine.engine import Engine
 from sparserve.engine.request import (
     FinishReason,
     GenerationRequest,
+    OutputParams,
     SamplingParams,
     StoppingParams,
     Update,
@@ -20,11 +21,17 @@ CONTEXT = 128
 
 def random_request(source: random.Random, key: str) -> GenerationRequest:
     length = source.choice([1, 8, 15, 16, 17, 32, 40, 48, source.randint(1, 80)])
+    # Many begin alike and find each other's blocks in the prefix cache.
+    shared = source.choice([0, length // 2, length])
     return GenerationRequest(
         key,
-        tuple(source.randrange(256) for _ in range(length)),
+        tuple(i % 256 if i < shared else source.randrange(256) for i in range(length)),
         SamplingParams(temperature=source.choice([0.0, 1.0]), seed=source.randrange(1000)),
         StoppingParams(max_tokens=source.randint(10, 100), ignore_eos=True),
+        OutputParams(
+            top_logprobs=source.choice([0, 3]), prompt_logprobs=source.choice([None, None, 0, 3])
+        ),
+        report_statistics=source.random() < 0.3,
     )
 
 
@@ -92,10 +99,12 @@ def test_requests_equal_themselves_alone(small_pool, seed):
         expected: dict[str, Update] = {}
         while alone.has_work:
             collect(expected, alone.step())
-        made = len(result.tokens)
-        assert result.tokens == expected[request.request_id].tokens[:made]
+        wanted, made = expected[request.request_id], len(result.tokens)
+        assert result.tokens == wanted.tokens[:made], "ids and log-probabilities, bit for bit"
+        assert result.prompt == wanted.prompt or not made
         if result.finish.reason is not FinishReason.CANCELLED:
-            assert made == len(expected[request.request_id].tokens)
+            assert made == len(wanted.tokens)
+            assert result.finish.core_share == wanted.finish.core_share
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -384,6 +384,39 @@ def test_a_sequence_that_is_not_finite_harms_nobody_else(
             assert ids.tolist() == list(range(min(256, vocab))), "no number: by id"
 
 
+def test_what_is_seen_shows_even_where_a_window_leaves_it_alone_in_its_chunk(
+    levels, tiny_decoder, make_machine, make_run, random_tokens
+):
+    tiny = tiny_decoder(layers=[LayerShape(4, 2, 96, window=2)])
+    for isa in levels:
+        machine = make_machine(tiny, isa=isa)
+        run = make_run(random_tokens(129), range(9))
+        machine.step((run, 128))
+        blocks = machine.kv.numel() // machine.decoder.kv_block_bytes
+        machine.kv.view(torch.bfloat16).view(blocks, -1)[7] = float("nan")
+        machine.step((run, 1))  # sees position 127, the last of a chunk of 128, and itself
+        assert run.rows[128][4].isnan().all(), isa
+
+
+def test_activations_that_overflow_count_nowhere(levels, tiny_decoder, make_machine, random_tokens):
+    tiny = tiny_decoder()
+    tiny.layers[0].gate[5] = tiny.layers[0].up[5] = 1e25
+    for isa in levels:
+        run = make_machine(tiny, isa=isa).alone(random_tokens(100))
+        assert not all(row[5].isfinite().all() for row in run.rows)
+        assert (run.statistics >= 0).all()
+        # Each token's scores are 1 in sum, up to rounding.
+        assert (run.statistics.sum(dim=2) <= 16 * (2**32 + 96)).all()
+
+
+def test_the_lowest_temperature_leaves_the_largest_alone(levels, tiny_decoder, make_machine):
+    for isa in levels:
+        run = make_machine(tiny_decoder(), isa=isa).alone([1, 2, 3], temperature=1e-44)
+        for _, logits, cold, *_ in run.rows:
+            assert logits[0] > logits[1]
+            assert cold == 0
+
+
 def test_no_block_but_its_own_is_written(crowd, make_run, random_tokens):
     for machines in crowd.values():
         machine = machines[2]

@@ -3,9 +3,14 @@
 import ctypes
 import gc
 import math
+import os
+import resource
+import signal
 import struct
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +25,13 @@ from sparse_kernels import _abi, decoder, native
 from sparse_kernels._abi import sk_status
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, model_arguments
+from sparse_kernels.weights import LayerShape
 
 VOCAB, HIDDEN, BLOCKS = 50, 64, 8
 ROWS = 256  # that the result buffers have room for: more than any batch here can have
 SIZE, VALUE = sk_status.SK_STATUS_BAD_SIZE, sk_status.SK_STATUS_BAD_VALUE
 NULL, MISMATCH = sk_status.SK_STATUS_NULL_POINTER, sk_status.SK_STATUS_ABI_MISMATCH
+M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 def numbers(kind: Any, values: list[float], room: int = ROWS) -> Any:
@@ -314,6 +321,13 @@ class TestCreate:
         setattr(target, name, value)
         refused(create(arguments), status, *words)
 
+    def test_a_head_that_is_the_embedding_but_not_of_its_shape(self, tiny_decoder) -> None:
+        packed = tiny_decoder(tied=True).packed()
+        arguments = model_arguments(packed, threads=1)
+        assert create(arguments) == sk_status.SK_STATUS_OK
+        arguments.lm_head.rows = VOCAB - 1
+        refused(create(arguments), SIZE, f"lm_head is {VOCAB - 1} x {HIDDEN}")
+
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_weights_that_are_not_finite(self, tiny_decoder, value) -> None:
         packed = tiny_decoder().packed()
@@ -461,6 +475,22 @@ def settled(expected: Callable[[], bool]) -> bool:
     return expected()
 
 
+def forked(child: Callable[[], int]) -> int:
+    """The exit status of `child` in a process of its own, ended by a signal if it hangs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are other threads
+        process = os.fork()
+    if process == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would never run
+            signal.alarm(20)
+            os._exit(child())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 class TestLife:
     @pytest.mark.parametrize("end", ["close", "with", "del"])
     def test_threads_and_weights_go_with_the_model(self, tiny_decoder, end) -> None:
@@ -518,6 +548,51 @@ class TestLife:
             worker.join()
         assert len(results) == 60
         assert len(set(results)) == 1
+
+    def test_a_forked_process_is_told_that_it_has_no_threads(self, model) -> None:
+        call = Call(model)
+        assert call() == sk_status.SK_STATUS_OK
+
+        def child() -> int:
+            refused(call(), sk_status.SK_STATUS_UNSUPPORTED, f"process {os.getppid()}", "fork")
+            status = native.load().sk_model_destroy(model._model)
+            return int(status != sk_status.SK_STATUS_UNSUPPORTED)
+
+        assert forked(child) == 0
+        assert call() == sk_status.SK_STATUS_OK
+
+    @pytest.mark.skipif(
+        "libasan" in os.environ.get("LD_PRELOAD", ""), reason="ASan reserves terabytes"
+    )
+    def test_a_forward_that_runs_out_of_memory_fails_alone(self, tiny_decoder, make_part) -> None:
+        # Token 0 is all zeros, so all its logits are equal, and all are candidates.
+        tiny = tiny_decoder(
+            hidden_size=32, vocab_size=1 << 20, tied=True, layers=[LayerShape(1, 1, 1)]
+        )
+        tiny.ends.embedding[0] = 0
+        packed = tiny.packed()
+
+        def child() -> int:
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = ctypes.c_void_p
+            assert libc.mallopt(M_ARENA_MAX, 1) == 1
+            made = Decoder(packed, threads=2)
+            kv = huge_pages(made.kv_block_bytes)
+            rows = {"output_rows": [0], "temperatures": [1.0]}
+            made.forward([make_part([1], 0, [0])], kv, **rows)
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            everything = resource.getrlimit(resource.RLIMIT_AS)
+            limit = pages * resource.getpagesize() + (1 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, everything[1]))
+            while libc.malloc(1 << 20):  # what the heap has left
+                pass
+            with pytest.raises(native.NativeCallError, match="out of memory"):
+                made.forward([make_part([0], 0, [0])], kv, **rows)
+            resource.setrlimit(resource.RLIMIT_AS, everything)
+            ids = made.forward([make_part([0], 0, [0])], kv, **rows).candidate_ids
+            return int(ids[0].tolist() != list(range(256)))
+
+        assert forked(child) == 0
 
     def test_an_idle_model_uses_no_cpu(self, model, make_part) -> None:
         kv = huge_pages(model.kv_block_bytes)
