@@ -4,7 +4,6 @@ import ctypes
 import gc
 import math
 import os
-import resource
 import signal
 import struct
 import threading
@@ -25,13 +24,11 @@ from sparse_kernels import _abi, decoder, native
 from sparse_kernels._abi import sk_status
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, model_arguments
-from sparse_kernels.weights import LayerShape
 
 VOCAB, HIDDEN, BLOCKS = 50, 64, 8
 ROWS = 256  # that the result buffers have room for: more than any batch here can have
 SIZE, VALUE = sk_status.SK_STATUS_BAD_SIZE, sk_status.SK_STATUS_BAD_VALUE
 NULL, MISMATCH = sk_status.SK_STATUS_NULL_POINTER, sk_status.SK_STATUS_ABI_MISMATCH
-M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 def numbers(kind: Any, values: list[float], room: int = ROWS) -> Any:
@@ -560,39 +557,6 @@ class TestLife:
 
         assert forked(child) == 0
         assert call() == sk_status.SK_STATUS_OK
-
-    @pytest.mark.skipif(
-        "libasan" in os.environ.get("LD_PRELOAD", ""), reason="ASan reserves terabytes"
-    )
-    def test_a_forward_that_runs_out_of_memory_fails_alone(self, tiny_decoder, make_part) -> None:
-        # Token 0 is all zeros, so all its logits are equal, and all are candidates.
-        tiny = tiny_decoder(
-            hidden_size=32, vocab_size=1 << 20, tied=True, layers=[LayerShape(1, 1, 1)]
-        )
-        tiny.ends.embedding[0] = 0
-        packed = tiny.packed()
-
-        def child() -> int:
-            libc = ctypes.CDLL(None)
-            libc.malloc.restype = ctypes.c_void_p
-            assert libc.mallopt(M_ARENA_MAX, 1) == 1
-            made = Decoder(packed, threads=2)
-            kv = huge_pages(made.kv_block_bytes)
-            rows = {"output_rows": [0], "temperatures": [1.0]}
-            made.forward([make_part([1], 0, [0])], kv, **rows)
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            everything = resource.getrlimit(resource.RLIMIT_AS)
-            limit = pages * resource.getpagesize() + (1 << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, everything[1]))
-            while libc.malloc(1 << 20):  # what the heap has left
-                pass
-            with pytest.raises(native.NativeCallError, match="out of memory"):
-                made.forward([make_part([0], 0, [0])], kv, **rows)
-            resource.setrlimit(resource.RLIMIT_AS, everything)
-            ids = made.forward([make_part([0], 0, [0])], kv, **rows).candidate_ids
-            return int(ids[0].tolist() != list(range(256)))
-
-        assert forked(child) == 0
 
     def test_an_idle_model_uses_no_cpu(self, model, make_part) -> None:
         kv = huge_pages(model.kv_block_bytes)
