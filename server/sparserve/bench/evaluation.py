@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from sparse_kernels.native import usable_cpus
 from sparserve.bench.cache import evaluation_cache
 from sparserve.bench.lm_tasks import Tasks, TaskScore
 from sparserve.bench.original import Original, original_states
-from sparserve.bench.peers import PeerSpec
+from sparserve.bench.peers import PeerSpec, wanted_peers
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.scored import ServedModel
@@ -62,7 +62,7 @@ def evaluate_formats(
         _check_vocabulary(model, reference)
         systems.append(_served(model, settings, windows))
     loaded = partial(load, settings.model)
-    for name, format in _wanted(plan.peers, [system.format for system in systems]):
+    for name, format in wanted_peers(plan.peers, [system.format for system in systems]):
         systems.append(open_scored(name, format, loaded, windows, threads))
     kept = evaluation_cache() if plan.cache else None
     states = original_states(reference, windows, threads, kept, on_progress)
@@ -86,15 +86,6 @@ def evaluate_tasks(
         for format in formats
         for score in tasks.run(load(settings.model, format), settings, limit, on_progress)
     ]
-
-
-def _wanted(peers: Sequence[PeerSpec], formats: Sequence[str]) -> Iterable[tuple[str, str]]:
-    """(peer, format), each once; a spec without a format stands for each of `formats`."""
-    return dict.fromkeys(
-        (spec.name, format)
-        for spec in peers
-        for format in ([spec.format] if spec.format else formats)
-    )
 
 
 def _tokens(path: Path, model: LoadedModel) -> list[int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparserve.bench.peers import PeerSpec, open_peer
+from sparserve.bench.peers import PeerSpec, open_peer, wanted_peers
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.sweep import Plan, Report, run_sweep
-from sparserve.bench.systems import Sparserve, System
+from sparserve.bench.systems import Sparserve
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
@@ -42,9 +42,10 @@ def measure_formats(
     info = [engine.backend.info for engine in engines]
     ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
     first = models[formats[0]]
+    wanted = wanted_peers(peers, [system.format for system in ours])
     return run_sweep(
         ours,
-        _open_peers(peers, [system.format for system in ours], loaded, info[0].threads),
+        [open_peer(name, format, loaded, info[0].threads) for name, format in wanted],
         plan,
         model=first.name,
         vocab_size=first.config.vocab_size,
@@ -77,18 +78,3 @@ def _engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:
             "raise --kv-cache-gib, or give fewer or shorter ones"
         )
     return engine
-
-
-def _open_peers(
-    specs: Sequence[PeerSpec],
-    formats: Sequence[str],
-    load: Callable[[str], LoadedModel],
-    threads: int,
-) -> list[System]:
-    """A spec without a format stands for a system in each of `formats`."""
-    wanted = {
-        (spec.name, format): None  # a dict keeps the order
-        for spec in specs
-        for format in ([spec.format] if spec.format else formats)
-    }
-    return [open_peer(name, format, load, threads) for name, format in wanted]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparserve.bench.peers import OPENVINO_FORMATS, check_format
+from sparserve.bench.peers import OPENVINO_FORMATS, Load, check_format, source_model
 from sparserve.bench.peers.gguf_files import gguf_file, mlp_weight_bytes, step_weight_bytes
 from sparserve.bench.peers.llama_cpp import KV_BYTES, load_file
 from sparserve.bench.peers.openvino import check_threads
@@ -21,10 +21,6 @@ from sparserve.bench.peers.packages import llama_cpp, require
 from sparserve.bench.quality import Logits, Scored, Window
 from sparserve.errors import ConfigError, UnsupportedModel
 from sparserve.model.config import ModelConfig
-from sparserve.model.loader import DTYPES, LoadedModel
-
-# Data type of the weights in memory -> the model.
-Load = Callable[[str], LoadedModel]
 
 
 class _GGUFPeer:
@@ -168,8 +164,7 @@ def open_scored(
         raise ConfigError(f"{name} is not scored; there are: {', '.join(SCORED)}")
     check_format(name, format)
     file_format = OPENVINO_FORMATS[format][0] if name == "openvino" else format
-    # As `bench` does: what is quantized comes out of the checkpoint's own data type.
-    model = load(format if format in DTYPES else "auto")
+    model = source_model(format, load)
     return SCORED[name](gguf_file(model, file_format), format, model.config, windows, threads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sparserve.bench.peers.gguf_files import GGUF_FORMATS, gguf_file
@@ -33,18 +33,34 @@ class PeerSpec:
     format: str | None = None  # None: whatever we are measured in
 
 
+def wanted_peers(specs: Sequence[PeerSpec], formats: Sequence[str]) -> list[tuple[str, str]]:
+    """(peer, format), each once; a spec without a format stands for each of `formats`."""
+    return list(
+        dict.fromkeys(
+            (spec.name, format)
+            for spec in specs
+            for format in ([spec.format] if spec.format else formats)
+        )
+    )
+
+
+def source_model(format: str, load: Load) -> LoadedModel:
+    """What a peer's file is written from: what is quantized, from the checkpoint's own data type."""
+    return load(format if format in DTYPES else "auto")
+
+
 def _transformers(format: str, load: Load, threads: int) -> System:
     return Transformers(load(format), threads)
 
 
 def _llama_cpp(format: str, load: Load, threads: int) -> System:
-    model = load(format if format in DTYPES else "auto")
+    model = source_model(format, load)
     return LlamaCpp(gguf_file(model, format), format, model.config, threads)
 
 
 def _openvino(format: str, load: Load, threads: int) -> System:
     file_format, arithmetic, kv_cache, kv_bytes = OPENVINO_FORMATS[format]
-    model = load(format if format in DTYPES else "auto")
+    model = source_model(format, load)
     return OpenVino(
         gguf_file(model, file_format),
         format,
