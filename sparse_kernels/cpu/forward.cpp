@@ -211,7 +211,6 @@ void Forward::project(const Layer& layer, const Own& own) {
         HeadTask task = {};
         task.tokens = static_cast<uint32_t>(count_);
         task.head_dim = m_.head_dim;
-        task.dim = m_.dim;
         task.eps = m_.eps;
         task.scale = 1;
         task.heads = scratch;

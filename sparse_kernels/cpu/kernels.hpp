@@ -43,7 +43,6 @@ struct HeadTask {
   size_t stride;
   uint32_t tokens;
   uint32_t head_dim;
-  uint32_t dim;       // head_dim rounded up to 16
   const float* bias;  // [dim] or null
   const float* norm;  // [head_dim] or null: RMSNorm of the head
   float eps;

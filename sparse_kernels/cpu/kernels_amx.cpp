@@ -116,6 +116,23 @@ inline void store_dots(const float* c, size_t tokens, float* out, size_t out_str
   }
 }
 
+// The sums of a product are in the first tiles.
+template <size_t kTiles>
+inline void zero_sums() {
+  _tile_zero(0);
+  if constexpr (kTiles > 1) _tile_zero(1);
+  if constexpr (kTiles > 2) _tile_zero(2);
+  if constexpr (kTiles > 3) _tile_zero(3);
+}
+
+template <size_t kTiles>
+inline void store_sums(float (*c)[kTileFloats]) {
+  _tile_stored(0, c[0], 64);
+  if constexpr (kTiles > 1) _tile_stored(1, c[1], 64);
+  if constexpr (kTiles > 2) _tile_stored(2, c[2], 64);
+  if constexpr (kTiles > 3) _tile_stored(3, c[3], 64);
+}
+
 inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
 
 // Two tiles of rows and two groups of tokens.
@@ -123,10 +140,7 @@ void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
              size_t out_stride, size_t tokens) {
   const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
   finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums<4>();
   for (size_t i = 0; i < steps; ++i) {
     _tile_loadd(4, w + i * kTileK, bytes);
     _tile_loadd(6, x + i * kTile, 64);
@@ -138,10 +152,7 @@ void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
     _tile_dpbf16ps(3, 5, 7);
   }
   alignas(64) float c[4][kTileFloats];
-  _tile_stored(0, c[0], 64);
-  _tile_stored(1, c[1], 64);
-  _tile_stored(2, c[2], 64);
-  _tile_stored(3, c[3], 64);
+  store_sums<4>(c);
   store_dots(c[0], kGroup, out, out_stride);
   store_dots(c[1], tokens - kGroup, out + kGroup * out_stride, out_stride);
   store_dots(c[2], kGroup, out + 16, out_stride);
@@ -155,10 +166,7 @@ void dot_nx1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
              size_t out_stride, size_t tokens) {
   const size_t steps = k / kTileK, bytes = stride * sizeof(uint16_t);
   finish_stores();
-  _tile_zero(0);
-  if constexpr (kTiles > 1) _tile_zero(1);
-  if constexpr (kTiles > 2) _tile_zero(2);
-  if constexpr (kTiles > 3) _tile_zero(3);
+  zero_sums<kTiles>();
   for (size_t i = 0; i < steps; ++i) {
     const uint16_t* at = w + i * kTileK;
     _tile_loadd(6, x + i * kTile, 64);
@@ -178,10 +186,7 @@ void dot_nx1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
     }
   }
   alignas(64) float c[kTiles][kTileFloats];
-  _tile_stored(0, c[0], 64);
-  if constexpr (kTiles > 1) _tile_stored(1, c[1], 64);
-  if constexpr (kTiles > 2) _tile_stored(2, c[2], 64);
-  if constexpr (kTiles > 3) _tile_stored(3, c[3], 64);
+  store_sums<kTiles>(c);
   for (size_t i = 0; i < kTiles; ++i) store_dots(c[i], tokens, out + 16 * i, out_stride);
 }
 
@@ -273,10 +278,7 @@ inline void store_downs(const float* low, const float* high, size_t tokens, floa
 void down_2x2(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group_stride,
               size_t tokens, float* out, size_t out_stride, bool add) {
   finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums<4>();
   for (size_t block = 0; block < blocks; ++block) {
     _tile_loadd(4, a + block * kTile, 64);
     _tile_loadd(6, w + 2 * block * kTile, 64);
@@ -288,10 +290,7 @@ void down_2x2(const uint16_t* w, size_t blocks, const uint16_t* a, size_t group_
     _tile_dpbf16ps(3, 5, 7);
   }
   alignas(64) float c[4][kTileFloats];
-  _tile_stored(0, c[0], 64);
-  _tile_stored(1, c[1], 64);
-  _tile_stored(2, c[2], 64);
-  _tile_stored(3, c[3], 64);
+  store_sums<4>(c);
   store_downs(c[0], c[1], kGroup, out, out_stride, add);
   store_downs(c[2], c[3], tokens - kGroup, out + kGroup * out_stride, out_stride, add);
 }
@@ -302,10 +301,7 @@ void down_1xn(const uint16_t* w, size_t blocks, const uint16_t* a, size_t tokens
               size_t out_stride, bool add) {
   const uint16_t* next = w + 2 * blocks * kTile;
   finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kWide) _tile_zero(2);
-  if constexpr (kWide) _tile_zero(3);
+  zero_sums<kWide ? 4 : 2>();
   for (size_t block = 0; block < blocks; ++block) {
     _tile_loadd(4, a + block * kTile, 64);
     _tile_loadd(5, w + 2 * block * kTile, 64);
@@ -319,11 +315,9 @@ void down_1xn(const uint16_t* w, size_t blocks, const uint16_t* a, size_t tokens
       _tile_dpbf16ps(3, 4, 5);
     }
   }
-  alignas(64) float c[4][kTileFloats];
-  _tile_stored(0, c[0], 64);
-  _tile_stored(1, c[1], 64);
-  if constexpr (kWide) _tile_stored(2, c[2], 64);
-  if constexpr (kWide) _tile_stored(3, c[3], 64);
+  constexpr size_t kTiles = kWide ? 4 : 2;
+  alignas(64) float c[kTiles][kTileFloats];
+  store_sums<kTiles>(c);
   store_downs(c[0], c[1], tokens, out, out_stride, add);
   if constexpr (kWide) store_downs(c[2], c[3], tokens, out + 32, out_stride, add);
 }

@@ -159,7 +159,6 @@ int32_t take_layer(Model& model, const sk_layer& from) {
   model.kv_elements += size_t{from.num_kv_heads} * 2 * SK_BLOCK_SIZE * model.dim;
   if (model.widest < layer.neurons) model.widest = layer.neurons;
   if (model.most_heads < layer.heads) model.most_heads = layer.heads;
-  if (model.most_kv_heads < layer.kv_heads) model.most_kv_heads = layer.kv_heads;
   model.layers.push_back(layer);
   return SK_STATUS_OK;
 }

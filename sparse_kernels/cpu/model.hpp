@@ -57,7 +57,7 @@ struct Model {
   Model(uint32_t thread_count) : pool(thread_count), barrier(thread_count), scratch(thread_count) {}
 
   uint32_t hidden, columns /* hidden rounded up */, vocab, head_dim, dim /* rounded up */;
-  uint32_t widest = 0, most_heads = 0, most_kv_heads = 0;
+  uint32_t widest = 0, most_heads = 0;
   float eps, rope_scale;
   std::vector<float> rope_frequencies;
   uint32_t rope_rows;
@@ -75,8 +75,8 @@ struct Model {
   ThreadPool pool;
   SpinBarrier barrier;  // of the threads inside a forward
   // Buffers of a forward, see forward.cpp.
-  Scratch x, normed, operand, attention_operand, qkv, queries, mixed, partial, activations, plain,
-      sums, cos, sin, chunk_state, output_operand, reduced;
+  Scratch x, operand, attention_operand, queries, mixed, partial, activations, plain, cos, sin,
+      chunk_state, output_operand, reduced;
   std::vector<Scratch> scratch;  // of each thread
 };
 
