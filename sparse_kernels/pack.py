@@ -128,10 +128,12 @@ def _pack_layer(
     output[:hidden, : tensors.output.shape[1]] = tensors.output
     layer.gate, gate = _matrix(arena, *matrices["gate"])
     gate[:neurons, :hidden] = tensors.gate
-    layer.up_down, up_down = _matrix(arena, *matrices["up_down"])
+    # A neuron's up row and down column are side by side.
+    both, up_down = _matrix(arena, *matrices["up_down"])
+    half = matrices["up_down"][1] // 2
     up_down[:neurons, :hidden] = tensors.up
-    down = matrices["up_down"][1] // 2
-    up_down[:neurons, down : down + hidden] = tensors.down.T
+    up_down[:neurons, half : half + hidden] = tensors.down.T
+    layer.up, layer.down = _part(both, 0, hidden), _part(both, half, hidden)
     if tensors.q_bias is not None and tensors.k_bias is not None and tensors.v_bias is not None:
         bias = _vector(arena, _padded_heads(config, shape))
         by_head = bias.view(-1, aligned(head_dim, _abi.SK_ROW_TILE))
@@ -159,9 +161,20 @@ def _matrix(arena: Arena, rows: int, columns: int) -> tuple[_abi.sk_matrix, torc
     size, stride = _matrix_bytes(rows, columns), row_stride(columns)
     elements = arena.take(size, torch.bfloat16).view(-1, stride // 2)
     matrix = new_struct(_abi.sk_matrix)
-    matrix.data, matrix.bytes, matrix.row_stride = elements.data_ptr(), size, stride
     matrix.rows, matrix.columns = rows, columns
+    matrix.codes, matrix.low = new_struct(_abi.sk_plane), new_struct(_abi.sk_plane)
+    matrix.codes.data, matrix.codes.bytes = elements.data_ptr(), size
+    matrix.codes.row_stride, matrix.codes.bits = stride, 16
     return matrix, elements
+
+
+def _part(matrix: _abi.sk_matrix, first: int, columns: int) -> _abi.sk_matrix:
+    """The columns of a matrix from `first` on."""
+    part = _abi.sk_matrix.from_buffer_copy(matrix)
+    part.columns = columns
+    part.codes.data += 2 * first
+    part.codes.bytes -= 2 * first
+    return part
 
 
 def _fill_matrix(

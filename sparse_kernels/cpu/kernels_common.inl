@@ -13,8 +13,10 @@ using sk::HeadTask;
 using sk::kAttentionChunk;
 using sk::kAttentionRows;
 using sk::Kernels;
-using sk::kMaxDownBlocks;
-using sk::Rows;
+using sk::kMaxDownNeurons;
+using sk::Matrix;
+using sk::Products;
+using sk::SwigluTask;
 
 typedef Simd::F F;
 constexpr size_t kLanes = Simd::kLanes;
@@ -58,7 +60,22 @@ inline float float_of(uint16_t x) {
   return value;
 }
 
-void embed(const uint16_t* row, size_t n, float* out) {
+inline const uint16_t* bf16_row(const Matrix& matrix, size_t row) {
+  return reinterpret_cast<const uint16_t*>(matrix.codes + row * matrix.stride);
+}
+
+// A token's activations of a block -> out [64].
+inline void swiglu_row(const SwigluTask& task, size_t token, float* out) {
+  const float *gate = task.gate + token * task.stride, *up = task.up + token * task.stride;
+  for (size_t i = 0; i < 64; i += kLanes) {
+    Simd::store(out + i, silu(Simd::load(gate + i)) * Simd::load(up + i));
+  }
+  if (task.plain == nullptr) return;
+  memcpy(task.plain + token * task.plain_stride + task.first, out, 64 * sizeof(float));
+}
+
+void embed(const void* weights, size_t n, float* out) {
+  const uint16_t* row = static_cast<const uint16_t*>(weights);
   for (size_t i = 0; i < n; ++i) out[i] = float_of(row[i]);
 }
 
