@@ -376,6 +376,8 @@ Kernels make_kernels() {
   kernels.begin_thread = begin_thread;
   kernels.end_thread = end_thread;
   kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.integer16 = sk::integer_amx(false);
+  kernels.integer8 = sk::integer_amx(true);
   return kernels;
 }
 
