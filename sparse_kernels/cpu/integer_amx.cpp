@@ -4,34 +4,31 @@
 //   down:  C [16 tokens, 16 columns] += A [16 tokens, 64 neurons] * W [64, 16 columns]
 //
 // once with the upper bytes of the inputs and once with the lower; up to 8 tokens' upper and lower bytes
-// go through one tile, and a single token's fill a narrow tile, of two columns.
+// go through one tile. A single token is multiplied by vectors.
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
-#include "integer_avx512.inl"
-#include "integer.inl"
+#include "integer_amx.inl"
+#include "integer_rows.inl"
 #include "tiles_amx.inl"
 // clang-format on
 
 namespace {
 
+using integer::kChunkColumns;
+using integer::kMostChunkGroups;
 using integer::Units;
 
 constexpr size_t kTileBytes = 1024;
+constexpr size_t kTileTokens = 3;  // of a down product, from which on tiles are faster
 constexpr size_t kHalfGroup = 8;  // tokens whose upper and lower bytes are one tile
-constexpr size_t kChunkColumns = 1024;  // whose codes of 16 rows fit the first-level cache
-constexpr size_t kMostChunkGroups = kChunkColumns / 32;
-
-const TileConfig kNarrow[] = {narrow_tiles(4), narrow_tiles(8)};  // a single token's bytes in a tile row
 
 // Where the inputs of the tokens [first, first + count) are in an operand, first a multiple of 16.
 template <int kBits>
 struct Inputs {
-  Inputs(const Matrix& m, size_t tokens, size_t first, void* operand)
+  Inputs(const Matrix& m, size_t tokens, size_t first, const void* operand)
       : count(tokens - first < 16 ? tokens - first : 16),
-        unit_bytes(tokens == 1                             ? 8 * kBits
-                   : kBits == 8 || count <= kHalfGroup ? kTileBytes
-                                                           : 2 * kTileBytes),
-        bytes(static_cast<uint8_t*>(operand) + first / 16 * group_bytes(m)),
+        unit_bytes(kBits == 8 || count <= kHalfGroup ? kTileBytes : 2 * kTileBytes),
+        bytes(static_cast<uint8_t*>(const_cast<void*>(operand)) + first / 16 * group_bytes(m)),
         scales(reinterpret_cast<float*>(bytes + Units(m).count * unit_bytes)),
         sums(scales + 16 * m.groups) {}
 
@@ -52,9 +49,9 @@ size_t operand_bytes(const Matrix* weights, size_t tokens) {
 template <int kBits>
 void store_operand(const Matrix* weights, const float* x, size_t n, size_t token, size_t tokens,
                    void* operand) {
+  if (tokens == 1) return integer::store_operand<kBits>(weights, x, n, 0, 1, operand);
   const Inputs<kBits> inputs(*weights, tokens, token / 16 * 16, operand);
-  const size_t place = token % 16, row = tokens == 1 ? kBits / 2 : 64;
-  const size_t low_at = tokens == 1 ? 4 : inputs.count <= kHalfGroup ? 32 : kTileBytes;
+  const size_t place = token % 16, low_at = inputs.count <= kHalfGroup ? 32 : kTileBytes;
   integer::quantize_input<kBits>(
       *weights, x, n,
       [&](size_t unit, const int16_t* integers) {
@@ -65,7 +62,7 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
           one_byte(integers, upper);
         }
         uint8_t* to = inputs.bytes + unit * inputs.unit_bytes + place * 4;
-        for (size_t i = 0; i < 16; ++i, to += row) {
+        for (size_t i = 0; i < 16; ++i, to += 64) {
           memcpy(to, upper + 4 * i, 4);
           if (kBits == 16) memcpy(to + low_at, lower + 4 * i, 4);
         }
@@ -186,55 +183,14 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
   for (size_t t = 0; t < inputs.count; ++t) _mm512_storeu_ps(out + t * out_stride, tokens[t]);
 }
 
-// A single token: C [16 rows, upper | lower].
 template <int kBits>
-void dot_token(const Units& units, const Piece& piece, const Inputs<kBits>& inputs, bool add,
-               float* out) {
-  constexpr size_t kWidth = kBits / 2;  // bytes in a tile row
-  alignas(64) int32_t c[kMostChunkGroups][32];
-  const size_t first_block = units.first(piece.first) / units.per_block;
-  finish_stores();
-  for (size_t g = piece.first; g < piece.last; ++g) {
-    _tile_zero(0);
-    for (size_t unit = units.first(g); unit < units.last(g); ++unit) {
-      _tile_loadd(4, piece.codes + (unit / units.per_block - first_block) * 64, piece.stride);
-      _tile_loadd(6, inputs.bytes + unit * inputs.unit_bytes, kWidth);
-      _tile_dpbusd(0, 4, 6);
-    }
-    _tile_stored(0, c[g - piece.first], kWidth);
-  }
-  finish_stores();
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  __m512 rows = add ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
-  for (size_t g = piece.first; g < piece.last; ++g) {
-    const int32_t* at = c[g - piece.first];
-    __m512i exact = _mm512_load_si512(at);
-    if constexpr (kBits == 16) {
-      const __m512i rest = _mm512_load_si512(at + 16);
-      const __m512i upper = _mm512_permutex2var_epi32(exact, even, rest);
-      exact = _mm512_add_epi32(_mm512_slli_epi32(upper, 8),
-                               _mm512_permutex2var_epi32(exact, odd, rest));
-    }
-    const size_t place = (g - piece.first) * 16;
-    const __m512 v = _mm512_cvtepi32_ps(exact) * _mm512_set1_ps(inputs.scales[g * 16]);
-    rows = _mm512_fmadd_ps(v, _mm512_load_ps(piece.scales + place), rows);
-    rows = _mm512_fmadd_ps(_mm512_set1_ps(inputs.sums[g * 16]),
-                           _mm512_load_ps(piece.offsets + place), rows);
-  }
-  _mm512_storeu_ps(out, rows);
-}
-
-template <int kBits>
-void dot_piece(const Matrix& m, const Piece& piece, void* operand, size_t tokens, bool add,
+void dot_piece(const Matrix& m, const Piece& piece, const void* operand, size_t tokens, bool add,
                float* out, size_t out_stride) {
   const Units units(m);
   for (size_t t = 0; t < tokens; t += 16) {
     const Inputs<kBits> inputs(m, tokens, t, operand);
     float* to = out + t * out_stride;
-    if (tokens == 1) {
-      dot_token<kBits>(units, piece, inputs, add, to);
-    } else if (kBits == 16 && inputs.count <= kHalfGroup) {
+    if (kBits == 16 && inputs.count <= kHalfGroup) {
       dot_tokens<kBits, true>(units, piece, inputs, add, to, out_stride);
     } else {
       dot_tokens<kBits, false>(units, piece, inputs, add, to, out_stride);
@@ -245,8 +201,8 @@ void dot_piece(const Matrix& m, const Piece& piece, void* operand, size_t tokens
 template <int kBits>
 void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
          float* out, size_t out_stride) {
+  if (tokens == 1) return integer::dot<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
   const Matrix& m = *weights;
-  if (tokens == 1) _tile_loadconfig(&kNarrow[kBits / 16]);
   for (size_t row = first_row; row < first_row + rows; row += 16) {
     for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
       const size_t columns = integer::at_most(kChunkColumns, m.columns - begin);
@@ -256,11 +212,73 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
       const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
       integer::load_scales(m, row, first, last, scales, offsets);
       const Piece piece = {codes.at, codes.stride, first, last, scales, offsets};
-      dot_piece<kBits>(m, piece, const_cast<void*>(operand), tokens, begin != 0,
+      dot_piece<kBits>(m, piece, operand, tokens, begin != 0,
                        out + row - first_row, out_stride);
     }
   }
-  if (tokens == 1) _tile_loadconfig(&kTileConfig);
+}
+
+// Two vectors of columns of 16 tokens: C [16 tokens, 16 columns]; sums[token][columns] += factor *
+// exact. Up to 8 tokens' lower bytes are in the rows 8 to 15.
+template <int kBits, bool kHalf, bool kOther>
+inline void multiply_columns(const uint8_t* codes, int32_t (*c)[256]) {
+  constexpr bool kLower = kBits == 16 && !kHalf;
+  zero_sums<kOther, kLower>();
+  _tile_loadd(6, codes, 64);
+  if constexpr (!kOther) _tile_dpbsud(0, 4, 6);
+  if constexpr (kOther) _tile_dpbsud(2, 4, 6);
+  if constexpr (kLower && !kOther) _tile_dpbsud(1, 5, 6);
+  if constexpr (kLower && kOther) _tile_dpbsud(3, 5, 6);
+  store_sums<kOther, kLower>(c);
+}
+
+template <int kBits, bool kHalf>
+inline void add_vector(const int32_t (*c)[256], size_t tokens, const float* factors, __mmask16 lanes,
+                       float* sums, size_t stride) {
+  for (size_t t = 0; t < tokens; ++t) {
+    __m512i exact = _mm512_load_si512(c[0] + 16 * t);
+    if constexpr (kBits == 16) {
+      const int32_t* lower = kHalf ? c[0] + 128 : c[1];
+      exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), _mm512_load_si512(lower + 16 * t));
+    }
+    float* out = sums + t * stride;
+    const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(factors[t]),
+                                       _mm512_loadu_ps(out));
+    _mm512_mask_storeu_ps(out, lanes, sum);
+  }
+}
+
+template <int kBits, bool kHalf>
+void add_columns_by_tiles(const uint8_t* codes, size_t columns, size_t first, size_t n,
+                          const ActivationBytes& activations, size_t tokens, const float* factors,
+                          float* sums) {
+  alignas(64) int32_t c[2][2][256];
+  const __mmask16 lanes = lanes_of(first, n);
+  const size_t begin = first / 64 * 64, vectors = (first + n - begin + 63) / 64 * 4;
+  finish_stores();
+  _tile_loadd(4, activations.bytes, 64);
+  if constexpr (kBits == 16 && !kHalf) _tile_loadd(5, activations.bytes + 1024, 64);
+  const uint8_t* w = codes + begin * 64;
+  multiply_columns<kBits, kHalf, false>(w, c[0]);
+  for (size_t i = 0; i < vectors; i += 2) {
+    multiply_columns<kBits, kHalf, true>(w + (i + 1) * 1024, c[1]);
+    add_vector<kBits, kHalf>(c[0], tokens, factors, lanes, sums + begin + 16 * i, columns);
+    if (i + 2 < vectors) multiply_columns<kBits, kHalf, false>(w + (i + 2) * 1024, c[0]);
+    add_vector<kBits, kHalf>(c[1], tokens, factors, lanes, sums + begin + 16 * i + 16, columns);
+  }
+}
+
+template <int kBits>
+void Integers::add_columns(const uint8_t* codes, size_t columns, size_t first, size_t n,
+                           const Activations& activations, size_t tokens, const float* factors,
+                           float* sums) {
+  if (tokens < kTileTokens) {
+    add_columns_by_vectors<kBits>(codes, columns, first, n, activations, tokens, factors, sums);
+  } else if (kBits == 16 && tokens <= kHalfGroup) {
+    add_columns_by_tiles<kBits, true>(codes, columns, first, n, activations, tokens, factors, sums);
+  } else {
+    add_columns_by_tiles<kBits, false>(codes, columns, first, n, activations, tokens, factors, sums);
+  }
 }
 
 template <int kBits>

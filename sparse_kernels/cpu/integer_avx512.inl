@@ -3,7 +3,7 @@
 
 namespace {
 
-struct Integers {
+struct VectorIntegers {
   static constexpr size_t kUnitBytes = 128;  // upper bytes, then lower
 
   template <int kBits>

@@ -16,15 +16,6 @@ struct alignas(64) TileConfig {
 const TileConfig kTileConfig = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// Sums (tiles 0 to 3) and inputs (6, 7) of `width` bytes a row, weights (4, 5) of 64.
-constexpr TileConfig narrow_tiles(uint16_t width) {
-  return {1,
-          0,
-          {},
-          {width, width, width, width, 64, 64, width, width},
-          {16, 16, 16, 16, 16, 16, 16, 16}};
-}
-
 // GCC's tile loads and stores do not tell the compiler which memory they touch.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
