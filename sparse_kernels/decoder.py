@@ -200,7 +200,7 @@ def model_arguments(
     arguments.rms_norm_eps, arguments.rope_scale = config.rms_norm_eps, config.rope_scale
     arguments.rope_frequencies = pointer(packed.rope_frequencies)
     arguments.rope_rows = len(packed.rope_frequencies)
-    arguments.activation_bits = 16
+    arguments.activation_bits = packed.formats.activation_bits
     arguments.layers = ctypes.cast(packed.layers, ctypes.POINTER(_abi.sk_layer))
     arguments.norm = pointer(packed.norm)
     arguments.embedding, arguments.lm_head = packed.embedding, packed.lm_head

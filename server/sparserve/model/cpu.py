@@ -11,8 +11,14 @@ import torch
 
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows
-from sparse_kernels.pack import NonFiniteWeights, PackedDecoder, pack
-from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+from sparse_kernels.pack import PackedDecoder, pack
+from sparse_kernels.weights import (
+    DecoderConfig,
+    EndTensors,
+    LayerShape,
+    LayerTensors,
+    NonFiniteWeights,
+)
 from sparserve.errors import CorruptCheckpoint
 from sparserve.model import llama
 from sparserve.model.backend import (
