@@ -5,7 +5,7 @@
 namespace sk {
 namespace {
 
-constexpr size_t kDownColumns = 64;  // columns of the down product in a unit
+constexpr size_t kDownColumns = 128;  // columns of the down product in a unit: whole groups
 
 }  // namespace
 

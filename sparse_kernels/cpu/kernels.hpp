@@ -134,5 +134,7 @@ const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_amx();
+// With activations of 16 bits, or of 8.
+Products integer_amx(bool bytes);
 
 }  // namespace sk

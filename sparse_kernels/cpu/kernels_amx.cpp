@@ -9,6 +9,7 @@
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
 #include "kernels_common.inl"
+#include "tiles_amx.inl"
 // clang-format on
 
 namespace {
@@ -18,19 +19,7 @@ constexpr size_t kTileK = 32;  // inputs in a tile
 constexpr size_t kTile = 512;  // bfloat16 numbers, 1 KiB
 constexpr size_t kTileFloats = 256;
 
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-// In memory, for GCC's intrinsic tells the compiler of its first bytes alone.
-const TileConfig kTileConfig = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
 void begin_thread() { _tile_loadconfig(&kTileConfig); }
-
-// GCC's tile loads do not tell the compiler that they read memory.
-inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // A thread with empty tiles costs the system less to switch away from.
 void end_thread() { _tile_release(); }
@@ -376,6 +365,8 @@ Kernels make_kernels() {
   kernels.begin_thread = begin_thread;
   kernels.end_thread = end_thread;
   kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.integer16 = sk::integer_amx(false);
+  kernels.integer8 = sk::integer_amx(true);
   return kernels;
 }
 

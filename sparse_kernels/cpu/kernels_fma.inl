@@ -160,6 +160,8 @@ Kernels make_kernels() {
   kernels.begin_thread = nothing;
   kernels.end_thread = nothing;
   kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.integer16 = integer::products<16>();
+  kernels.integer8 = integer::products<8>();
   return kernels;
 }
 

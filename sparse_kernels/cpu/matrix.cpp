@@ -52,8 +52,9 @@ int32_t check_scales(const char* name, const sk_matrix& from, uint64_t row_tiles
                 from.scales_count, from.zeros_count, count);
   }
   for (uint64_t i = 0; i < count; ++i) {
-    if ((from.scales[i] & 0x7c00u) == 0x7c00u) {
-      return fail(SK_STATUS_BAD_VALUE, "%s has a scale that is not finite at %" PRIu64, name, i);
+    if (from.scales[i] >= 0x7c00u) {  // the sign, or all bits of the exponent
+      return fail(SK_STATUS_BAD_VALUE, "%s has a scale that is negative or not finite at %" PRIu64,
+                  name, i);
     }
     if (from.zeros[i] >> bits != 0) {
       return fail(SK_STATUS_BAD_VALUE,
