@@ -56,6 +56,7 @@ class Decoder:
     def __init__(self, packed: PackedDecoder, *, threads: int, isa: str = "auto") -> None:
         """Raises NativeCallError, of a CPU that lacks `isa` for example, or NativeLibraryError."""
         self.config = config = packed.config
+        self.formats = packed.formats
         self._library = native.load()
         self._arguments = native.new_struct(_abi.sk_forward_args)
         self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)

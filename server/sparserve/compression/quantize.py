@@ -28,8 +28,8 @@ def quantize(weight: torch.Tensor, format: MatrixFormat, name: str) -> Quantized
         code  = round(value / scale) + zero, at most 2^bits - 1
 
     So a value is at most half a scale off, and not at all where it is 0. A group of zeros has scale 0.
-    Float32 rounds all this as exact arithmetic would: a quotient of an 8-bit and an 11-bit number is
-    either a half or further from it than 2^-24.
+    Quotients in float32 are rounded as exact ones would be: an 8-bit number divided by an 11-bit one, below
+    2^8, is a half or at least 2^-12 from it.
 
     Raises NonFiniteWeights or ScaleOverflow, with `name` in the message.
     """
@@ -46,7 +46,7 @@ def quantize(weight: torch.Tensor, format: MatrixFormat, name: str) -> Quantized
         block = F.pad(block, (0, groups * format.group_size - columns))
         values = block.view(-1, groups, format.group_size)
         least, largest = values.amin(2).clamp_(max=0), values.amax(2).clamp_(min=0)
-        scales[part] = _not_smaller(largest - least, largest_code)
+        scales[part] = _not_smaller(largest.double() - least, largest_code)
         if not bool(scales[part].isfinite().all()):
             raise _refusal(weight[part], name)
         divisors = scales[part].float().masked_fill_(scales[part] == 0, 1)
@@ -80,10 +80,9 @@ def quantize_layer(layer: LayerTensors, formats: DecoderFormats, where: str) -> 
 
 
 def _not_smaller(ranges: torch.Tensor, largest_code: int) -> torch.Tensor:
-    """ranges / largest_code, each rounded up to float16: the quotient of a range fits the codes, however
-    small it is."""
+    """ranges / largest_code, float64, rounded up to float16: every range fits the codes, however small."""
     scales = (ranges / largest_code).half()
-    too_small = scales.float() * largest_code < ranges
+    too_small = scales.double() * largest_code < ranges
     # The bits of a positive number plus one are those of the next larger.
     return (scales.view(torch.int16) + too_small).view(torch.float16)
 
