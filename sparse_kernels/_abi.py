@@ -337,6 +337,8 @@ class sk_forward_args(ctypes.Structure):
     num_sequences: int
     num_outputs: int
     num_hidden: int
+    prompts: int
+    reserved: int
     output_rows: "ctypes._Pointer[ctypes.c_uint32]"
     temperatures: "ctypes._Pointer[ctypes.c_float]"
     hidden_rows: "ctypes._Pointer[ctypes.c_uint32]"
@@ -361,6 +363,8 @@ class sk_forward_args(ctypes.Structure):
         ("num_sequences", ctypes.c_uint32),
         ("num_outputs", ctypes.c_uint32),
         ("num_hidden", ctypes.c_uint32),
+        ("prompts", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
         ("output_rows", ctypes.POINTER(ctypes.c_uint32)),
         ("temperatures", ctypes.POINTER(ctypes.c_float)),
         ("hidden_rows", ctypes.POINTER(ctypes.c_uint32)),

@@ -83,6 +83,7 @@ class Decoder:
         output_rows: Sequence[int] = (),
         temperatures: Sequence[float] = (),
         hidden_rows: Sequence[int] = (),
+        prompts: bool = False,
         statistics: Sequence[torch.Tensor | None] | None = None,
         phase_seconds: array[float] | None = None,
     ) -> Rows:
@@ -93,6 +94,8 @@ class Decoder:
             output_rows: rows of the batch (all sequences' tokens in order) whose candidates are
                 wanted, each at its temperature > 0.
             hidden_rows: rows whose hidden state is wanted.
+            prompts: all tokens are of prompts, which integer weights may multiply faster, rounded in
+                another way: a prompt's bits are the same in any cut, but not those of decoding.
             statistics: for each sequence None, or zeroed int64 [KV blocks that its tokens touch,
                 layers, widest intermediate_size]: norm scores of all tokens but position 0, in
                 units of 2^-32, are added.
@@ -121,7 +124,7 @@ class Decoder:
         _FORWARD.pack_into(
             self._arguments, 0, _abi.SK_ABI_VERSION, _FORWARD.size,
             ctypes.addressof(records), kv.data_ptr(), kv_bytes, kv_bytes // self.kv_block_bytes,
-            len(sequences), outputs, len(wanted_hidden),
+            len(sequences), outputs, len(wanted_hidden), int(prompts), 0,
             rows.buffer_info()[0], temps.buffer_info()[0], wanted_hidden.buffer_info()[0],
             outputs * vocab, outputs * self._candidates, hidden.numel(),
             whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),

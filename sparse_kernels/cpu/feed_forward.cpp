@@ -6,6 +6,13 @@ namespace sk {
 namespace {
 
 constexpr size_t kDownColumns = 128;  // columns of the down product in a unit: whole groups
+constexpr size_t kDownBlocks = kMaxDownNeurons / SK_NEURON_BLOCK;
+
+// Columns of a prompt's down product in a unit: each is prepared anew, so few and wide ones.
+size_t prompt_columns(size_t columns, size_t threads) {
+  const size_t share = (columns + threads - 1) / threads;
+  return round_up(std::clamp<size_t>(share, kDownColumns, 4 * kDownColumns), SK_COLUMN_TILE);
+}
 
 }  // namespace
 
@@ -15,7 +22,9 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
   const auto norm = [&](size_t from, size_t to) {
     if (next != nullptr) norm_tokens(next->attention_norm, next->qkv, from, to, own.normed);
   };
-  if (fused_) {
+  // Prompts that are rounded otherwise need no partitions.
+  const bool own_way = &products(layer.down) != layer.down.products;
+  if (fused_ && !own_way) {
     const auto finish = [&](size_t from, size_t to) {
       for (size_t t = from; t < to; ++t) add_partitions(layer, t);
       if (m_.reduce.add_up == nullptr) norm(from, to);
@@ -26,17 +35,23 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
           const uint32_t part = static_cast<uint32_t>(p);
           const size_t begin = layer.partition_begin(part), end = layer.partition_begin(part + 1);
           activate(layer, begin, end, scratch);
-          down(layer, part, 0, m_.columns, partial_ + p * count_ * m_.columns, false);
+          down(layer, begin, end, 0, m_.columns, partial_ + p * count_ * m_.columns, false);
         },
         [&] { if_few_tokens(finish); }, next_share(index, own));
     then_per_token(own, finish);
   } else {
     phase(own, layer.blocks, [&](size_t block) { activate(layer, block, block + 1, scratch); });
-    phase(own, (m_.columns + kDownColumns - 1) / kDownColumns, [&](size_t i) {
-      const size_t first = i * kDownColumns;
-      const size_t n = std::min<size_t>(kDownColumns, m_.columns - first);
-      for (uint32_t p = 0; p < layer.partitions; ++p) {
-        down(layer, p, first, n, partial_ + first, p != 0);
+    const size_t unit = own_way ? prompt_columns(m_.columns, ranges_.size()) : kDownColumns;
+    const uint32_t pieces =
+        own_way ? static_cast<uint32_t>((layer.blocks + kDownBlocks - 1) / kDownBlocks)
+                : layer.partitions;
+    phase(own, (m_.columns + unit - 1) / unit, [&](size_t i) {
+      const size_t first = i * unit, n = std::min<size_t>(unit, m_.columns - first);
+      for (uint32_t p = 0; p < pieces; ++p) {
+        const size_t begin = own_way ? p * kDownBlocks : layer.partition_begin(p);
+        const size_t end = own_way ? std::min<size_t>((p + 1) * kDownBlocks, layer.blocks)
+                                   : layer.partition_begin(p + 1);
+        down(layer, begin, end, first, n, partial_ + first, p != 0);
       }
       for (size_t t = 0; t < count_; ++t) take(t, first, partial_ + t * m_.columns + first, n);
     });
@@ -54,8 +69,8 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
 void Forward::activate(const Layer& layer, size_t first, size_t last, float* scratch) {
   const size_t row = first * SK_NEURON_BLOCK, rows = (last - first) * SK_NEURON_BLOCK;
   float *gate = scratch, *up = scratch + count_ * rows;
-  layer.gate.products->dot(&layer.gate, row, rows, operand_, count_, gate, rows);
-  layer.up.products->dot(&layer.up, row, rows, operand_, count_, up, rows);
+  products(layer.gate).dot(&layer.gate, row, rows, operand_, count_, gate, rows);
+  products(layer.up).dot(&layer.up, row, rows, operand_, count_, up, rows);
   SwigluTask task = {};
   task.down = &layer.down;
   task.stride = rows;
@@ -67,17 +82,17 @@ void Forward::activate(const Layer& layer, size_t first, size_t last, float* scr
     task.gate = gate + i;
     task.up = up + i;
     task.first = row + i;
-    layer.down.products->swiglu(&task);
+    products(layer.down).swiglu(&task);
   }
 }
 
-void Forward::down(const Layer& layer, uint32_t partition, size_t column, size_t columns,
+void Forward::down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
                    float* out, bool add) {
   DownTask task = {};
   task.weights = &layer.down;
   task.neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
-  task.first_neuron = size_t{layer.partition_begin(partition)} * SK_NEURON_BLOCK;
-  task.last_neuron = size_t{layer.partition_begin(partition + 1)} * SK_NEURON_BLOCK;
+  task.first_neuron = first * SK_NEURON_BLOCK;
+  task.last_neuron = last * SK_NEURON_BLOCK;
   task.first_column = column;
   task.columns = columns;
   task.activations = activations_;
@@ -85,7 +100,7 @@ void Forward::down(const Layer& layer, uint32_t partition, size_t column, size_t
   task.out = out;
   task.out_stride = m_.columns;
   task.add = add;
-  layer.down.products->down(&task);
+  products(layer.down).down(&task);
 }
 
 void Forward::add_partitions(const Layer& layer, size_t token) {

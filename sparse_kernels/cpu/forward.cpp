@@ -80,12 +80,12 @@ void Forward::allocate() {
   size_t partitions = 0, most_blocks = 0;  // of a partition
   size_t operand = 0, attention_operand = 0, activations = 0;  // bytes
   const auto operand_bytes = [&](const Matrix& matrix) {
-    return matrix.products->operand_bytes(&matrix, t);
+    return products(matrix).operand_bytes(&matrix, t);
   };
   for (const Layer& layer : m_.layers) {
     operand = std::max({operand, operand_bytes(layer.qkv), operand_bytes(layer.gate)});
     attention_operand = std::max(attention_operand, operand_bytes(layer.output));
-    activations = std::max(activations, layer.down.products->activation_bytes(t, neurons));
+    activations = std::max(activations, products(layer.down).activation_bytes(t, neurons));
     partitions = std::max<size_t>(partitions, layer.partitions);
     most_blocks = std::max<size_t>(most_blocks, layer.blocks / layer.partitions + 1);
     const uint32_t group = layer.heads / layer.kv_heads;
@@ -202,7 +202,7 @@ void Forward::norm_tokens(const float* weight, const Matrix& matrix, size_t from
                           float* normed) {
   for (size_t t = from; t < to; ++t) {
     k_.rms_norm(x_ + t * m_.columns, weight, m_.hidden, m_.eps, normed);
-    matrix.products->store_operand(&matrix, normed, m_.hidden, t, count_, operand_);
+    products(matrix).store_operand(&matrix, normed, m_.hidden, t, count_, operand_);
   }
 }
 
@@ -234,7 +234,7 @@ void Forward::project(const Layer& layer, const Own& own) {
         }
         if (layer.qkv_bias != nullptr) task.bias = layer.qkv_bias + head * m_.dim;
         const size_t first = head * m_.dim;
-        layer.qkv.products->dot(&layer.qkv, first, m_.dim, operand_, count_, task.heads,
+        products(layer.qkv).dot(&layer.qkv, first, m_.dim, operand_, count_, task.heads,
                                 task.stride);
         k_.finish_heads(&task);
         if (!is_query)
@@ -269,7 +269,7 @@ void Forward::output(const Layer& layer, const Own& own) {
       own, (rows + kOutputRows - 1) / kOutputRows,
       [&](size_t i) {
         const size_t first = i * kOutputRows, count = std::min(kOutputRows, rows - first);
-        layer.output.products->dot(&layer.output, first, count, attention_operand_, count_, scratch,
+        products(layer.output).dot(&layer.output, first, count, attention_operand_, count_, scratch,
                                    kOutputRows);
         for (size_t t = 0; t < count_; ++t) {
           float* values = scratch + t * kOutputRows;

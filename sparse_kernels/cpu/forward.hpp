@@ -130,6 +130,11 @@ class Forward {
     if (count_ <= kFewTokens) body(0, count_);
   }
 
+  // What multiplies the tokens with a matrix of a layer.
+  const Products& products(const Matrix& matrix) const {
+    return args_.prompts != 0 ? *matrix.prompts : *matrix.products;
+  }
+
   void tick(sk_phase phase, uint32_t index);
   // On each thread. Nothing may be thrown here: the others would wait at a barrier for ever.
   void work(uint32_t index);
@@ -172,9 +177,9 @@ class Forward {
   void feed_forward(const Layer& layer, size_t index, const Own& own);
   // Blocks [first, last) of neurons.
   void activate(const Layer& layer, size_t first, size_t last, float* scratch);
-  // A partition's part of the down product in some columns.
-  void down(const Layer& layer, uint32_t partition, size_t column, size_t columns, float* out,
-            bool add);
+  // Some neurons' part of the down product in some columns; the neurons are a partition.
+  void down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
+            float* out, bool add);
   // The partitions' sums of one token, in order, are added to its residual.
   void add_partitions(const Layer& layer, size_t token);
   void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index);

@@ -119,6 +119,10 @@ int32_t check_forward(const Model& model, const sk_forward_args& args) {
     return fail(SK_STATUS_BAD_SIZE, "num_sequences is %" PRIu32 "; it can be 1 to %d",
                 args.num_sequences, SK_MAX_TOKENS);
   }
+  if (args.prompts > 1 || args.reserved != 0) {
+    return fail(SK_STATUS_BAD_VALUE, "prompts is %" PRIu32 "; it can be 0 or 1, and reserved is 0",
+                args.prompts);
+  }
   const uint64_t block_bytes = model.kv_elements * sizeof(uint16_t);
   if (args.kv_num_blocks < 1 || args.kv_num_blocks > INT32_MAX ||
       args.kv_bytes / block_bytes < args.kv_num_blocks) {

@@ -15,6 +15,7 @@ struct Products;
 // A weight matrix: bfloat16, or codes with a scale and a zero for each group of columns.
 struct Matrix {
   const Products* products;  // what computes with it
+  const Products* prompts;   // and with the tokens of prompts
   const uint8_t* codes;      // all bits of its elements, or the upper ones
   const uint8_t* low;        // the lower bits, or null
   size_t stride, low_stride; // bytes from a row to the next
@@ -108,6 +109,8 @@ struct Kernels {
   void (*begin_thread)();  // around the work of a thread
   void (*end_thread)();
   Products bfloat16, integer16, integer8;  // integers with activations of 16 or 8 bits
+  Products prompts;  // integers with prompts, if `has_prompts`: faster, and rounded otherwise
+  bool has_prompts;
 
   // x / rms(x) * weight
   void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
@@ -136,5 +139,6 @@ const Kernels& kernels_avx512();
 const Kernels& kernels_amx();
 // With activations of 16 bits, or of 8.
 Products integer_amx(bool bytes);
+Products prompt_amx();
 
 }  // namespace sk

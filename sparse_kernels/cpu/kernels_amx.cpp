@@ -367,6 +367,8 @@ Kernels make_kernels() {
   kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
   kernels.integer16 = sk::integer_amx(false);
   kernels.integer8 = sk::integer_amx(true);
+  kernels.prompts = sk::prompt_amx();
+  kernels.has_prompts = true;
   return kernels;
 }
 

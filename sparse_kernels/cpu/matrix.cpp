@@ -126,7 +126,7 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
     matrix.low_bits = low_bits;
   }
   if (!integers) {
-    matrix.products = &kinds.kernels.bfloat16;
+    matrix.products = matrix.prompts = &kinds.kernels.bfloat16;
     *out = matrix;
     return check_finite(name, matrix, stored_rows, kinds.kernels);
   }
@@ -135,6 +135,7 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
   matrix.scales = from.scales;
   matrix.zeros = from.zeros;
   matrix.products = &(kinds.activation_bits == 16 ? kinds.kernels.integer16 : kinds.kernels.integer8);
+  matrix.prompts = kinds.kernels.has_prompts ? &kinds.kernels.prompts : matrix.products;
   *out = matrix;
   return check_scales(name, from, stored_rows / SK_ROW_TILE, matrix.groups, matrix.bits + low_bits);
 }

@@ -267,6 +267,9 @@ struct sk_forward_args {
   uint32_t num_sequences;
   uint32_t num_outputs;        /* rows whose candidates are wanted */
   uint32_t num_hidden;         /* rows whose hidden state is wanted */
+  uint32_t prompts;            /* 1: the tokens are of prompts: integer matrices of the layers may be
+                                  multiplied faster, with other roundings; else 0 */
+  uint32_t reserved;           /* 0 */
   const uint32_t* output_rows; /* [num_outputs] */
   const float* temperatures;   /* [num_outputs] > 0 */
   const uint32_t* hidden_rows; /* [num_hidden] */
@@ -334,7 +337,8 @@ SK_API int32_t sk_model_create(const struct sk_model_args* args, struct sk_model
 SK_API int32_t sk_model_destroy(uint64_t model);
 
 /* Computes a batch: writes KV and everything that `args` asks for. A sequence's bits do not depend
- * on its batch mates, on how its tokens are cut into forwards, or on the number of threads. Two
+ * on its batch mates, on how its tokens are cut into forwards of one kind (`prompts`), or on the
+ * number of threads. Two
  * sequences of a batch must not share a block that either of them writes. Where it fails, KV and
  * results are undefined. */
 SK_API int32_t sk_forward(uint64_t model, const struct sk_forward_args* args);
