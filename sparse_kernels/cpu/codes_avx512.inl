@@ -115,26 +115,30 @@ inline void gather_fours(const Matrix& m, size_t neuron, size_t column, size_t c
 
 // 64 columns in the order of their vectors above -> in their own.
 inline void order_columns(const float* sums, float* out) {
-  for (size_t i = 0; i < 4; ++i) {
-    for (size_t j = 0; j < 4; ++j) {
-      _mm_store_ps(out + 16 * j + 4 * i, _mm_load_ps(sums + 16 * i + 4 * j));
-    }
-  }
+  const __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
+  const __m512 c = _mm512_loadu_ps(sums + 32), d = _mm512_loadu_ps(sums + 48);
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+  const __m512 ef = _mm512_shuffle_f32x4(a, b, 0xee), gh = _mm512_shuffle_f32x4(c, d, 0xee);
+  _mm512_storeu_ps(out, _mm512_shuffle_f32x4(ab, cd, 0x88));
+  _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(ef, gh, 0x88));
+  _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(ef, gh, 0xdd));
 }
 
-// 32-bit integers' upper and lower signed bytes: 256 high + low.
-inline void split_bytes(const int16_t* integers, uint8_t* high, uint8_t* low) {
-  for (size_t i = 0; i < 64; i += 32) {
-    const __m512i v = _mm512_loadu_si512(integers + i);
-    const __m512i upper = _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), _mm512_cvtepi16_epi8(upper));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), _mm512_cvtepi16_epi8(v));
+// 64 integers as upper and lower signed bytes: 256 upper + lower. They are read in the pieces that
+// Simd::round_to writes: others would wait until they have reached the cache.
+inline void split_bytes(const int16_t* integers, uint8_t* upper, uint8_t* lower) {
+  for (size_t i = 0; i < 64; i += 16) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers + i));
+    const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(v, _mm256_set1_epi16(128)), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(upper + i), _mm256_cvtepi16_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lower + i), _mm256_cvtepi16_epi8(v));
   }
 }
 inline void one_byte(const int16_t* integers, uint8_t* out) {
-  for (size_t i = 0; i < 64; i += 32) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm512_cvtepi16_epi8(_mm512_loadu_si512(integers + i)));
+  for (size_t i = 0; i < 64; i += 16) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtepi16_epi8(v));
   }
 }
 

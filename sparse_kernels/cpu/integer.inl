@@ -76,13 +76,15 @@ inline float sum_of(const int16_t* x, size_t n) {
 struct Units {
   explicit Units(const Matrix& m)
       : count(m.group == 32 ? m.groups : m.columns / kBlock),
-        per_block(m.group == 32 ? 2 : 1),
-        per_group(m.group == 128 ? 2 : 1) {}
+        block_shift(m.group == 32 ? 1 : 0),
+        group_shift(m.group == 128 ? 1 : 0) {}
   // Of a group: [first(g), last(g)).
-  size_t first(size_t group) const { return group * per_group; }
-  size_t last(size_t group) const { return at_most((group + 1) * per_group, count); }
+  size_t first(size_t group) const { return group << group_shift; }
+  size_t last(size_t group) const { return at_most((group + 1) << group_shift, count); }
+  // Where its codes are.
+  size_t block(size_t unit) const { return unit >> block_shift; }
 
-  size_t count, per_block, per_group;
+  size_t count, block_shift, group_shift;
 };
 
 // One token's input: unit(index, integers [64]) for each unit, group(index, scale, scale times the sum
@@ -99,7 +101,7 @@ inline void quantize_input(const Matrix& m, const float* x, size_t n, Unit&& uni
       from = padded;
     }
     alignas(64) int16_t integers[kMostGroup] = {};
-    if (units.per_block == 2) {
+    if (units.block_shift == 1) {
       const size_t half = g % 2 * 32;
       const float scale = quantize<kBits>(from, 32, integers + half);
       unit(g, integers);
@@ -125,7 +127,7 @@ inline void load_scales(const Matrix& m, size_t row, size_t first, size_t last, 
   }
 }
 
-// Activations [tokens][neurons] divided by t, then t [tokens][neurons / 64].
+// Activations divided by t, [neurons / 64][tokens][64], then t [neurons / 64][tokens].
 size_t activation_bytes(size_t tokens, size_t neurons) {
   return tokens * (neurons + neurons / kBlock) * sizeof(float);
 }
@@ -151,13 +153,13 @@ void swiglu(const SwigluTask* task) {
       Simd::store(scaled + i, Simd::load(values + i) * Simd::load(most + i));
     }
     const Scale scale = scale_for<kBits>(largest_magnitude(scaled, kBlock));
-    float* out = activations + token * task->neurons + task->first;
+    float* out = activations + (task->first * task->tokens + token * kBlock);
     for (size_t i = 0; i < kBlock; i += kLanes) {
       // Without a scale they would not be zero where they are not finite.
       const F v = scale.to == 0.0f ? Simd::zero() : Simd::load(values + i) * Simd::set(scale.to);
       Simd::store(out + i, v);
     }
-    factors[token * (task->neurons / kBlock) + task->first / kBlock] = scale.from;
+    factors[task->first / kBlock * task->tokens + token] = scale.from;
   }
 }
 
@@ -169,8 +171,9 @@ constexpr size_t kMostStripGroups = kWideStrip / 32;
 struct DownStrip {
   size_t token, tokens;   // at most kTokenGroup
   size_t column, columns;  // at most kWideStrip
+  size_t groups;           // of columns
   alignas(64) float sums[kTokenGroup * kWideStrip];  // [token][columns], as Integers orders them
-  alignas(64) float offsets[kTokenGroup * kMostStripGroups * kLanes];  // [token][group][lanes]
+  alignas(64) float offsets[kTokenGroup * kMostStripGroups * kLanes];  // [token][groups][lanes]
 };
 
 // The activations of a block of neurons for a group of columns; their part of the offsets is added.
@@ -188,8 +191,8 @@ inline void quantize_activations(const DownTask& task, size_t neuron, size_t gro
     zeros[i] = Simd::load_bytes(m.zeros + at);
   }
   for (size_t t = 0; t < strip->tokens; ++t) {
-    const float* from = static_cast<const float*>(task.activations) +
-                        (strip->token + t) * task.neurons + neuron;
+    const float* from = static_cast<const float*>(task.activations) + neuron * task.tokens +
+                        (strip->token + t) * kBlock;
     alignas(64) int16_t integers[kBlock];
     F offset = Simd::zero();
     for (size_t i = 0; i < kVectors; ++i) {
@@ -197,7 +200,7 @@ inline void quantize_activations(const DownTask& task, size_t neuron, size_t gro
       offset = Simd::fma(v, zeros[i], offset);
     }
     out->template put<kBits>(t, strip->tokens, integers);
-    float* sum = strip->offsets + (t * kMostStripGroups + strip_group) * kLanes;
+    float* sum = strip->offsets + (t * strip->groups + strip_group) * kLanes;
     Simd::store(sum, Simd::fma(offset, Simd::set(factors[t]), Simd::load(sum)));
   }
 }
@@ -206,12 +209,8 @@ inline void quantize_activations(const DownTask& task, size_t neuron, size_t gro
 template <int kBits>
 inline void add_block(const DownTask& task, size_t neuron, const uint8_t* codes, DownStrip* strip) {
   const Matrix& m = *task.weights;
-  const size_t blocks = task.neurons / kBlock;
-  const float* all = static_cast<const float*>(task.activations) + task.tokens * task.neurons;
-  float factors[kTokenGroup];
-  for (size_t t = 0; t < strip->tokens; ++t) {
-    factors[t] = all[(strip->token + t) * blocks + neuron / kBlock];
-  }
+  const float* factors = static_cast<const float*>(task.activations) + task.tokens * task.neurons +
+                         neuron / kBlock * task.tokens + strip->token;
   Integers::Activations activations;
   for (size_t begin = 0; begin < strip->columns; begin += m.group) {
     const size_t group = (strip->column + begin) / m.group;
@@ -225,18 +224,19 @@ inline void finish_strip(const DownTask& task, DownStrip* strip) {
   const size_t group = task.weights->group;
   for (size_t t = 0; t < strip->tokens; ++t) {
     float* out = task.out + (strip->token + t) * task.out_stride + strip->column - task.first_column;
+    F offset = Simd::zero();
     for (size_t begin = 0; begin < strip->columns; begin += kBlock) {
       alignas(64) float sums[kBlock];
       Integers::in_order(strip->sums + t * strip->columns + begin, sums);
-      for (size_t i = 0; i < kBlock; i += 32) {
-        const size_t g = (begin + i) / group;
-        const F offset = Simd::set(
-            Simd::sum(Simd::load(strip->offsets + (t * kMostStripGroups + g) * kLanes)));
-        for (size_t j = i; j < i + 32; j += kLanes) {
-          F v = Simd::load(sums + j) - offset;
-          if (task.add) v = Simd::load(out + begin + j) + v;
-          Simd::store(out + begin + j, v);
+      for (size_t i = 0; i < kBlock; i += kLanes) {
+        if ((begin + i) % group == 0) {
+          const size_t g = (begin + i) / group;
+          offset = Simd::set(
+              Simd::sum(Simd::load(strip->offsets + (t * strip->groups + g) * kLanes)));
         }
+        F v = Simd::load(sums + i) - offset;
+        if (task.add) v = Simd::load(out + begin + i) + v;
+        Simd::store(out + begin + i, v);
       }
     }
   }
@@ -253,6 +253,7 @@ void down(const DownTask* task) {
   const size_t end = task->first_column + task->columns, most = few ? kWideStrip : kStrip;
   for (strip.column = task->first_column; strip.column < end; strip.column += most) {
     strip.columns = at_most(most, end - strip.column);
+    strip.groups = (strip.columns + task->weights->group - 1) / task->weights->group;
     const size_t block_bytes = few ? 0 : kBlock * strip.columns;
     const auto gather = [&](size_t neuron) {
       Integers::gather(*task->weights, neuron, strip.column, strip.columns,
@@ -264,7 +265,7 @@ void down(const DownTask* task) {
     for (strip.token = 0; strip.token < task->tokens; strip.token += kTokenGroup) {
       strip.tokens = at_most(kTokenGroup, task->tokens - strip.token);
       memset(strip.sums, 0, strip.tokens * strip.columns * sizeof(float));
-      memset(strip.offsets, 0, strip.tokens * kMostStripGroups * kLanes * sizeof(float));
+      memset(strip.offsets, 0, strip.tokens * strip.groups * kLanes * sizeof(float));
       for (size_t n = task->first_neuron; n < task->last_neuron; n += kBlock) {
         if (few) gather(n);
         add_block<kBits>(*task, n, codes + (n - task->first_neuron) / kBlock * block_bytes, &strip);

@@ -89,6 +89,7 @@ inline void add_group(const int32_t (*c)[256], const Piece& piece, size_t g, con
   const __m512 a = _mm512_loadu_ps(scale), b = _mm512_loadu_ps(sum);
   const float *scales = piece.scales + (g - piece.first) * 16;
   const float *offsets = piece.offsets + (g - piece.first) * 16;
+#pragma GCC unroll 16
   for (size_t i = 0; i < 16; ++i) {
     __m512i exact = _mm512_load_si512(c[0] + 16 * i);
     if constexpr (kBits == 16) {
@@ -134,17 +135,16 @@ inline void store_sums(int32_t (*c)[256]) {
   finish_stores();
 }
 
-// Exact sums of a group, of 16 rows and up to 16 tokens.
+// Exact sums of a group, of 16 rows and up to 16 tokens, in tiles.
 template <bool kOther, bool kLower>
 inline void multiply_group(const Units& units, const Piece& piece, size_t g, const uint8_t* inputs,
-                           size_t unit_bytes, int32_t (*c)[256]) {
-  const size_t first_block = units.first(piece.first) / units.per_block;
+                           size_t unit_bytes) {
+  const size_t first_block = units.block(units.first(piece.first));
   zero_sums<kOther, kLower>();
   for (size_t unit = units.first(g); unit < units.last(g); ++unit) {
-    _tile_loadd(4, piece.codes + (unit / units.per_block - first_block) * 64, piece.stride);
+    _tile_loadd(4, piece.codes + (units.block(unit) - first_block) * 64, piece.stride);
     multiply_codes<kOther, kLower>(inputs + unit * unit_bytes);
   }
-  store_sums<kOther, kLower>(c);
 }
 
 // out[token * out_stride + row] of 16 rows and up to 16 tokens; with `add`, to what is there.
@@ -163,19 +163,26 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
     transpose(transposed, rows);
   }
   finish_stores();
-  const auto multiply = [&](size_t g) {
-    if ((g - piece.first) % 2 == 0) {
-      multiply_group<false, kLower>(units, piece, g, inputs.bytes, inputs.unit_bytes, c[0]);
-    } else {
-      multiply_group<true, kLower>(units, piece, g, inputs.bytes, inputs.unit_bytes, c[1]);
-    }
+  // While a group is multiplied, the sums of the one before are added. Loads wait for tile stores
+  // before them, so these come last.
+  const auto add_sums = [&](size_t g, const int32_t (*sums)[256]) {
+    add_group<kBits, kHalf>(sums, piece, g, inputs.scales + g * 16, inputs.sums + g * 16, rows);
   };
-  // The tiles of the next group are multiplied while this one's sums are added.
-  multiply(piece.first);
-  for (size_t g = piece.first; g < piece.last; ++g) {
-    if (g + 1 < piece.last) multiply(g + 1);
-    add_group<kBits, kHalf>(c[(g - piece.first) % 2], piece, g, inputs.scales + g * 16,
-                            inputs.sums + g * 16, rows);
+  const size_t end = piece.last;
+  multiply_group<false, kLower>(units, piece, piece.first, inputs.bytes, inputs.unit_bytes);
+  store_sums<false, kLower>(c[0]);
+  for (size_t g = piece.first; g < end; g += 2) {
+    if (g + 1 < end) {
+      multiply_group<true, kLower>(units, piece, g + 1, inputs.bytes, inputs.unit_bytes);
+    }
+    add_sums(g, c[0]);
+    if (g + 1 == end) break;
+    store_sums<true, kLower>(c[1]);
+    if (g + 2 < end) {
+      multiply_group<false, kLower>(units, piece, g + 2, inputs.bytes, inputs.unit_bytes);
+    }
+    add_sums(g + 1, c[1]);
+    if (g + 2 < end) store_sums<false, kLower>(c[0]);
   }
   for (size_t i = 0; i < 16; ++i) _mm512_store_ps(transposed[i], rows[i]);
   __m512 tokens[16];
@@ -183,17 +190,35 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
   for (size_t t = 0; t < inputs.count; ++t) _mm512_storeu_ps(out + t * out_stride, tokens[t]);
 }
 
+// Row tiles that are multiplied with one group of tokens after the other: the group's inputs stay in the
+// first-level cache meanwhile.
+constexpr size_t kRowTiles = 4;
+
+// A piece of some rows, kRowTiles tiles at most, for all tokens.
 template <int kBits>
-void dot_piece(const Matrix& m, const Piece& piece, const void* operand, size_t tokens, bool add,
-               float* out, size_t out_stride) {
+void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const void* operand,
+              size_t tokens, float* out, size_t out_stride) {
   const Units units(m);
+  const size_t columns = integer::at_most(kChunkColumns, m.columns - begin);
+  const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
+  alignas(64) uint8_t unpacked[kRowTiles][16 * kChunkColumns];
+  alignas(64) float scales[kRowTiles][kMostChunkGroups * 16];
+  alignas(64) float offsets[kRowTiles][kMostChunkGroups * 16];
+  Piece pieces[kRowTiles];
+  for (size_t i = 0; i < tiles; ++i) {
+    const Codes codes = unpack(m, row + 16 * i, begin, columns, unpacked[i]);
+    integer::load_scales(m, row + 16 * i, first, last, scales[i], offsets[i]);
+    pieces[i] = {codes.at, codes.stride, first, last, scales[i], offsets[i]};
+  }
   for (size_t t = 0; t < tokens; t += 16) {
     const Inputs<kBits> inputs(m, tokens, t, operand);
-    float* to = out + t * out_stride;
-    if (kBits == 16 && inputs.count <= kHalfGroup) {
-      dot_tokens<kBits, true>(units, piece, inputs, add, to, out_stride);
-    } else {
-      dot_tokens<kBits, false>(units, piece, inputs, add, to, out_stride);
+    for (size_t i = 0; i < tiles; ++i) {
+      float* to = out + t * out_stride + 16 * i;
+      if (kBits == 16 && inputs.count <= kHalfGroup) {
+        dot_tokens<kBits, true>(units, pieces[i], inputs, begin != 0, to, out_stride);
+      } else {
+        dot_tokens<kBits, false>(units, pieces[i], inputs, begin != 0, to, out_stride);
+      }
     }
   }
 }
@@ -202,18 +227,10 @@ template <int kBits>
 void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
          float* out, size_t out_stride) {
   if (tokens == 1) return integer::dot<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
-  const Matrix& m = *weights;
-  for (size_t row = first_row; row < first_row + rows; row += 16) {
-    for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
-      const size_t columns = integer::at_most(kChunkColumns, m.columns - begin);
-      alignas(64) uint8_t unpacked[16 * kChunkColumns];
-      alignas(64) float scales[kMostChunkGroups * 16], offsets[kMostChunkGroups * 16];
-      const Codes codes = unpack(m, row, begin, columns, unpacked);
-      const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
-      integer::load_scales(m, row, first, last, scales, offsets);
-      const Piece piece = {codes.at, codes.stride, first, last, scales, offsets};
-      dot_piece<kBits>(m, piece, operand, tokens, begin != 0,
-                       out + row - first_row, out_stride);
+  for (size_t row = 0; row < rows; row += 16 * kRowTiles) {
+    const size_t tiles = integer::at_most(kRowTiles, (rows - row) / 16);
+    for (size_t begin = 0; begin < weights->columns; begin += kChunkColumns) {
+      dot_rows<kBits>(*weights, first_row + row, tiles, begin, operand, tokens, out + row, out_stride);
     }
   }
 }
@@ -221,7 +238,7 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
 // Two vectors of columns of 16 tokens: C [16 tokens, 16 columns]; sums[token][columns] += factor *
 // exact. Up to 8 tokens' lower bytes are in the rows 8 to 15.
 template <int kBits, bool kHalf, bool kOther>
-inline void multiply_columns(const uint8_t* codes, int32_t (*c)[256]) {
+inline void multiply_columns(const uint8_t* codes) {
   constexpr bool kLower = kBits == 16 && !kHalf;
   zero_sums<kOther, kLower>();
   _tile_loadd(6, codes, 64);
@@ -229,7 +246,6 @@ inline void multiply_columns(const uint8_t* codes, int32_t (*c)[256]) {
   if constexpr (kOther) _tile_dpbsud(2, 4, 6);
   if constexpr (kLower && !kOther) _tile_dpbsud(1, 5, 6);
   if constexpr (kLower && kOther) _tile_dpbsud(3, 5, 6);
-  store_sums<kOther, kLower>(c);
 }
 
 template <int kBits, bool kHalf>
@@ -252,6 +268,7 @@ template <int kBits, bool kHalf>
 void add_columns_by_tiles(const uint8_t* codes, size_t columns, size_t first, size_t n,
                           const ActivationBytes& activations, size_t tokens, const float* factors,
                           float* sums) {
+  constexpr bool kLower = kBits == 16 && !kHalf;
   alignas(64) int32_t c[2][2][256];
   const __mmask16 lanes = lanes_of(first, n);
   const size_t begin = first / 64 * 64, vectors = (first + n - begin + 63) / 64 * 4;
@@ -259,12 +276,15 @@ void add_columns_by_tiles(const uint8_t* codes, size_t columns, size_t first, si
   _tile_loadd(4, activations.bytes, 64);
   if constexpr (kBits == 16 && !kHalf) _tile_loadd(5, activations.bytes + 1024, 64);
   const uint8_t* w = codes + begin * 64;
-  multiply_columns<kBits, kHalf, false>(w, c[0]);
+  multiply_columns<kBits, kHalf, false>(w);
+  store_sums<false, kLower>(c[0]);
   for (size_t i = 0; i < vectors; i += 2) {
-    multiply_columns<kBits, kHalf, true>(w + (i + 1) * 1024, c[1]);
+    multiply_columns<kBits, kHalf, true>(w + (i + 1) * 1024);
     add_vector<kBits, kHalf>(c[0], tokens, factors, lanes, sums + begin + 16 * i, columns);
-    if (i + 2 < vectors) multiply_columns<kBits, kHalf, false>(w + (i + 2) * 1024, c[0]);
+    store_sums<true, kLower>(c[1]);
+    if (i + 2 < vectors) multiply_columns<kBits, kHalf, false>(w + (i + 2) * 1024);
     add_vector<kBits, kHalf>(c[1], tokens, factors, lanes, sums + begin + 16 * i + 16, columns);
+    if (i + 2 < vectors) store_sums<false, kLower>(c[0]);
   }
 }
 

@@ -46,11 +46,11 @@ inline void dot_tile(const Matrix& m, const uint8_t* codes, size_t stride, size_
   const float* input_scale = input_scales(m, const_cast<uint8_t*>(input));
   F sums[kVectors];
   for (size_t i = 0; i < kVectors; ++i) sums[i] = add ? Simd::load(out + i * kLanes) : Simd::zero();
-  const size_t first_block = units.first(first) / units.per_block;
+  const size_t first_block = units.block(units.first(first));
   for (size_t g = first; g < last; ++g) {
     const size_t unit = units.first(g);
     alignas(64) int32_t exact[kRowTile];
-    Integers::sums<kBits>(codes + (unit / units.per_block - first_block) * kBlock, stride,
+    Integers::sums<kBits>(codes + (units.block(unit) - first_block) * kBlock, stride,
                           input + unit * Integers::kUnitBytes, units.last(g) - unit, exact);
     const F scale = Simd::set(input_scale[g]), sum = Simd::set(input_scale[m.groups + g]);
     for (size_t i = 0; i < kVectors; ++i) {

@@ -1,5 +1,7 @@
 #include "model.hpp"
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -21,9 +23,12 @@ void* Scratch::get(size_t bytes) {
   std::free(data_);
   data_ = nullptr;
   bytes_ = 0;
-  const size_t rounded = round_up(bytes, 4096);
-  data_ = std::aligned_alloc(4096, rounded);
+  constexpr size_t kHugePage = 2 << 20;
+  const size_t page = bytes < kHugePage ? 4096 : kHugePage, rounded = round_up(bytes, page);
+  data_ = std::aligned_alloc(page, rounded);
   if (data_ == nullptr) throw std::bad_alloc();
+  // What does not get them works as well, but slower.
+  if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
   std::memset(data_, 0, rounded);
   bytes_ = rounded;
   return data_;
