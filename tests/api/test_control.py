@@ -41,16 +41,17 @@ async def test_model_info_is_the_models_own(wire, tiny_folder):
     assert named == info
 
 
-async def test_server_info_names_the_instruction_set_of_the_native_backend(
-    serving, connect, tiny_bfloat16
+@pytest.mark.parametrize(("dtype", "told"), [("auto", "bfloat16"), ("int4", "int4 (LM head int8)")])
+async def test_server_info_names_instruction_set_and_formats_of_the_native_backend(
+    serving, connect, tiny_bfloat16, dtype, told
 ):
-    async with serving(model=tiny_bfloat16, backend="cpu") as server:
+    async with serving(model=tiny_bfloat16, backend="cpu", dtype=dtype) as server:
         info = await connect(server).control.GetServerInfo(pb.GetServerInfoRequest())
         model = await connect(server).control.GetModelInfo(pb.GetModelInfoRequest())
     assert info.backend == pb.Backend(
-        name="cpu", device="cpu", dtype="bfloat16", threads=1, isa=cpu_features().isa
+        name="cpu", device="cpu", dtype=told, threads=1, isa=cpu_features().isa
     )
-    assert model.dtype == "bfloat16"
+    assert model.dtype == told
 
 
 async def test_server_info_tells_backend_limits_and_policies(serving, connect):

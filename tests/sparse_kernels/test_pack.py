@@ -327,6 +327,39 @@ def test_biases_of_some_of_q_k_and_v_are_refused(tiny_decoder):
         pack(tiny.config, tiny.ends, layers)
 
 
+INTEGER_DAMAGE = {
+    "bits": (lambda m: replace(m, bits=8), "is not in the format int4-g32"),
+    "groups": (lambda m: replace(m, group_size=64), "is not in the format int4-g32"),
+    "bfloat16": (lambda m: m.dequantize().bfloat16(), "is not in the format int4-g32"),
+    "codes": (lambda m: replace(m, codes=m.codes[1:]), r"'s codes is torch.uint8 \["),
+    "scales": (lambda m: replace(m, scales=m.scales[:, :1]), r"'s scales is torch.float16 \["),
+    "zeros": (lambda m: replace(m, zeros=m.zeros.short()), r"'s zeros is torch.int16 \["),
+    "a code too large": (lambda m: replace(m, codes=m.codes | 16), "has the code 31 in 4 bits"),
+    "a zero too large": (lambda m: replace(m, zeros=m.zeros | 32), "has the zero .* in 4 bits"),
+    "an infinite scale": (lambda m: replace(m, scales=m.scales / 0), "'s scales holds values that"),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), INTEGER_DAMAGE.values(), ids=INTEGER_DAMAGE)
+@pytest.mark.parametrize("name", ["q", "v", "output", "up", "down"])
+def test_integers_that_are_not_as_planned_are_refused_with_their_name(
+    tiny_decoder, name, damage, told
+):
+    tiny = tiny_decoder(formats=DecoderFormats(*4 * [MatrixFormat(4, 32)]))
+    wrong = damage(getattr(tiny.layers[1], name))
+    tiny.layers[1] = replace(tiny.layers[1], **{name: wrong})
+    with pytest.raises(ValueError, match=f"^layer 1: {name} ?{told}"):
+        tiny.packed()
+
+
+def test_integers_where_none_are_planned_are_refused(tiny_decoder):
+    tiny = tiny_decoder(formats=DecoderFormats(down=INT8, lm_head=INT8))
+    with pytest.raises(ValueError, match=r"^lm_head is not in the format bfloat16"):
+        pack(tiny.config, tiny.ends, tiny.layers, DecoderFormats(down=INT8))
+    with pytest.raises(ValueError, match=r"^layer 0: down is not in the format bfloat16"):
+        pack(tiny.config, tiny.ends, tiny.layers, DecoderFormats(lm_head=INT8))
+
+
 def test_layers_are_not_kept_while_others_are_read(tiny_decoder):
     tiny = tiny_decoder(layers=[LayerShape(4, 2, 96)] * 6)
     seen: list[weakref.ref[torch.Tensor]] = []

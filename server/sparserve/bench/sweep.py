@@ -16,11 +16,12 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
 
+from sparse_kernels._abi import SK_READ_PROBE_BLOCK_BYTES
 from sparse_kernels.native import read_probe
 from sparserve import __version__
 from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.rounds import BenchProgress, fresh_prompts, take_turns, wait_until_idle
-from sparserve.bench.systems import Prompts, Run, System
+from sparserve.bench.systems import Prompts, Run, System, data_type
 
 PROBE_SECONDS = 0.3
 WARM_UP_TOKENS = 4
@@ -212,7 +213,7 @@ def _read_ceilings(sizes: Sequence[int], threads: int) -> list[float]:
     """GB/s over a buffer of each size; sizes that differ by a few percent share one measurement."""
     known: dict[int, float] = {}
     ceilings = []
-    for size in sizes:
+    for size in (max(size, threads * SK_READ_PROBE_BLOCK_BYTES) for size in sizes):
         near = next((other for other in known if abs(other - size) < 0.05 * size), size)
         if near not in known:
             probe = read_probe(buffer_bytes=size, threads=threads, seconds=PROBE_SECONDS)
@@ -222,9 +223,9 @@ def _read_ceilings(sizes: Sequence[int], threads: int) -> list[float]:
 
 
 def _comparable(ours: _Series, peer: _Series, all_ours: Sequence[_Series]) -> bool:
-    """At the same format; a peer in a format that we were not measured in stands beside all of ours."""
-    formats = [series.system.format for series in all_ours]
-    return peer.system.format == ours.system.format or peer.system.format not in formats
+    """At the same data type; a peer in one that we were not measured in stands beside all of ours."""
+    types = [data_type(series.system.format) for series in all_ours]
+    return peer.system.format == data_type(ours.system.format) or peer.system.format not in types
 
 
 def _ratio(ours: _Series, peer: _Series, point: _Point) -> Ratio:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ class System(Protocol):
         length.
         """
         ...
+
+
+def data_type(format: str) -> str:
+    """That of most weights: "int4" of "int4-g32 (LM head int8-g32)". Rivals know no more."""
+    return re.split("[ -]", format, maxsplit=1)[0]
 
 
 class Sparserve:

@@ -130,7 +130,7 @@ class GetModelInfoResponse(_message.Message):
     chat_template: _builtins.str
     """Jinja source; absent where the model carries none."""
     dtype: _builtins.str
-    """Data type of the weights as computed with, e.g. "float32"."""
+    """Data type of the weights as computed with: "float32", "int8", "int4 (LM head int8)", …."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(

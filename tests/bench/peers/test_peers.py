@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sparserve.bench.peers import PEERS, PeerSpec, open_peer, packages, parse_peers
+from sparserve.bench.peers import PEERS, PeerSpec, open_peer, packages, parse_peers, wanted_peers
 from sparserve.cli.bench import PEERS as SHOWN
 from sparserve.errors import ConfigError
 
@@ -19,6 +19,16 @@ def test_peers_are_named_alone_or_with_a_format():
         PeerSpec("transformers"),
         PeerSpec("llama.cpp", "Q8_0"),
         PeerSpec("openvino"),
+    ]
+
+
+def test_a_peer_without_a_format_takes_the_data_types_that_we_are_measured_in():
+    ours = ["bfloat16", "int4 (LM head int8)", "int4-g32 (LM head int8-g32)"]
+    specs = [PeerSpec("openvino"), PeerSpec("llama.cpp", "Q4_0"), PeerSpec("openvino", "int4")]
+    assert wanted_peers(specs, ours) == [
+        ("openvino", "bfloat16"),
+        ("openvino", "int4"),
+        ("llama.cpp", "Q4_0"),
     ]
 
 

@@ -9,7 +9,7 @@ from sparserve.bench.peers.gguf_files import GGUF_FORMATS, gguf_file
 from sparserve.bench.peers.llama_cpp import LlamaCpp
 from sparserve.bench.peers.openvino import OpenVino
 from sparserve.bench.peers.transformers import Transformers
-from sparserve.bench.systems import System
+from sparserve.bench.systems import System, data_type
 from sparserve.errors import ConfigError
 from sparserve.model.loader import DTYPES, LoadedModel
 
@@ -34,9 +34,8 @@ class PeerSpec:
 
 
 def wanted_peers(specs: Sequence[PeerSpec], formats: Sequence[str]) -> list[tuple[str, str]]:
-    """(peer, format), each once; a spec without a format stands for each of `formats`, of which the part
-    before a space counts: peers have an int4, but no "int4 (LM head int8)"."""
-    own = [format.split()[0] for format in formats]
+    """(peer, format), each once; a spec without a format stands for the data type of each of `formats`."""
+    own = [data_type(format) for format in formats]
     return list(
         dict.fromkeys(
             (spec.name, format)
