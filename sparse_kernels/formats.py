@@ -84,6 +84,11 @@ class DecoderFormats:
         every = (self.attention, self.gate_up, self.down, self.lm_head)
         return any(matrix.quantized for matrix in every)
 
+    @property
+    def layers_quantized(self) -> bool:
+        """Whether prompts may be multiplied in another way than what is decoded."""
+        return self.attention.quantized or self.gate_up.quantized or self.down.quantized
+
     def __str__(self) -> str:
         """The feed-forward layers' format, and what differs: "int4 (LM head int8)"."""
         main, low = str(self.gate_up), self.gate_up.low_bits

@@ -1,13 +1,15 @@
 """The native CPU backend: weights in bfloat16 or integers, KV in bfloat16, one call of the library for a
 step.
 
-Its kernels give a row the same bits in prompts and decode, in any batch, on any number of threads.
+Its kernels give a row the same bits in any batch, in any cut of a prompt, on any number of threads;
+with bfloat16 weights in prompts and decode alike, with integers in each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +33,7 @@ from sparserve.model.backend import (
     Candidates,
     ForwardBatch,
     ForwardOutput,
+    Phase,
     SequenceInput,
     TargetScores,
 )
@@ -200,7 +203,21 @@ class CpuBackend:
         self._kv[:, list(block_ids)] = blocks.transpose(0, 1)
 
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
-        sequences = batch.sequences
+        phases = {sequence.phase for sequence in batch.sequences}
+        if len(phases) == 1 or not self._decoder.formats.layers_quantized:
+            prompts = self._decoder.formats.layers_quantized and Phase.PREFILL in phases
+            return self._forward(batch.sequences, prompts=prompts)
+        # Integer weights multiply prompts in another way: a call for each kind of tokens.
+        prefill = [s for s in batch.sequences if s.phase is Phase.PREFILL]
+        decode = [s for s in batch.sequences if s.phase is Phase.DECODE]
+        first = self._forward(prefill, prompts=True)
+        # The next forward overwrites whole rows of logits.
+        kept = [first.candidates.full_logits(i).clone() for i in range(len(first.candidates.logits))]
+        first = replace(first, candidates=replace(first.candidates, full_logits=kept.__getitem__))
+        return _in_order(batch.sequences, first, self._forward(decode, prompts=False))
+
+    def _forward(self, sequences: Sequence[SequenceInput], *, prompts: bool) -> ForwardOutput:
+        """One call of the library."""
         output_rows: list[int] = []
         temperatures: list[float] = []
         hidden_rows: list[int] = []
@@ -217,13 +234,14 @@ class CpuBackend:
             output_rows=output_rows,
             temperatures=temperatures,
             hidden_rows=hidden_rows,
+            prompts=prompts,
             statistics=sums,
         )
         statistics = [
             None if part is None else _by_block(sequence, part)
             for sequence, part in zip(sequences, sums, strict=True)
         ]
-        return ForwardOutput(_candidates(rows), statistics, list(self._scores(batch, rows.hidden)))
+        return ForwardOutput(_candidates(rows), statistics, list(self._scores(sequences, rows.hidden)))
 
     def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:
         """[KV blocks that the tokens touch, num_layers, intermediate] int64 zeros."""
@@ -232,10 +250,12 @@ class CpuBackend:
         layers, neurons = self.config.num_layers, self.config.intermediate_size
         return torch.zeros(blocks, layers, neurons, dtype=torch.int64)
 
-    def _scores(self, batch: ForwardBatch, hidden: torch.Tensor) -> Iterator[TargetScores | None]:
+    def _scores(
+        self, sequences: Sequence[SequenceInput], hidden: torch.Tensor
+    ) -> Iterator[TargetScores | None]:
         """`hidden`: states of the rows before each sequence's targets, one after another."""
         first = 0
-        for sequence in batch.sequences:
+        for sequence in sequences:
             targets, parts = sequence.targets, []
             if not targets:
                 yield None
@@ -247,6 +267,43 @@ class CpuBackend:
                 parts.append(target_scores(logits, targets[piece], sequence.num_top))
             yield concatenate_scores(parts)
             first += len(targets)
+
+
+def _in_order(
+    sequences: Sequence[SequenceInput], prefill: ForwardOutput, decode: ForwardOutput
+) -> ForwardOutput:
+    """The outputs of both kinds of sequences, in the order of the batch."""
+    outputs = {Phase.PREFILL: prefill, Phase.DECODE: decode}
+    next_row = {Phase.PREFILL: 0, Phase.DECODE: 0}
+    next_sequence = {Phase.PREFILL: 0, Phase.DECODE: 0}
+    rows: list[tuple[Phase, int]] = []
+    statistics, scores = [], []
+    for sequence in sequences:
+        phase = sequence.phase
+        statistics.append(outputs[phase].statistics[next_sequence[phase]])
+        scores.append(outputs[phase].scores[next_sequence[phase]])
+        next_sequence[phase] += 1
+        for _ in sequence.output_offsets:
+            rows.append((phase, next_row[phase]))
+            next_row[phase] += 1
+    skipped = {Phase.PREFILL: 0, Phase.DECODE: len(prefill.candidates.logits)}
+    order = torch.tensor([skipped[phase] + row for phase, row in rows], dtype=torch.long)
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(outputs[p].candidates, name) for p in outputs])[order]
+
+    def full_logits(row: int) -> torch.Tensor:
+        phase, own = rows[row]
+        return outputs[phase].candidates.full_logits(own)
+
+    candidates = Candidates(
+        token_ids=joined("token_ids"),
+        logits=joined("logits"),
+        log_normalizer=joined("log_normalizer"),
+        log_normalizer_1=joined("log_normalizer_1"),
+        full_logits=full_logits,
+    )
+    return ForwardOutput(candidates, statistics, scores)
 
 
 def _candidates(rows: Rows) -> Candidates:
