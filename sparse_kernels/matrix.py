@@ -33,11 +33,8 @@ class Plane:
     def describe(self) -> _abi.sk_plane:
         plane = new_struct(_abi.sk_plane)
         count, width = self.rows.shape
-        plane.data, plane.row_stride, plane.bits = (
-            self.rows.data_ptr(),
-            self.rows.stride(0),
-            self.bits,
-        )
+        plane.data, plane.bits = self.rows.data_ptr(), self.bits
+        plane.row_stride = self.rows.stride(0)
         plane.bytes = (count - 1) * plane.row_stride + width
         return plane
 

@@ -82,9 +82,8 @@ def pack(
     norm = _vector(arena, config.hidden_size).copy_(ends.norm)
     structs = (_abi.sk_layer * len(config.layers))()
     source = iter(layers)
-    for index, shape in enumerate(
-        config.layers
-    ):  # zip would hold a layer while it asks for another
+    # zip would hold a layer while it asks for another.
+    for index, shape in enumerate(config.layers):
         structs[index] = _pack_layer(
             arena, config, shape, formats, next(source), f"layer {index}: "
         )
