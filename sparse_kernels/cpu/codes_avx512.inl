@@ -49,15 +49,15 @@ inline __m512i load_codes(const uint8_t* codes, const uint8_t* low, size_t block
   if constexpr (kPlanes == Planes::k4) return fours(codes + 32 * block);
   if constexpr (kPlanes == Planes::k44) {
     // No bit crosses a byte: four are shifted into four zeros.
-    return _mm512_or_si512(_mm512_slli_epi16(fours(codes + 32 * block), 4), fours(low + 32 * block));
+    return _mm512_or_si512(_mm512_slli_epi16(fours(codes + 32 * block), 4),
+                           fours(low + 32 * block));
   }
   if constexpr (kPlanes == Planes::k22) {
     return _mm512_or_si512(_mm512_slli_epi16(twos(codes + 16 * block), 2), twos(low + 16 * block));
   }
   const uint8_t* upper = codes + 24 * block;
-  return _mm512_or_si512(
-      _mm512_or_si512(_mm512_slli_epi16(twos(upper), 2), ones(upper + 16, 2)),
-      ones(low + 8 * block, 1));
+  return _mm512_or_si512(_mm512_or_si512(_mm512_slli_epi16(twos(upper), 2), ones(upper + 16, 2)),
+                         ones(low + 8 * block, 1));
 }
 
 template <Planes kPlanes>
@@ -80,10 +80,11 @@ inline Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, 
   return {out, columns};
 }
 
-// Codes of 64 neurons, four neurons side by side: [columns / 16][16 fours of neurons][16 columns][4].
-// Vector j of a block of 64 columns has columns 4 j ... 4 j + 3 of each 16.
+// Codes of 64 neurons, four neurons side by side: [columns / 16][16 fours of neurons][16
+// columns][4]. Vector j of a block of 64 columns has columns 4 j ... 4 j + 3 of each 16.
 template <Planes kPlanes>
-inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
+inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t columns,
+                        uint8_t* out) {
   for (size_t four = 0; four < 16; ++four, out += 64) {
     const uint8_t *codes[4], *low[4];
     for (size_t i = 0; i < 4; ++i) {
@@ -93,9 +94,12 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
     uint8_t* to = out;
     for (size_t j = 0; j < columns; j += 64, to += 4096) {
       __m512i row[4];
-      for (size_t i = 0; i < 4; ++i) row[i] = load_codes<kPlanes>(codes[i], low[i], (column + j) / 64);
-      const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
-      const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+      for (size_t i = 0; i < 4; ++i)
+        row[i] = load_codes<kPlanes>(codes[i], low[i], (column + j) / 64);
+      const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]),
+                    b = _mm512_unpackhi_epi8(row[0], row[1]);
+      const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]),
+                    d = _mm512_unpackhi_epi8(row[2], row[3]);
       _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
       _mm512_store_si512(to + 1024, _mm512_unpackhi_epi16(a, c));
       _mm512_store_si512(to + 2048, _mm512_unpacklo_epi16(b, d));
@@ -104,7 +108,8 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
   }
 }
 
-inline void gather_fours(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
+inline void gather_fours(const Matrix& m, size_t neuron, size_t column, size_t columns,
+                         uint8_t* out) {
   const Planes planes = planes_of(m);
   if (planes == Planes::k8) gather_rows<Planes::k8>(m, neuron, column, columns, out);
   if (planes == Planes::k4) gather_rows<Planes::k4>(m, neuron, column, columns, out);
@@ -142,8 +147,8 @@ inline void one_byte(const int16_t* integers, uint8_t* out) {
   }
 }
 
-// Activations of a block of neurons: those of 16 tokens, upper bytes then lower; up to 8 tokens' upper
-// and lower bytes are one tile.
+// Activations of a block of neurons: those of 16 tokens, upper bytes then lower; up to 8 tokens'
+// upper and lower bytes are one tile.
 struct ActivationBytes {
   alignas(64) uint8_t bytes[2 * 1024];
 
@@ -159,7 +164,8 @@ struct ActivationBytes {
   }
 };
 
-// Where columns [first, first + n) of a block are in its vectors: a group of 32 is one half of each.
+// Where columns [first, first + n) of a block are in its vectors: a group of 32 is one half of
+// each.
 inline __mmask16 lanes_of(size_t first, size_t n) {
   if (n != 32) return 0xffff;
   return first % 64 == 0 ? 0x00ff : 0xff00;

@@ -45,7 +45,10 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
     const uint32_t pieces =
         own_way ? static_cast<uint32_t>((layer.blocks + kDownBlocks - 1) / kDownBlocks)
                 : layer.partitions;
-    phase(own, (m_.columns + unit - 1) / unit, [&](size_t i) {
+    const auto finish = [&] {
+      if (m_.reduce.add_up == nullptr) if_few_tokens(norm);
+    };
+    const auto add_columns = [&](size_t i) {
       const size_t first = i * unit, n = std::min<size_t>(unit, m_.columns - first);
       for (uint32_t p = 0; p < pieces; ++p) {
         const size_t begin = own_way ? p * kDownBlocks : layer.partition_begin(p);
@@ -54,7 +57,8 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
         down(layer, begin, end, first, n, partial_ + first, p != 0);
       }
       for (size_t t = 0; t < count_; ++t) take(t, first, partial_ + t * m_.columns + first, n);
-    });
+    };
+    phase(own, (m_.columns + unit - 1) / unit, add_columns, finish);
     if (m_.reduce.add_up == nullptr) then_per_token(own, norm);
   }
   if (m_.reduce.add_up != nullptr) {

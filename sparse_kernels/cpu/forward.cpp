@@ -77,7 +77,7 @@ void Forward::allocate() {
   const size_t t = count_, columns = m_.columns;
   const size_t mixed_columns = round_up(size_t{m_.most_heads} * m_.head_dim, SK_COLUMN_TILE);
   const size_t neurons = round_up(m_.widest, SK_NEURON_BLOCK);
-  size_t partitions = 0, most_blocks = 0;  // of a partition
+  size_t partitions = 0, most_blocks = 0;                      // of a partition
   size_t operand = 0, attention_operand = 0, activations = 0;  // bytes
   const auto operand_bytes = [&](const Matrix& matrix) {
     return products(matrix).operand_bytes(&matrix, t);
@@ -105,8 +105,8 @@ void Forward::allocate() {
   sin_ = m_.sin.get<float>(t * (m_.head_dim / 2));
   split_attention();
   if (args_.num_outputs != 0) {
-    output_operand_ = m_.output_operand.get(
-        m_.lm_head.products->operand_bytes(&m_.lm_head, args_.num_outputs));
+    output_operand_ =
+        m_.output_operand.get(m_.lm_head.products->operand_bytes(&m_.lm_head, args_.num_outputs));
   }
   const size_t rows = std::max<size_t>(t, args_.num_outputs);
   const size_t per_token = std::max<size_t>(
@@ -187,7 +187,8 @@ void Forward::embed(size_t from, size_t to) {
   for (size_t t = from; t < to; ++t) {
     const Token& token = tokens_[t];
     float* x = x_ + t * m_.columns;
-    k_.embed(m_.embedding.codes + static_cast<size_t>(token.id) * m_.embedding.stride, m_.hidden, x);
+    k_.embed(m_.embedding.codes + static_cast<size_t>(token.id) * m_.embedding.stride, m_.hidden,
+             x);
     const size_t row = std::min(token.position, m_.rope_rows - 1);
     const float* frequencies = m_.rope_frequencies.data() + row * half;
     for (size_t i = 0; i < half; ++i) {
@@ -269,8 +270,8 @@ void Forward::output(const Layer& layer, const Own& own) {
       own, (rows + kOutputRows - 1) / kOutputRows,
       [&](size_t i) {
         const size_t first = i * kOutputRows, count = std::min(kOutputRows, rows - first);
-        products(layer.output).dot(&layer.output, first, count, attention_operand_, count_, scratch,
-                                   kOutputRows);
+        products(layer.output)
+            .dot(&layer.output, first, count, attention_operand_, count_, scratch, kOutputRows);
         for (size_t t = 0; t < count_; ++t) {
           float* values = scratch + t * kOutputRows;
           if (layer.output_bias != nullptr) {

@@ -5,10 +5,11 @@
 //
 //   <row, x> = sum over groups of  scale a (sum of code x) - scale zero a (sum of x)
 //
-// added up in float32 in the order of the groups. In the down product a neuron's scale goes into its
-// activation; 64 activations are then integers with one scale t for all columns, and
+// added up in float32 in the order of the groups. In the down product a neuron's scale goes into
+// its activation; 64 activations are then integers with one scale t for all columns, and
 //
-//   y_c = sum over blocks of 64 neurons of  t (sum of code v) - t (sum of zero v),  v = a scale / t.
+//   y_c = sum over blocks of 64 neurons of  t (sum of code v) - t (sum of zero v),  v = a scale /
+//   t.
 //
 // Both are the same whatever other tokens and rows are computed beside.
 #pragma once
@@ -71,8 +72,8 @@ inline float sum_of(const int16_t* x, size_t n) {
   return static_cast<float>(sum);
 }
 
-// Columns of an input are multiplied in units, whose other columns are zero: a block of 64, or the half
-// of one that a group of 32 is.
+// Columns of an input are multiplied in units, whose other columns are zero: a block of 64, or the
+// half of one that a group of 32 is.
 struct Units {
   explicit Units(const Matrix& m)
       : count(m.group == 32 ? m.groups : m.columns / kBlock),
@@ -87,8 +88,8 @@ struct Units {
   size_t count, block_shift, group_shift;
 };
 
-// One token's input: unit(index, integers [64]) for each unit, group(index, scale, scale times the sum
-// of the integers) for each group.
+// One token's input: unit(index, integers [64]) for each unit, group(index, scale, scale times the
+// sum of the integers) for each group.
 template <int kBits, typename Unit, typename Group>
 inline void quantize_input(const Matrix& m, const float* x, size_t n, Unit&& unit, Group&& group) {
   const Units units(m);
@@ -141,7 +142,8 @@ void swiglu(const SwigluTask* task) {
     const size_t row = task->first + i;
     const uint16_t* scales = m.scales + row / kRowTile * m.groups * kRowTile + row % kRowTile;
     F top = Simd::zero();
-    for (size_t g = 0; g < m.groups; ++g) top = Simd::max(Simd::load_half(scales + g * kRowTile), top);
+    for (size_t g = 0; g < m.groups; ++g)
+      top = Simd::max(Simd::load_half(scales + g * kRowTile), top);
     Simd::store(most + i, top);
   }
   float* activations = static_cast<float*>(task->activations);
@@ -169,9 +171,9 @@ constexpr size_t kMostStripGroups = kWideStrip / 32;
 
 // A down product of some tokens and columns, and what it needs.
 struct DownStrip {
-  size_t token, tokens;   // at most kTokenGroup
-  size_t column, columns;  // at most kWideStrip
-  size_t groups;           // of columns
+  size_t token, tokens;                              // at most kTokenGroup
+  size_t column, columns;                            // at most kWideStrip
+  size_t groups;                                     // of columns
   alignas(64) float sums[kTokenGroup * kWideStrip];  // [token][columns], as Integers orders them
   alignas(64) float offsets[kTokenGroup * kMostStripGroups * kLanes];  // [token][groups][lanes]
 };
@@ -215,15 +217,17 @@ inline void add_block(const DownTask& task, size_t neuron, const uint8_t* codes,
   for (size_t begin = 0; begin < strip->columns; begin += m.group) {
     const size_t group = (strip->column + begin) / m.group;
     quantize_activations<kBits>(task, neuron, group, begin / m.group, strip, factors, &activations);
-    Integers::add_columns<kBits>(codes, strip->columns, begin, at_most(m.group, strip->columns - begin),
-                                 activations, strip->tokens, factors, strip->sums);
+    Integers::add_columns<kBits>(codes, strip->columns, begin,
+                                 at_most(m.group, strip->columns - begin), activations,
+                                 strip->tokens, factors, strip->sums);
   }
 }
 
 inline void finish_strip(const DownTask& task, DownStrip* strip) {
   const size_t group = task.weights->group;
   for (size_t t = 0; t < strip->tokens; ++t) {
-    float* out = task.out + (strip->token + t) * task.out_stride + strip->column - task.first_column;
+    float* out =
+        task.out + (strip->token + t) * task.out_stride + strip->column - task.first_column;
     F offset = Simd::zero();
     for (size_t begin = 0; begin < strip->columns; begin += kBlock) {
       alignas(64) float sums[kBlock];
@@ -231,8 +235,8 @@ inline void finish_strip(const DownTask& task, DownStrip* strip) {
       for (size_t i = 0; i < kBlock; i += kLanes) {
         if ((begin + i) % group == 0) {
           const size_t g = (begin + i) / group;
-          offset = Simd::set(
-              Simd::sum(Simd::load(strip->offsets + (t * strip->groups + g) * kLanes)));
+          offset =
+              Simd::set(Simd::sum(Simd::load(strip->offsets + (t * strip->groups + g) * kLanes)));
         }
         F v = Simd::load(sums + i) - offset;
         if (task.add) v = Simd::load(out + begin + i) + v;
@@ -244,8 +248,8 @@ inline void finish_strip(const DownTask& task, DownStrip* strip) {
 
 template <int kBits>
 void down(const DownTask* task) {
-  // Weights in the order of Integers. Few tokens: a block at a time, its rows in long pieces as memory
-  // likes it; many: all blocks of a narrow strip, for all tokens.
+  // Weights in the order of Integers. Few tokens: a block at a time, its rows in long pieces as
+  // memory likes it; many: all blocks of a narrow strip, for all tokens.
   alignas(64) uint8_t codes[kMaxDownNeurons * kStrip];
   static_assert(kMaxDownNeurons * kStrip >= kBlock * kWideStrip, "room for one block");
   DownStrip strip;

@@ -3,8 +3,8 @@
 //   dot:   C [16 rows, 16 tokens] += W [16 rows, 64 codes] * X [64, 16 tokens]
 //   down:  C [16 tokens, 16 columns] += A [16 tokens, 64 neurons] * W [64, 16 columns]
 //
-// once with the upper bytes of the inputs and once with the lower; up to 8 tokens' upper and lower bytes
-// go through one tile. A single token is multiplied by vectors.
+// once with the upper bytes of the inputs and once with the lower; up to 8 tokens' upper and lower
+// bytes go through one tile. A single token is multiplied by vectors.
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
 #include "integer_amx.inl"
@@ -20,7 +20,7 @@ using integer::Units;
 
 constexpr size_t kTileBytes = 1024;
 constexpr size_t kTileTokens = 3;  // of a down product, from which on tiles are faster
-constexpr size_t kHalfGroup = 8;  // tokens whose upper and lower bytes are one tile
+constexpr size_t kHalfGroup = 8;   // tokens whose upper and lower bytes are one tile
 
 // Where the inputs of the tokens [first, first + count) are in an operand, first a multiple of 16.
 template <int kBits>
@@ -38,7 +38,7 @@ struct Inputs {
   }
 
   size_t count, unit_bytes;
-  uint8_t* bytes;       // [units][unit_bytes]: fours of columns, tokens, 4
+  uint8_t* bytes;        // [units][unit_bytes]: fours of columns, tokens, 4
   float *scales, *sums;  // [groups][16 tokens]
 };
 
@@ -81,20 +81,20 @@ struct Piece {
   const float *scales, *offsets;
 };
 
-// Adds one group's exact sums, [16 rows][16 lanes] in `c`, to those of 16 rows. Tokens are the lanes;
-// with 8 the lanes 8 to 15 hold the lower bytes' sums.
+// Adds one group's exact sums, [16 rows][16 lanes] in `c`, to those of 16 rows. Tokens are the
+// lanes; with 8 the lanes 8 to 15 hold the lower bytes' sums.
 template <int kBits, bool kHalf>
 inline void add_group(const int32_t (*c)[256], const Piece& piece, size_t g, const float* scale,
                       const float* sum, __m512* rows) {
   const __m512 a = _mm512_loadu_ps(scale), b = _mm512_loadu_ps(sum);
-  const float *scales = piece.scales + (g - piece.first) * 16;
-  const float *offsets = piece.offsets + (g - piece.first) * 16;
+  const float* scales = piece.scales + (g - piece.first) * 16;
+  const float* offsets = piece.offsets + (g - piece.first) * 16;
 #pragma GCC unroll 16
   for (size_t i = 0; i < 16; ++i) {
     __m512i exact = _mm512_load_si512(c[0] + 16 * i);
     if constexpr (kBits == 16) {
-      const __m512i lower = kHalf ? _mm512_shuffle_i32x4(exact, exact, 0x0e)
-                                  : _mm512_load_si512(c[1] + 16 * i);
+      const __m512i lower =
+          kHalf ? _mm512_shuffle_i32x4(exact, exact, 0x0e) : _mm512_load_si512(c[1] + 16 * i);
       exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), lower);
     }
     const __m512 v = _mm512_cvtepi32_ps(exact) * a;
@@ -190,8 +190,8 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
   for (size_t t = 0; t < inputs.count; ++t) _mm512_storeu_ps(out + t * out_stride, tokens[t]);
 }
 
-// Row tiles that are multiplied with one group of tokens after the other: the group's inputs stay in the
-// first-level cache meanwhile.
+// Row tiles that are multiplied with one group of tokens after the other: the group's inputs stay
+// in the first-level cache meanwhile.
 constexpr size_t kRowTiles = 4;
 
 // A piece of some rows, kRowTiles tiles at most, for all tokens.
@@ -226,11 +226,13 @@ void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const voi
 template <int kBits>
 void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
          float* out, size_t out_stride) {
-  if (tokens == 1) return integer::dot<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
+  if (tokens == 1)
+    return integer::dot<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
   for (size_t row = 0; row < rows; row += 16 * kRowTiles) {
     const size_t tiles = integer::at_most(kRowTiles, (rows - row) / 16);
     for (size_t begin = 0; begin < weights->columns; begin += kChunkColumns) {
-      dot_rows<kBits>(*weights, first_row + row, tiles, begin, operand, tokens, out + row, out_stride);
+      dot_rows<kBits>(*weights, first_row + row, tiles, begin, operand, tokens, out + row,
+                      out_stride);
     }
   }
 }
@@ -249,8 +251,8 @@ inline void multiply_columns(const uint8_t* codes) {
 }
 
 template <int kBits, bool kHalf>
-inline void add_vector(const int32_t (*c)[256], size_t tokens, const float* factors, __mmask16 lanes,
-                       float* sums, size_t stride) {
+inline void add_vector(const int32_t (*c)[256], size_t tokens, const float* factors,
+                       __mmask16 lanes, float* sums, size_t stride) {
   for (size_t t = 0; t < tokens; ++t) {
     __m512i exact = _mm512_load_si512(c[0] + 16 * t);
     if constexpr (kBits == 16) {
@@ -297,13 +299,14 @@ void Integers::add_columns(const uint8_t* codes, size_t columns, size_t first, s
   } else if (kBits == 16 && tokens <= kHalfGroup) {
     add_columns_by_tiles<kBits, true>(codes, columns, first, n, activations, tokens, factors, sums);
   } else {
-    add_columns_by_tiles<kBits, false>(codes, columns, first, n, activations, tokens, factors, sums);
+    add_columns_by_tiles<kBits, false>(codes, columns, first, n, activations, tokens, factors,
+                                       sums);
   }
 }
 
 template <int kBits>
 Products products() {
-  return {operand_bytes, store_operand<kBits>, dot<kBits>, integer::activation_bytes,
+  return {operand_bytes,          store_operand<kBits>, dot<kBits>, integer::activation_bytes,
           integer::swiglu<kBits>, integer::down<kBits>};
 }
 

@@ -97,7 +97,8 @@ struct Integers {
         float* out = sums + token * columns + column;
         for (size_t i = 0; i < 4; ++i) {
           const F v = _mm256_cvtepi32_ps(acc[i]);
-          Simd::store(out + 8 * i, Simd::fma(v, Simd::set(factors[token]), Simd::load(out + 8 * i)));
+          Simd::store(out + 8 * i,
+                      Simd::fma(v, Simd::set(factors[token]), Simd::load(out + 8 * i)));
         }
       }
     }

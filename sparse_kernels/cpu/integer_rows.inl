@@ -11,7 +11,9 @@ inline size_t input_bytes(const Matrix& m) {
   return (bytes + 63) / 64 * 64;
 }
 
-size_t operand_bytes(const Matrix* weights, size_t tokens) { return tokens * input_bytes(*weights); }
+size_t operand_bytes(const Matrix* weights, size_t tokens) {
+  return tokens * input_bytes(*weights);
+}
 
 inline float* input_scales(const Matrix& m, uint8_t* input) {
   return reinterpret_cast<float*>(input + Units(m).count * Integers::kUnitBytes);
@@ -55,7 +57,8 @@ inline void dot_tile(const Matrix& m, const uint8_t* codes, size_t stride, size_
     const F scale = Simd::set(input_scale[g]), sum = Simd::set(input_scale[m.groups + g]);
     for (size_t i = 0; i < kVectors; ++i) {
       const size_t at = (g - first) * kRowTile + i * kLanes;
-      sums[i] = Simd::fma(Simd::load_int32(exact + i * kLanes) * scale, Simd::load(scales + at), sums[i]);
+      sums[i] =
+          Simd::fma(Simd::load_int32(exact + i * kLanes) * scale, Simd::load(scales + at), sums[i]);
       sums[i] = Simd::fma(sum, Simd::load(offsets + at), sums[i]);
     }
   }
@@ -86,7 +89,8 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
 
 template <int kBits>
 Products products() {
-  return {operand_bytes, store_operand<kBits>, dot<kBits>, activation_bytes, swiglu<kBits>, down<kBits>};
+  return {operand_bytes,    store_operand<kBits>, dot<kBits>,
+          activation_bytes, swiglu<kBits>,        down<kBits>};
 }
 
 }  // namespace integer

@@ -14,16 +14,17 @@ struct Products;
 
 // A weight matrix: bfloat16, or codes with a scale and a zero for each group of columns.
 struct Matrix {
-  const Products* products;  // what computes with it
-  const Products* prompts;   // and with the tokens of prompts
-  const uint8_t* codes;      // all bits of its elements, or the upper ones
-  const uint8_t* low;        // the lower bits, or null
-  size_t stride, low_stride; // bytes from a row to the next
-  uint32_t bits, low_bits;   // of `codes` and of `low`
-  uint32_t columns;          // multiple of 64
-  uint32_t group, groups;    // columns with one scale (the last group may have fewer); groups of a row
-  const uint16_t* scales;    // float16 [rows / 16][groups][16]
-  const uint8_t* zeros;      // the same shape
+  const Products* products;   // what computes with it
+  const Products* prompts;    // and with the tokens of prompts
+  const uint8_t* codes;       // all bits of its elements, or the upper ones
+  const uint8_t* low;         // the lower bits, or null
+  size_t stride, low_stride;  // bytes from a row to the next
+  uint32_t bits, low_bits;    // of `codes` and of `low`
+  uint32_t columns;           // multiple of 64
+  uint32_t group,
+      groups;  // columns with one scale (the last group may have fewer); groups of a row
+  const uint16_t* scales;  // float16 [rows / 16][groups][16]
+  const uint8_t* zeros;    // the same shape
 };
 
 // What some queries of one sequence see of one KV head in positions [begin, end), which lie in one
@@ -85,8 +86,8 @@ struct DownTask {
   bool add;  // to what is there
 };
 
-// The products with matrices of one kind. All sizes are checked by the caller; rows are a multiple of
-// 16.
+// The products with matrices of one kind. All sizes are checked by the caller; rows are a multiple
+// of 16.
 struct Products {
   // The inputs of dot products with a matrix, `tokens` vectors, in the form that `dot` takes. The
   // vector has n numbers, those up to the matrix's columns are zero.
@@ -100,8 +101,8 @@ struct Products {
   // Activations silu(gate) * up of the neurons, in the form that `down` takes.
   size_t (*activation_bytes)(size_t tokens, size_t neurons);
   void (*swiglu)(const SwigluTask* task);
-  // out[t, c] (+)= the sum over neurons [first_neuron, last_neuron) of activation * weights[n, c], in
-  // the order of the neurons, from zero.
+  // out[t, c] (+)= the sum over neurons [first_neuron, last_neuron) of activation * weights[n, c],
+  // in the order of the neurons, from zero.
   void (*down)(const DownTask* task);
 };
 

@@ -89,7 +89,8 @@ void score_blocks(const float* queries, size_t dim, const uint16_t* const* keys,
         Simd::load_bf16(keys[block] + (i / 2 * 16 + lane) * 2, &even[block], &odd[block]);
       }
       for (size_t row = 0; row < kRows; ++row) {
-        const F first = Simd::set(queries[row * dim + i]), second = Simd::set(queries[row * dim + i + 1]);
+        const F first = Simd::set(queries[row * dim + i]),
+                second = Simd::set(queries[row * dim + i + 1]);
         for (size_t block = 0; block < kBlocks; ++block) {
           sums[row][block] = Simd::fma(first, even[block], sums[row][block]);
           sums[row][block] = Simd::fma(second, odd[block], sums[row][block]);
@@ -110,7 +111,8 @@ void add_values(const float* weights, size_t stride, size_t positions, const uin
                 size_t dim, float* values) {
   F sums[kRows][kVectors];
   for (size_t row = 0; row < kRows; ++row) {
-    for (size_t i = 0; i < kVectors; ++i) sums[row][i] = Simd::load(values + row * dim + i * kLanes);
+    for (size_t i = 0; i < kVectors; ++i)
+      sums[row][i] = Simd::load(values + row * dim + i * kLanes);
   }
   for (size_t position = 0; position < positions; position += 2) {
     // What stands beyond the last position belongs to nobody: it may be anything, NaN included.
@@ -126,12 +128,14 @@ void add_values(const float* weights, size_t stride, size_t positions, const uin
     }
   }
   for (size_t row = 0; row < kRows; ++row) {
-    for (size_t i = 0; i < kVectors; ++i) Simd::store(values + row * dim + i * kLanes, sums[row][i]);
+    for (size_t i = 0; i < kVectors; ++i)
+      Simd::store(values + row * dim + i * kLanes, sums[row][i]);
   }
 }
 
 inline const uint16_t* block_of(const AttentionChunk& chunk, size_t index) {
-  return chunk.kv + static_cast<size_t>(chunk.block_table[chunk.begin / 16 + index]) * chunk.block_stride;
+  return chunk.kv +
+         static_cast<size_t>(chunk.block_table[chunk.begin / 16 + index]) * chunk.block_stride;
 }
 
 template <size_t kRows>

@@ -76,8 +76,8 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
                                            out + token * out_stride + row, out_stride);
     }
     for (; token < tokens; ++token) {
-      dot_tile<Simd::kRows, 1>(at, stride, k, inputs + token * k,
-                               out + token * out_stride + row, out_stride);
+      dot_tile<Simd::kRows, 1>(at, stride, k, inputs + token * k, out + token * out_stride + row,
+                               out_stride);
     }
   }
 }
@@ -97,8 +97,7 @@ inline void down_tile(const DownTask& task, size_t column, size_t token) {
   const size_t first = task.first_neuron, count = task.last_neuron - first;
   const size_t stride = task.weights->stride / sizeof(uint16_t);
   const uint16_t* weights = bf16_row(*task.weights, first) + task.first_column + column;
-  const float* inputs =
-      static_cast<const float*>(task.activations) + token * task.neurons + first;
+  const float* inputs = static_cast<const float*>(task.activations) + token * task.neurons + first;
   F even[kTokens][kVectors / 2], odd[kTokens][kVectors / 2];
   for (size_t t = 0; t < kTokens; ++t) {
     for (size_t i = 0; i < kVectors / 2; ++i) even[t][i] = odd[t][i] = Simd::zero();

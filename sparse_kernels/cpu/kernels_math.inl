@@ -1,5 +1,5 @@
-// What all of a level's kernels share, in terms of Simd. Everything is in the nameless namespace: no
-// other level's code may stand in for it.
+// What all of a level's kernels share, in terms of Simd. Everything is in the nameless namespace:
+// no other level's code may stand in for it.
 #pragma once
 
 #include <math.h>
@@ -44,7 +44,8 @@ inline F exp_of(F x) {
 inline F silu(F gate) { return gate / (Simd::set(1.0f) + exp_of(Simd::zero() - gate)); }
 
 inline void prefetch(const void* data, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 3);
+  for (size_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(data) + i, 0, 3);
 }
 
 inline uint16_t bf16_of(float x) {

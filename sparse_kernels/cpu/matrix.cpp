@@ -22,11 +22,13 @@ int32_t check_plane(const char* name, const sk_plane& plane, uint64_t rows, uint
     return fail(SK_STATUS_BAD_VALUE, "%s.reserved is %" PRIu32 "; it must be 0", name,
                 plane.reserved);
   }
-  const uint64_t tile_bytes = plane.bits * SK_COLUMN_TILE / 8, row_bytes = columns / 64 * tile_bytes;
+  const uint64_t tile_bytes = plane.bits * SK_COLUMN_TILE / 8,
+                 row_bytes = columns / 64 * tile_bytes;
   // Kernels read whole tiles of columns, each within one line.
   if (reinterpret_cast<uintptr_t>(plane.data) % 8 != 0 || plane.row_stride % 8 != 0 ||
-      (tile_bytes % 32 == 0 &&
-       (reinterpret_cast<uintptr_t>(plane.data) | plane.row_stride) % (tile_bytes % 64 == 0 ? 64 : 32) != 0)) {
+      (tile_bytes % 32 == 0 && (reinterpret_cast<uintptr_t>(plane.data) | plane.row_stride) %
+                                       (tile_bytes % 64 == 0 ? 64 : 32) !=
+                                   0)) {
     return fail(SK_STATUS_BAD_VALUE,
                 "%s.data or its row_stride is not aligned to its tiles of %" PRIu64 " bytes", name,
                 tile_bytes);
@@ -79,8 +81,9 @@ int32_t check_finite(const char* name, const Matrix& matrix, uint64_t rows,
 
 // Bits of a code in both planes that kernels exist for.
 bool known_bits(uint32_t codes, uint32_t low) {
-  return low == 0 ? codes == 16 || codes == 8 || codes == 4
-                  : (codes == 4 && low == 4) || (codes == 3 && low == 1) || (codes == 2 && low == 2);
+  return low == 0
+             ? codes == 16 || codes == 8 || codes == 4
+             : (codes == 4 && low == 4) || (codes == 3 && low == 1) || (codes == 2 && low == 2);
 }
 
 }  // namespace
@@ -94,8 +97,8 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
                 name, from.rows, from.columns, rows, columns);
   }
   if (from.rank != 0) {
-    return fail(SK_STATUS_UNSUPPORTED, "%s.rank is %" PRIu32 "; low-rank corrections cannot be used yet",
-                name, from.rank);
+    return fail(SK_STATUS_UNSUPPORTED,
+                "%s.rank is %" PRIu32 "; low-rank corrections cannot be used yet", name, from.rank);
   }
   SK_TRY(check_struct(&from.low, name));
   const uint32_t low_bits = from.low.data == nullptr ? 0 : from.low.bits;
@@ -134,7 +137,8 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
   matrix.groups = (matrix.columns + matrix.group - 1) / matrix.group;
   matrix.scales = from.scales;
   matrix.zeros = from.zeros;
-  matrix.products = &(kinds.activation_bits == 16 ? kinds.kernels.integer16 : kinds.kernels.integer8);
+  matrix.products =
+      &(kinds.activation_bits == 16 ? kinds.kernels.integer16 : kinds.kernels.integer8);
   matrix.prompts = kinds.kernels.has_prompts ? &kinds.kernels.prompts : matrix.products;
   *out = matrix;
   return check_scales(name, from, stored_rows / SK_ROW_TILE, matrix.groups, matrix.bits + low_bits);

@@ -1,6 +1,6 @@
-// Products of prompts with integer weights, which are taken back to numbers and rounded to bfloat16, as
-// the inputs are, for the BF16 tiles of AMX: with many tokens the exact sums of groups would cost more
-// than the products.
+// Products of prompts with integer weights, which are taken back to numbers and rounded to
+// bfloat16, as the inputs are, for the BF16 tiles of AMX: with many tokens the exact sums of groups
+// would cost more than the products.
 //
 //   dot:   C [16 rows, 16 tokens] += W [16 rows, 32] * X [32, 16 tokens]
 //   down:  C [16 tokens, 16 columns] += A [16 tokens, 32 neurons] * W [32, 16 columns]
@@ -12,11 +12,11 @@
 
 namespace {
 
-constexpr size_t kTokens = 16;           // in a tile
-constexpr size_t kTileK = 32;            // inputs in a tile
-constexpr size_t kTile = 512;            // bfloat16 numbers, 1 KiB
-constexpr size_t kPanelColumns = 1024;   // of 32 rows of weights in numbers
-constexpr size_t kStripColumns = 256;    // of kMaxDownNeurons neurons
+constexpr size_t kTokens = 16;          // in a tile
+constexpr size_t kTileK = 32;           // inputs in a tile
+constexpr size_t kTile = 512;           // bfloat16 numbers, 1 KiB
+constexpr size_t kPanelColumns = 1024;  // of 32 rows of weights in numbers
+constexpr size_t kStripColumns = 256;   // of kMaxDownNeurons neurons
 
 inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
 inline size_t groups_of(size_t tokens) { return (tokens + kTokens - 1) / kTokens; }
@@ -53,12 +53,13 @@ inline void numbers(const Row& row, size_t group_shift, size_t block, __m512i* f
   const auto half = [&](__m256i bytes, size_t column) {
     const size_t group = column >> group_shift;
     const __m512 scale = _mm512_set1_ps(_cvtsh_ss(row.scales[group * 16]));
-    const __m512 offset =
-        _mm512_set1_ps(-_cvtsh_ss(row.scales[group * 16]) * static_cast<float>(row.zeros[group * 16]));
+    const __m512 offset = _mm512_set1_ps(-_cvtsh_ss(row.scales[group * 16]) *
+                                         static_cast<float>(row.zeros[group * 16]));
     const auto quarter = [&](__m128i b) {
       return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b)), scale, offset);
     };
-    return to_bf16(quarter(_mm256_castsi256_si128(bytes)), quarter(_mm256_extracti128_si256(bytes, 1)));
+    return to_bf16(quarter(_mm256_castsi256_si128(bytes)),
+                   quarter(_mm256_extracti128_si256(bytes, 1)));
   };
   *first = half(_mm512_castsi512_si256(codes), block * 64);
   *second = half(_mm512_extracti64x4_epi64(codes, 1), block * 64 + 32);
@@ -104,9 +105,9 @@ struct FillPanel {
   }
 };
 
-// Columns [begin, begin + columns) of some neurons, two neurons side by side, in tiles of 16 pairs and
-// 16 columns: [columns / 32][neurons / 32][two tiles], which have the columns {0-3, 8-11, ...} and
-// {4-7, 12-15, ...} of 32.
+// Columns [begin, begin + columns) of some neurons, two neurons side by side, in tiles of 16 pairs
+// and 16 columns: [columns / 32][neurons / 32][two tiles], which have the columns {0-3, 8-11, ...}
+// and {4-7, 12-15, ...} of 32.
 struct FillStrip {
   const Matrix& m;
   size_t neuron, neurons, begin, columns;
@@ -139,8 +140,8 @@ size_t operand_bytes(const Matrix* weights, size_t tokens) {
 void store_operand(const Matrix* weights, const float* x, size_t n, size_t token, size_t,
                    void* operand) {
   const size_t k = weights->columns;
-  uint32_t* pairs = static_cast<uint32_t*>(operand) +
-                    token / kTokens * (k / kTileK) * (kTile / 2) + token % kTokens;
+  uint32_t* pairs = static_cast<uint32_t*>(operand) + token / kTokens * (k / kTileK) * (kTile / 2) +
+                    token % kTokens;
   for (size_t begin = 0; begin < k; begin += kTileK, pairs += kTile / 2) {
     alignas(64) float padded[kTileK];
     const float* from = x + begin;
@@ -154,8 +155,8 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
   }
 }
 
-// Two by two tiles: C0 = A0 B0, C1 = A0 B1, C2 = A1 B0, C3 = A1 B1, over `steps` of inputs. Those of A
-// have rows `stride` bytes apart, those of B are whole tiles.
+// Two by two tiles: C0 = A0 B0, C1 = A0 B1, C2 = A1 B0, C3 = A1 B1, over `steps` of inputs. Those
+// of A have rows `stride` bytes apart, those of B are whole tiles.
 inline void multiply(const uint16_t* a0, const uint16_t* a1, size_t stride, size_t a_step,
                      const uint16_t* b0, const uint16_t* b1, size_t b_step, size_t steps,
                      float (*c)[256]) {
@@ -184,7 +185,7 @@ inline void multiply(const uint16_t* a0, const uint16_t* a1, size_t stride, size
 // c [16 rows][16 tokens] -> out[token, row].
 inline void put_dots(const float* c, size_t tokens, bool add, float* out, size_t out_stride) {
   __m512 columns[16];
-  transpose(reinterpret_cast<const float(*)[16]>(c), columns);
+  transpose(reinterpret_cast<const float (*)[16]>(c), columns);
   for (size_t t = 0; t < tokens; ++t) {
     float* to = out + t * out_stride;
     _mm512_storeu_ps(to, add ? _mm512_loadu_ps(to) + columns[t] : columns[t]);
@@ -232,7 +233,8 @@ void swiglu(const SwigluTask* task) {
                      (token / kTokens * (task->neurons / 32) + task->first / 32) * kTile +
                      token % kTokens * 32;
     for (size_t i = 0; i < 64; i += 32, tile += kTile) {
-      _mm512_store_si512(tile, to_bf16(_mm512_load_ps(values + i), _mm512_load_ps(values + i + 16)));
+      _mm512_store_si512(tile,
+                         to_bf16(_mm512_load_ps(values + i), _mm512_load_ps(values + i + 16)));
     }
   }
 }

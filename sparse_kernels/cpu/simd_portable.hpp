@@ -73,7 +73,9 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return F{half(p[0]), half(p[1]), half(p[2]), half(p[3])};
   }
-  static F load_bytes(const uint8_t* p) { return __builtin_convertvector(I{p[0], p[1], p[2], p[3]}, F); }
+  static F load_bytes(const uint8_t* p) {
+    return __builtin_convertvector(I{p[0], p[1], p[2], p[3]}, F);
+  }
   static F load_int32(const int32_t* p) {
     I v;
     memcpy(&v, p, sizeof(v));

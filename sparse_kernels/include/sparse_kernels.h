@@ -129,8 +129,8 @@ struct sk_read_probe_result {
   uint32_t reserved;
 };
 
-/* Some bits of each element of a matrix, row after row. A row is in tiles of SK_COLUMN_TILE columns;
- * with c the column in the tile, element c is
+/* Some bits of each element of a matrix, row after row. A row is in tiles of SK_COLUMN_TILE
+ * columns; with c the column in the tile, element c is
  *
  *   16 bits: the c-th number, a bfloat16;
  *    8 bits: byte c;
@@ -180,13 +180,13 @@ struct sk_layer {
   uint32_t num_heads;
   uint32_t num_kv_heads;
   uint32_t intermediate_size;
-  uint32_t window;             /* positions that attention sees, its own included; 0: all */
-  struct sk_matrix qkv;        /* [(num_heads + 2 num_kv_heads) head, hidden_size]: q, k, v heads */
-  struct sk_matrix output;     /* [hidden_size, num_heads head_dim] */
-  struct sk_matrix gate;       /* [neurons, hidden_size] */
-  struct sk_matrix up;         /* [neurons, hidden_size]; where gate is in integers, it is too, with the
-                                  same group_size */
-  struct sk_matrix down;       /* [neurons, hidden_size]: a neuron's column in a row */
+  uint32_t window;         /* positions that attention sees, its own included; 0: all */
+  struct sk_matrix qkv;    /* [(num_heads + 2 num_kv_heads) head, hidden_size]: q, k, v heads */
+  struct sk_matrix output; /* [hidden_size, num_heads head_dim] */
+  struct sk_matrix gate;   /* [neurons, hidden_size] */
+  struct sk_matrix up;     /* [neurons, hidden_size]; where gate is in integers, it is too, with the
+                              same group_size */
+  struct sk_matrix down;   /* [neurons, hidden_size]: a neuron's column in a row */
   const float* attention_norm; /* [hidden_size] */
   const float* mlp_norm;       /* [hidden_size] */
   const float* qkv_bias;       /* [(num_heads + 2 num_kv_heads) head] or null */
@@ -222,7 +222,7 @@ struct sk_model_args {
   const float* rope_frequencies; /* [rope_rows, head_dim / 2], radians per position */
   uint32_t rope_rows; /* 1: the same for all positions; else row p is for position p, the last for
                          all beyond */
-  uint32_t activation_bits; /* of the inputs of integer matrices: 16, or 8 which is faster */
+  uint32_t activation_bits;      /* of the inputs of integer matrices: 16, or 8 which is faster */
   const struct sk_layer* layers; /* [num_layers] */
   const float* norm;             /* [hidden_size] */
   struct sk_matrix embedding;    /* [vocab_size, hidden_size] in bfloat16 */
@@ -265,11 +265,11 @@ struct sk_forward_args {
   uint64_t kv_bytes;
   uint32_t kv_num_blocks;
   uint32_t num_sequences;
-  uint32_t num_outputs;        /* rows whose candidates are wanted */
-  uint32_t num_hidden;         /* rows whose hidden state is wanted */
-  uint32_t prompts;            /* 1: the tokens are of prompts: integer matrices of the layers may be
-                                  multiplied faster, with other roundings; else 0 */
-  uint32_t reserved;           /* 0 */
+  uint32_t num_outputs; /* rows whose candidates are wanted */
+  uint32_t num_hidden;  /* rows whose hidden state is wanted */
+  uint32_t prompts;     /* 1: the tokens are of prompts: integer matrices of the layers may be
+                           multiplied faster, with other roundings; else 0 */
+  uint32_t reserved;    /* 0 */
   const uint32_t* output_rows; /* [num_outputs] */
   const float* temperatures;   /* [num_outputs] > 0 */
   const uint32_t* hidden_rows; /* [num_hidden] */

@@ -143,7 +143,7 @@ class Machine:
         self.decoder = Decoder(tiny.packed(), threads=threads, isa=isa)
         self.kv = huge_pages(blocks * self.decoder.kv_block_bytes)
 
-    def step(self, *steps: tuple[Run, int]) -> Rows:
+    def step(self, *steps: tuple[Run, int], prompts: bool = False) -> Rows:
         """The next tokens of some runs, as one batch; every row is an output."""
         layers = self.tiny.config.layers
         parts, sums, temperatures = [], [], []
@@ -161,6 +161,7 @@ class Machine:
             output_rows=everything,
             temperatures=temperatures,
             hidden_rows=everything,
+            prompts=prompts,
             statistics=sums,
         )
         row = 0
@@ -178,10 +179,12 @@ class Machine:
         first = run.done // BLOCK_SIZE
         run.statistics[first : first + len(part)] += part
 
-    def alone(self, tokens: Sequence[int], temperature: float = 1.0) -> Run:
+    def alone(
+        self, tokens: Sequence[int], temperature: float = 1.0, *, prompts: bool = False
+    ) -> Run:
         """All tokens in one piece, in the first blocks."""
         run = Run(tokens, range(-(-len(tokens) // BLOCK_SIZE)), temperature)
-        self.step((run, len(tokens)))
+        self.step((run, len(tokens)), prompts=prompts)
         return run
 
     def blocks_of(self, run: Run) -> list[torch.Tensor]:

@@ -212,7 +212,9 @@ class CpuBackend:
         decode = [s for s in batch.sequences if s.phase is Phase.DECODE]
         first = self._forward(prefill, prompts=True)
         # The next forward overwrites whole rows of logits.
-        kept = [first.candidates.full_logits(i).clone() for i in range(len(first.candidates.logits))]
+        kept = [
+            first.candidates.full_logits(i).clone() for i in range(len(first.candidates.logits))
+        ]
         first = replace(first, candidates=replace(first.candidates, full_logits=kept.__getitem__))
         return _in_order(batch.sequences, first, self._forward(decode, prompts=False))
 
@@ -241,7 +243,9 @@ class CpuBackend:
             None if part is None else _by_block(sequence, part)
             for sequence, part in zip(sequences, sums, strict=True)
         ]
-        return ForwardOutput(_candidates(rows), statistics, list(self._scores(sequences, rows.hidden)))
+        return ForwardOutput(
+            _candidates(rows), statistics, list(self._scores(sequences, rows.hidden))
+        )
 
     def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:
         """[KV blocks that the tokens touch, num_layers, intermediate] int64 zeros."""
