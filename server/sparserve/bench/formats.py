@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparserve.bench.peers import PeerSpec, open_peer, wanted_peers
+from sparserve.bench.peers.registry import PeerSpec, open_peer, source_model, wanted_peers
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.sweep import Plan, Report, run_sweep
 from sparserve.bench.systems import Sparserve
@@ -36,12 +36,16 @@ def measure_formats(
             models[dtype] = load(dtype)
         return models[dtype]
 
+    sources = {name: source_model(name, loaded) for name in formats}
     # "auto" may be one of the others.
-    unique = {loaded(name).weights.dtype: loaded(name) for name in formats}
-    engines = [_engine(model, settings, plan) for model in unique.values()]
+    unique = {_resolved(name, model): model for name, model in sources.items()}
+    engines = [
+        _engine(model, settings.model_copy(update={"dtype": format}), plan)
+        for format, model in unique.items()
+    ]
     info = [engine.backend.info for engine in engines]
     ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
-    first = models[formats[0]]
+    first = sources[formats[0]]
     wanted = wanted_peers(peers, [system.format for system in ours])
     return run_sweep(
         ours,
@@ -53,6 +57,11 @@ def measure_formats(
         backends={each.dtype: each.name for each in info},
         on_progress=on_progress,
     )
+
+
+def _resolved(format: str, model: LoadedModel) -> str:
+    """`format`, or of "auto" what the weights are in."""
+    return format if format != "auto" else str(model.weights.dtype).removeprefix("torch.")
 
 
 def _engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:

@@ -49,8 +49,8 @@ Formats = Annotated[
 Peers = Annotated[
     str,
     typer.Option(
-        help=f"Rivals to alternate with, comma-separated, or none: {', '.join(PEERS)}; each in our formats, "
-        "or in one of its own as in llama.cpp:Q8_0 and openvino:int8."
+        help=f"Rivals to alternate with, comma-separated, or none: {', '.join(PEERS)}; each in its formats of "
+        "the same bits as ours, or in the one that is named as in llama.cpp:Q4_K_M."
     ),
 ]
 Rounds = Annotated[int, typer.Option(help="Times to alternate; medians are reported.", min=1)]
@@ -142,7 +142,7 @@ def engine(
     """Measure whole generations: TTFT and tokens/s alone, at once, in sequence, in a conversation."""
     from sparserve.bench.machine import check_threads
     from sparserve.bench.offline import Plan, run_offline
-    from sparserve.bench.peers import open_peer, parse_peers
+    from sparserve.bench.peers.registry import open_peer, parse_peers, wanted_peers
     from sparserve.bench.served import Served
     from sparserve.bench.systems import Sparserve
     from sparserve.engine.factory import assemble_engine
@@ -155,7 +155,8 @@ def engine(
         model = load(settings.dtype)
         built = assemble_engine(model, settings)
         info = built.engine.backend.info
-        rivals = [open_peer(s.name, s.format or info.dtype, load, info.threads) for s in specs]
+        wanted = wanted_peers(specs, [info.dtype])
+        rivals = [open_peer(name, format, load, info.threads) for name, format in wanted]
         concurrency = min(concurrency, settings.max_running)
         plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
         measure = partial(
@@ -229,7 +230,7 @@ def _sweep(
 ) -> None:
     from sparserve.bench.formats import measure_formats
     from sparserve.bench.machine import check_threads
-    from sparserve.bench.peers import parse_peers
+    from sparserve.bench.peers.registry import parse_peers
     from sparserve.bench.plot import draw
 
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)

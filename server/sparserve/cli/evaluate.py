@@ -81,7 +81,7 @@ def evaluate(
     would be served.
     """
     from sparserve.bench.evaluation import Plan, evaluate_formats, evaluate_tasks
-    from sparserve.bench.peers import parse_peers
+    from sparserve.bench.peers.registry import parse_peers
     from sparserve.engine.factory import load_by_settings
 
     names = [name.strip() for name in formats.split(",")] if formats else [settings.dtype]

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from sparserve.bench.peers.gguf_files import step_weight_bytes
 from sparserve.bench.peers.packages import llama_cpp
 from sparserve.bench.systems import Prompts, Run
 from sparserve.errors import UnsupportedModel
-from sparserve.model.config import ModelConfig
 
 KV_BYTES = 2  # float16
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to it
@@ -43,17 +41,19 @@ def load_file(file: Path) -> Any:
 class LlamaCpp:
     name = "llama.cpp"
 
-    def __init__(self, file: Path, format: str, config: ModelConfig, threads: int) -> None:
+    def __init__(
+        self, file: Path, format: str, threads: int, *, weight_bytes: int, kv_bytes_per_token: int
+    ) -> None:
         """Raises ConfigError where the package is missing, UnsupportedModel where it refuses the file."""
         self._api = llama_cpp()
         self.format = format
-        self.weight_bytes = step_weight_bytes(file)
-        self.kv_bytes_per_token = (
-            2 * config.num_layers * config.num_kv_heads * config.head_dim * KV_BYTES
-        )
-        self._vocab_size = config.vocab_size
+        self.weight_bytes = weight_bytes
+        self.kv_bytes_per_token = kv_bytes_per_token
         self._threads = threads
         self._model = load_file(file)
+        self._vocab_size = self._api.llama_vocab_n_tokens(
+            self._api.llama_model_get_vocab(self._model)
+        )
         self._shape = (0, 0)
         self._context: Any = None
         self._batch: Any = None
