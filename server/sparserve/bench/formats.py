@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparserve.bench.peers.registry import PeerSpec, open_peer, source_model, wanted_peers
+from sparserve.bench.peers.registry import (
+    PeerSpec,
+    open_peer,
+    resolved,
+    source_model,
+    wanted_peers,
+)
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.sweep import Plan, Report, run_sweep
 from sparserve.bench.systems import Sparserve
@@ -38,7 +44,7 @@ def measure_formats(
 
     sources = {name: source_model(name, loaded) for name in formats}
     # "auto" may be one of the others.
-    unique = {_resolved(name, model): model for name, model in sources.items()}
+    unique = {resolved(name, loaded): model for name, model in sources.items()}
     engines = [
         _engine(model, settings.model_copy(update={"dtype": format}), plan)
         for format, model in unique.items()
@@ -57,11 +63,6 @@ def measure_formats(
         backends={each.dtype: each.name for each in info},
         on_progress=on_progress,
     )
-
-
-def _resolved(format: str, model: LoadedModel) -> str:
-    """`format`, or of "auto" what the weights are in."""
-    return format if format != "auto" else str(model.weights.dtype).removeprefix("torch.")
 
 
 def _engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:

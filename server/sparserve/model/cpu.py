@@ -117,6 +117,7 @@ class CpuBackend:
             policies=(PolicyKind.DENSE,),
             weight_bytes=step_weight_bytes(config, DTYPE),
             mlp_bytes=config.mlp_parameters * DTYPE.itemsize,
+            packed_bytes=decoder.packed_bytes,
             kv_bytes_per_token=bytes_per_block(config, DTYPE) // BLOCK_SIZE,
             isa=decoder.isa,
         )

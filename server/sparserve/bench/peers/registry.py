@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparserve.bench.peers.gguf_files import GGUF_FORMATS, gguf_file, step_weight_bytes
 from sparserve.bench.peers.llama_cpp import KV_BYTES, LlamaCpp
@@ -76,35 +77,50 @@ def source_model(format: str, load: Load) -> LoadedModel:
     return load(format if format in DTYPES else "auto")
 
 
+def resolved(format: str, load: Load) -> str:
+    """`format`, or of "auto" the data type that the weights then have."""
+    if format != "auto":
+        return format
+    return str(load(format).weights.dtype).removeprefix("torch.")
+
+
 def _transformers(format: str, load: Load, threads: int) -> System:
     return Transformers(load(format), threads)
 
 
-def _llama_cpp(format: str, load: Load, threads: int) -> System:
+def llama_cpp_arguments(format: str, load: Load) -> dict[str, Any]:
+    """What `LlamaCpp` is made of besides threads; its file is written where there is none yet."""
     model = source_model(format, load)
     file = gguf_file(model, format)
-    return LlamaCpp(
-        file,
-        format,
-        threads,
-        weight_bytes=step_weight_bytes(file),
-        kv_bytes_per_token=kv_bytes_per_token(model.config, KV_BYTES),
-    )
+    return {
+        "file": file,
+        "format": format,
+        "weight_bytes": step_weight_bytes(file),
+        "kv_bytes_per_token": kv_bytes_per_token(model.config, KV_BYTES),
+    }
 
 
-def _openvino(format: str, load: Load, threads: int) -> System:
+def openvino_arguments(format: str, load: Load) -> dict[str, Any]:
+    """What `OpenVino` is made of besides threads; its file is written where there is none yet."""
     file_format, arithmetic, kv_cache, kv_bytes = OPENVINO_FORMATS[format]
     model = source_model(format, load)
     file = gguf_file(model, file_format)
-    return OpenVino(
-        file,
-        format,
-        threads,
-        weight_bytes=step_weight_bytes(file),
-        kv_bytes_per_token=kv_bytes_per_token(model.config, kv_bytes),
-        arithmetic=arithmetic,
-        kv_cache=kv_cache,
-    )
+    return {
+        "file": file,
+        "format": format,
+        "weight_bytes": step_weight_bytes(file),
+        "kv_bytes_per_token": kv_bytes_per_token(model.config, kv_bytes),
+        "arithmetic": arithmetic,
+        "kv_cache": kv_cache,
+    }
+
+
+def _llama_cpp(format: str, load: Load, threads: int) -> System:
+    return LlamaCpp(threads=threads, **llama_cpp_arguments(format, load))
+
+
+def _openvino(format: str, load: Load, threads: int) -> System:
+    return OpenVino(threads=threads, **openvino_arguments(format, load))
 
 
 PEERS = {
