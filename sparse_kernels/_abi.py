@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 2
+SK_ABI_VERSION = 3
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -15,10 +15,10 @@ SK_READ_PROBE_MAX_PASSES = 1048576
 SK_READ_PROBE_MAX_SECONDS = 600
 SK_BLOCK_SIZE = 16
 SK_NUM_CANDIDATES = 256
-SK_NEURON_BLOCK = 32
+SK_NEURON_BLOCK = 64
 SK_PARTITIONS = 16
 SK_ROW_TILE = 16
-SK_COLUMN_TILE = 32
+SK_COLUMN_TILE = 64
 SK_ALIGNMENT = 64
 SK_MAX_LAYERS = 4096
 SK_MAX_HEADS = 4096
@@ -139,14 +139,14 @@ class sk_read_probe_result(ctypes.Structure):
     )
 
 
-class sk_matrix(ctypes.Structure):
+class sk_plane(ctypes.Structure):
     abi_version: int
     struct_size: int
     data: int | None
     bytes: int
     row_stride: int
-    rows: int
-    columns: int
+    bits: int
+    reserved: int
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -154,8 +154,38 @@ class sk_matrix(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_uint64),
         ("row_stride", ctypes.c_uint64),
+        ("bits", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+
+
+class sk_matrix(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    rows: int
+    columns: int
+    group_size: int
+    rank: int
+    codes: sk_plane
+    low: sk_plane
+    scales: "ctypes._Pointer[ctypes.c_uint16]"
+    zeros: "ctypes._Pointer[ctypes.c_uint8]"
+    scales_count: int
+    zeros_count: int
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
         ("rows", ctypes.c_uint32),
         ("columns", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("rank", ctypes.c_uint32),
+        ("codes", sk_plane),
+        ("low", sk_plane),
+        ("scales", ctypes.POINTER(ctypes.c_uint16)),
+        ("zeros", ctypes.POINTER(ctypes.c_uint8)),
+        ("scales_count", ctypes.c_uint64),
+        ("zeros_count", ctypes.c_uint64),
     )
 
 
@@ -169,7 +199,8 @@ class sk_layer(ctypes.Structure):
     qkv: sk_matrix
     output: sk_matrix
     gate: sk_matrix
-    up_down: sk_matrix
+    up: sk_matrix
+    down: sk_matrix
     attention_norm: "ctypes._Pointer[ctypes.c_float]"
     mlp_norm: "ctypes._Pointer[ctypes.c_float]"
     qkv_bias: "ctypes._Pointer[ctypes.c_float]"
@@ -187,7 +218,8 @@ class sk_layer(ctypes.Structure):
         ("qkv", sk_matrix),
         ("output", sk_matrix),
         ("gate", sk_matrix),
-        ("up_down", sk_matrix),
+        ("up", sk_matrix),
+        ("down", sk_matrix),
         ("attention_norm", ctypes.POINTER(ctypes.c_float)),
         ("mlp_norm", ctypes.POINTER(ctypes.c_float)),
         ("qkv_bias", ctypes.POINTER(ctypes.c_float)),
@@ -224,7 +256,7 @@ class sk_model_args(ctypes.Structure):
     rope_scale: float
     rope_frequencies: "ctypes._Pointer[ctypes.c_float]"
     rope_rows: int
-    reserved: int
+    activation_bits: int
     layers: "ctypes._Pointer[sk_layer]"
     norm: "ctypes._Pointer[ctypes.c_float]"
     embedding: sk_matrix
@@ -244,7 +276,7 @@ class sk_model_args(ctypes.Structure):
         ("rope_scale", ctypes.c_float),
         ("rope_frequencies", ctypes.POINTER(ctypes.c_float)),
         ("rope_rows", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("activation_bits", ctypes.c_uint32),
         ("layers", ctypes.POINTER(sk_layer)),
         ("norm", ctypes.POINTER(ctypes.c_float)),
         ("embedding", sk_matrix),

@@ -48,7 +48,8 @@ void Forward::attend(const Layer& layer, const Own& own) {
   const auto store = [&](size_t from, size_t to) {
     const size_t n = size_t{layer.heads} * m_.head_dim, width = round_up(n, SK_COLUMN_TILE);
     for (size_t t = from; t < to; ++t) {
-      k_.store_operand(mixed_ + t * width, n, width, t, attention_operand_);
+      layer.output.products->store_operand(&layer.output, mixed_ + t * width, n, t, count_,
+                                          attention_operand_);
     }
   };
   const size_t heads = tiles.size() * layer.kv_heads;

@@ -5,15 +5,15 @@
 namespace sk {
 namespace {
 
-constexpr size_t kDownColumns = 64;  // columns of the down product in a unit
+constexpr size_t kDownColumns = 128;  // columns of the down product in a unit: whole groups
 
 }  // namespace
 
 void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
   float* const scratch = own.scratch;
-  const float* next = index + 1 < m_.layers.size() ? m_.layers[index + 1].attention_norm : nullptr;
+  const Layer* next = index + 1 < m_.layers.size() ? &m_.layers[index + 1] : nullptr;
   const auto norm = [&](size_t from, size_t to) {
-    if (next != nullptr) norm_tokens(next, from, to, own.normed);
+    if (next != nullptr) norm_tokens(next->attention_norm, next->qkv, from, to, own.normed);
   };
   if (fused_) {
     const auto finish = [&](size_t from, size_t to) {
@@ -53,24 +53,31 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
 
 void Forward::activate(const Layer& layer, size_t first, size_t last, float* scratch) {
   const size_t row = first * SK_NEURON_BLOCK, rows = (last - first) * SK_NEURON_BLOCK;
-  const Rows gate_rows = rows_from(layer.gate, row), up_rows = rows_from(layer.up, row);
   float *gate = scratch, *up = scratch + count_ * rows;
-  k_.dot(gate_rows, rows, m_.columns, operand_, count_, gate, rows);
-  k_.dot(up_rows, rows, m_.columns, operand_, count_, up, rows);
-  const size_t neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
-  for (size_t block = first; block < last; ++block) {
-    const size_t at = (block - first) * SK_NEURON_BLOCK;
-    k_.swiglu(gate + at, up + at, rows, count_, block, neurons, activations_, plain_, neurons);
+  layer.gate.products->dot(&layer.gate, row, rows, operand_, count_, gate, rows);
+  layer.up.products->dot(&layer.up, row, rows, operand_, count_, up, rows);
+  SwigluTask task = {};
+  task.down = &layer.down;
+  task.stride = rows;
+  task.tokens = count_;
+  task.neurons = task.plain_stride = size_t{layer.blocks} * SK_NEURON_BLOCK;
+  task.activations = activations_;
+  task.plain = plain_;
+  for (size_t i = 0; i < rows; i += SK_NEURON_BLOCK) {
+    task.gate = gate + i;
+    task.up = up + i;
+    task.first = row + i;
+    layer.down.products->swiglu(&task);
   }
 }
 
 void Forward::down(const Layer& layer, uint32_t partition, size_t column, size_t columns,
                    float* out, bool add) {
   DownTask task = {};
-  task.weights = layer.down;
+  task.weights = &layer.down;
   task.neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
-  task.first_block = layer.partition_begin(partition);
-  task.last_block = layer.partition_begin(partition + 1);
+  task.first_neuron = size_t{layer.partition_begin(partition)} * SK_NEURON_BLOCK;
+  task.last_neuron = size_t{layer.partition_begin(partition + 1)} * SK_NEURON_BLOCK;
   task.first_column = column;
   task.columns = columns;
   task.activations = activations_;
@@ -78,7 +85,7 @@ void Forward::down(const Layer& layer, uint32_t partition, size_t column, size_t
   task.out = out;
   task.out_stride = m_.columns;
   task.add = add;
-  k_.down(&task);
+  layer.down.products->down(&task);
 }
 
 void Forward::add_partitions(const Layer& layer, size_t token) {

@@ -78,7 +78,14 @@ void Forward::allocate() {
   const size_t mixed_columns = round_up(size_t{m_.most_heads} * m_.head_dim, SK_COLUMN_TILE);
   const size_t neurons = round_up(m_.widest, SK_NEURON_BLOCK);
   size_t partitions = 0, most_blocks = 0;  // of a partition
+  size_t operand = 0, attention_operand = 0, activations = 0;  // bytes
+  const auto operand_bytes = [&](const Matrix& matrix) {
+    return matrix.products->operand_bytes(&matrix, t);
+  };
   for (const Layer& layer : m_.layers) {
+    operand = std::max({operand, operand_bytes(layer.qkv), operand_bytes(layer.gate)});
+    attention_operand = std::max(attention_operand, operand_bytes(layer.output));
+    activations = std::max(activations, layer.down.products->activation_bytes(t, neurons));
     partitions = std::max<size_t>(partitions, layer.partitions);
     most_blocks = std::max<size_t>(most_blocks, layer.blocks / layer.partitions + 1);
     const uint32_t group = layer.heads / layer.kv_heads;
@@ -86,19 +93,20 @@ void Forward::allocate() {
     if (tiles_[group].empty()) tiles_[group] = query_tiles(group);
   }
   x_ = m_.x.get<float>(t * columns);
-  operand_ = m_.operand.get(k_.operand_bytes(t, columns));
-  attention_operand_ = m_.attention_operand.get(k_.operand_bytes(t, mixed_columns));
+  operand_ = m_.operand.get(operand);
+  attention_operand_ = m_.attention_operand.get(attention_operand);
   queries_ = m_.queries.get<float>(t * m_.most_heads * m_.dim);
   mixed_ = m_.mixed.get<float>(t * mixed_columns);
   partial_ = m_.partial.get<float>((fused_ ? partitions : 1) * t * columns);
-  activations_ = m_.activations.get(k_.activation_bytes(t, neurons));
+  activations_ = m_.activations.get(activations);
   if (!statistics_.empty()) plain_ = m_.plain.get<float>(t * neurons);
   if (m_.reduce.add_up != nullptr) reduced_ = m_.reduced.get<float>(t * columns);
   cos_ = m_.cos.get<float>(t * (m_.head_dim / 2));
   sin_ = m_.sin.get<float>(t * (m_.head_dim / 2));
   split_attention();
   if (args_.num_outputs != 0) {
-    output_operand_ = m_.output_operand.get(k_.operand_bytes(args_.num_outputs, columns));
+    output_operand_ = m_.output_operand.get(
+        m_.lm_head.products->operand_bytes(&m_.lm_head, args_.num_outputs));
   }
   const size_t rows = std::max<size_t>(t, args_.num_outputs);
   const size_t per_token = std::max<size_t>(
@@ -125,11 +133,11 @@ void Forward::split_attention() {
   chunk_total_ = chunk_largest_ + rows;
 }
 
-Upcoming Forward::share_of(Rows matrix, size_t rows, const Own& own) const {
+Upcoming Forward::share_of(const Matrix& matrix, size_t rows, const Own& own) const {
   const size_t threads = ranges_.size();
   const size_t begin = rows * own.index / threads, end = rows * (own.index + 1) / threads;
-  const size_t bytes = (end - begin) * matrix.stride * sizeof(uint16_t);
-  const char* at = reinterpret_cast<const char*>(matrix.data + begin * matrix.stride);
+  const size_t bytes = (end - begin) * matrix.stride;
+  const char* at = reinterpret_cast<const char*>(matrix.codes + begin * matrix.stride);
   return {at, at + std::min(bytes, kUpcomingBytes)};
 }
 
@@ -152,7 +160,7 @@ void Forward::work(uint32_t index) {
   const Own own = {index, memory, memory + m_.columns};
   const auto begin = [&](size_t from, size_t to) {
     embed(from, to);
-    norm_tokens(m_.layers[0].attention_norm, from, to, own.normed);
+    norm_tokens(m_.layers[0].attention_norm, m_.layers[0].qkv, from, to, own.normed);
   };
   phase(own, 1, [&](size_t) { if_few_tokens(begin); });
   then_per_token(own, begin);
@@ -179,7 +187,7 @@ void Forward::embed(size_t from, size_t to) {
   for (size_t t = from; t < to; ++t) {
     const Token& token = tokens_[t];
     float* x = x_ + t * m_.columns;
-    k_.embed(m_.embedding.data + static_cast<size_t>(token.id) * m_.embedding.stride, m_.hidden, x);
+    k_.embed(m_.embedding.codes + static_cast<size_t>(token.id) * m_.embedding.stride, m_.hidden, x);
     const size_t row = std::min(token.position, m_.rope_rows - 1);
     const float* frequencies = m_.rope_frequencies.data() + row * half;
     for (size_t i = 0; i < half; ++i) {
@@ -190,14 +198,12 @@ void Forward::embed(size_t from, size_t to) {
   }
 }
 
-void Forward::norm_tokens(const float* weight, size_t from, size_t to, float* normed) {
-  for (size_t t = from; t < to; ++t) norm_token(weight, t, t, operand_, normed);
-}
-
-void Forward::norm_token(const float* weight, size_t row, size_t place, void* operand,
-                         float* normed) {
-  k_.rms_norm(x_ + row * m_.columns, weight, m_.hidden, m_.eps, normed);
-  k_.store_operand(normed, m_.hidden, m_.columns, place, operand);
+void Forward::norm_tokens(const float* weight, const Matrix& matrix, size_t from, size_t to,
+                          float* normed) {
+  for (size_t t = from; t < to; ++t) {
+    k_.rms_norm(x_ + t * m_.columns, weight, m_.hidden, m_.eps, normed);
+    matrix.products->store_operand(&matrix, normed, m_.hidden, t, count_, operand_);
+  }
 }
 
 void Forward::project(const Layer& layer, const Own& own) {
@@ -228,8 +234,8 @@ void Forward::project(const Layer& layer, const Own& own) {
         }
         if (layer.qkv_bias != nullptr) task.bias = layer.qkv_bias + head * m_.dim;
         const size_t first = head * m_.dim;
-        k_.dot(rows_from(layer.qkv, first), m_.dim, m_.columns, operand_, count_, task.heads,
-               task.stride);
+        layer.qkv.products->dot(&layer.qkv, first, m_.dim, operand_, count_, task.heads,
+                                task.stride);
         k_.finish_heads(&task);
         if (!is_query)
           append(layer, static_cast<uint32_t>((head - layer.heads) % layer.kv_heads), is_key,
@@ -256,16 +262,15 @@ uint16_t* Forward::kv_block(const Layer& layer, int32_t block, uint32_t head) co
 void Forward::output(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
   const auto norm = [&](size_t from, size_t to) {
-    norm_tokens(layer.mlp_norm, from, to, own.normed);
+    norm_tokens(layer.mlp_norm, layer.gate, from, to, own.normed);
   };
   const size_t rows = round_up(m_.hidden, SK_ROW_TILE);
-  const size_t inputs = round_up(size_t{layer.heads} * m_.head_dim, SK_COLUMN_TILE);
   phase(
       own, (rows + kOutputRows - 1) / kOutputRows,
       [&](size_t i) {
         const size_t first = i * kOutputRows, count = std::min(kOutputRows, rows - first);
-        k_.dot(rows_from(layer.output, first), count, inputs, attention_operand_, count_, scratch,
-               kOutputRows);
+        layer.output.products->dot(&layer.output, first, count, attention_operand_, count_, scratch,
+                                   kOutputRows);
         for (size_t t = 0; t < count_; ++t) {
           float* values = scratch + t * kOutputRows;
           if (layer.output_bias != nullptr) {
@@ -301,7 +306,12 @@ void Forward::take(size_t token, size_t column, const float* values, size_t n) {
 void Forward::head(const Own& own) {
   phase(
       own, args_.num_outputs,
-      [&](size_t i) { norm_token(m_.norm, args_.output_rows[i], i, output_operand_, own.normed); },
+      [&](size_t i) {
+        const float* x = x_ + size_t{args_.output_rows[i]} * m_.columns;
+        k_.rms_norm(x, m_.norm, m_.hidden, m_.eps, own.normed);
+        m_.lm_head.products->store_operand(&m_.lm_head, own.normed, m_.hidden, i, args_.num_outputs,
+                                           output_operand_);
+      },
       [&] {
         for (size_t i = 0; i < args_.num_hidden; ++i) {
           std::copy_n(x_ + size_t{args_.hidden_rows[i]} * m_.columns, m_.hidden,

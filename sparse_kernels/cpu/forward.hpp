@@ -112,7 +112,7 @@ class Forward {
   }
   // The beginning of a thread's share of a matrix, of the projection after a layer's attention, and
   // of what follows a layer.
-  Upcoming share_of(Rows matrix, size_t rows, const Own& own) const;
+  Upcoming share_of(const Matrix& matrix, size_t rows, const Own& own) const;
   Upcoming output_share(const Layer& layer, const Own& own) const {
     return share_of(layer.output, m_.hidden, own);
   }
@@ -136,9 +136,9 @@ class Forward {
 
   // The layers.
   void embed(size_t from, size_t to);
-  // The inputs of the next products: normed residuals.
-  void norm_tokens(const float* weight, size_t from, size_t to, float* normed);
-  void norm_token(const float* weight, size_t row, size_t place, void* operand, float* normed);
+  // The inputs of the products with `matrix`: normed residuals.
+  void norm_tokens(const float* weight, const Matrix& matrix, size_t from, size_t to,
+                   float* normed);
   // A unit is a head of q, k or v.
   void project(const Layer& layer, const Own& own);
   void append(const Layer& layer, uint32_t head, bool is_key, const float* heads);

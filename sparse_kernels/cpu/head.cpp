@@ -13,7 +13,7 @@ void head_rows(const Model& m, const void* operand, size_t count, size_t unit, f
   const bool whole = first + rows <= m.vocab;  // nothing beyond a row of logits may be written
   float* out = whole ? logits + first : scratch;
   const size_t stride = whole ? m.vocab : kHeadRows;
-  m.kernels->dot(rows_from(m.lm_head, first), rows, m.columns, operand, count, out, stride);
+  m.lm_head.products->dot(&m.lm_head, first, rows, operand, count, out, stride);
   if (whole) return;
   for (size_t i = 0; i < count; ++i) {
     std::copy_n(scratch + i * stride, m.vocab - first, logits + i * m.vocab + first);
@@ -26,7 +26,7 @@ namespace {
 class Head {
  public:
   Head(Model& model, const sk_logits_args& args) : m_(model), args_(args) {
-    operand_ = m_.output_operand.get(m_.kernels->operand_bytes(args.rows, m_.columns));
+    operand_ = m_.output_operand.get(m_.lm_head.products->operand_bytes(&m_.lm_head, args.rows));
     for (Scratch& scratch : m_.scratch) scratch.get<float>(args.rows * kHeadRows + m_.columns);
   }
 
@@ -41,7 +41,7 @@ class Head {
     kernels.begin_thread();
     for (size_t i = index; i < args_.rows; i += m_.pool.threads()) {
       kernels.rms_norm(args_.hidden + i * m_.hidden, m_.norm, m_.hidden, m_.eps, normed);
-      kernels.store_operand(normed, m_.hidden, m_.columns, i, operand_);
+      m_.lm_head.products->store_operand(&m_.lm_head, normed, m_.hidden, i, args_.rows, operand_);
     }
     m_.barrier.arrive_and_wait([] {});
     for (;;) {

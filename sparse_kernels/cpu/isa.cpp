@@ -73,9 +73,10 @@ bool amx_is_permitted() {
 sk_isa highest_isa() {
   constexpr uint32_t kAvx2 = SK_CPU_AVX2 | SK_CPU_FMA | SK_CPU_F16C;
   constexpr uint32_t kAvx512 =
-      kAvx2 | SK_CPU_AVX512F | SK_CPU_AVX512BW | SK_CPU_AVX512DQ | SK_CPU_AVX512VL;
+      kAvx2 | SK_CPU_AVX512F | SK_CPU_AVX512BW | SK_CPU_AVX512DQ | SK_CPU_AVX512VL | SK_CPU_AVX512VNNI;
   if ((cpu_flags() & kAvx512) == kAvx512) {
-    return cpu_flags() & SK_CPU_AMX_BF16 && amx_is_permitted() ? SK_ISA_AMX : SK_ISA_AVX512;
+    constexpr uint32_t kAmx = SK_CPU_AMX_BF16 | SK_CPU_AMX_INT8;
+    return (cpu_flags() & kAmx) == kAmx && amx_is_permitted() ? SK_ISA_AMX : SK_ISA_AVX512;
   }
   if ((cpu_flags() & kAvx2) == kAvx2) return SK_ISA_AVX2;
   return SK_ISA_PORTABLE;

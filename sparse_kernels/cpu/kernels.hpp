@@ -10,10 +10,19 @@
 
 namespace sk {
 
-// A weight matrix in bfloat16.
-struct Rows {
-  const uint16_t* data;  // the first row
-  size_t stride;         // elements from a row to the next
+struct Products;
+
+// A weight matrix: bfloat16, or codes with a scale and a zero for each group of columns.
+struct Matrix {
+  const Products* products;  // what computes with it
+  const uint8_t* codes;      // all bits of its elements, or the upper ones
+  const uint8_t* low;        // the lower bits, or null
+  size_t stride, low_stride; // bytes from a row to the next
+  uint32_t bits, low_bits;   // of `codes` and of `low`
+  uint32_t columns;          // multiple of 64
+  uint32_t group, groups;    // columns with one scale (the last group may have fewer); groups of a row
+  const uint16_t* scales;    // float16 [rows / 16][groups][16]
+  const uint8_t* zeros;      // the same shape
 };
 
 // What some queries of one sequence see of one KV head in positions [begin, end), which lie in one
@@ -33,7 +42,7 @@ struct AttentionChunk {
   float* total;                // [rows] out: sum of exp(score - largest)
   float* values;               // [rows, dim] out: sum of exp(score - largest) * value
 };
-constexpr size_t kMaxDownBlocks = 16;  // of neurons in one call of `down`
+constexpr size_t kMaxDownNeurons = 512;  // in one call of `down`
 constexpr uint32_t kAttentionRows = 32;
 constexpr uint32_t kAttentionChunk = 128;  // positions; partial results of chunks merge in order
 
@@ -51,12 +60,23 @@ struct HeadTask {
   float scale;  // of the result
 };
 
+// One block of 64 neurons.
+struct SwigluTask {
+  const Matrix* down;            // the matrix that the activations are for
+  const float *gate, *up;        // [tokens, stride]
+  size_t stride, tokens, first;  // neuron
+  size_t neurons;                // in a row of activations
+  void* activations;
+  float* plain;  // null, or [tokens, plain_stride]: gets the activations too
+  size_t plain_stride;
+};
+
 // A partition of the neurons, some columns of the down product.
 struct DownTask {
-  Rows weights;
-  size_t neurons;                  // in a row of activations
-  size_t first_block, last_block;  // of 32 neurons, at most kMaxDownBlocks
-  size_t first_column, columns;    // multiples of 32
+  const Matrix* weights;
+  size_t neurons;                    // in a row of activations
+  size_t first_neuron, last_neuron;  // multiples of 64, at most kMaxDownNeurons between
+  size_t first_column, columns;      // multiples of 64
   const void* activations;
   size_t tokens;
   float* out;  // [tokens, out_stride], of the first column
@@ -64,30 +84,33 @@ struct DownTask {
   bool add;  // to what is there
 };
 
-// All sizes are checked by the caller. `k` is a multiple of 32, `rows` of 16, `columns` of 32.
-struct Kernels {
-  void (*begin_thread)();  // around the work of a thread
-  void (*end_thread)();
-
-  // The inputs of dot products, `tokens` vectors of `k` numbers, in the form that `dot` takes.
-  size_t (*operand_bytes)(size_t tokens, size_t k);
-  void (*store_operand)(const float* x, size_t n, size_t k, size_t token, void* operand);
-  // x / rms(x) * weight
-  void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
-  // out[token * out_stride + row] = <weights row, token's input>.
-  void (*dot)(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out,
-              size_t out_stride);
+// The products with matrices of one kind. All sizes are checked by the caller; rows are a multiple of
+// 16.
+struct Products {
+  // The inputs of dot products with a matrix, `tokens` vectors, in the form that `dot` takes. The
+  // vector has n numbers, those up to the matrix's columns are zero.
+  size_t (*operand_bytes)(const Matrix* weights, size_t tokens);
+  void (*store_operand)(const Matrix* weights, const float* x, size_t n, size_t token,
+                        size_t tokens, void* operand);
+  // out[token * out_stride + i] = <row first_row + i of the weights, token's input>.
+  void (*dot)(const Matrix* weights, size_t first_row, size_t rows, const void* operand,
+              size_t tokens, float* out, size_t out_stride);
 
   // Activations silu(gate) * up of the neurons, in the form that `down` takes.
   size_t (*activation_bytes)(size_t tokens, size_t neurons);
-  // One block of 32 neurons: gate, up [tokens, stride]; `plain` null or [tokens, plain_stride] gets
-  // the activations too.
-  void (*swiglu)(const float* gate, const float* up, size_t stride, size_t tokens, size_t block,
-                 size_t neurons, void* activations, float* plain, size_t plain_stride);
-  // out[t, c] (+)= the sum over neurons [32 first_block, 32 last_block) of activation * weights[n,
-  // c], in the order of the neurons, from zero. `weights` begins at neuron 0.
+  void (*swiglu)(const SwigluTask* task);
+  // out[t, c] (+)= the sum over neurons [first_neuron, last_neuron) of activation * weights[n, c], in
+  // the order of the neurons, from zero.
   void (*down)(const DownTask* task);
+};
 
+struct Kernels {
+  void (*begin_thread)();  // around the work of a thread
+  void (*end_thread)();
+  Products bfloat16, integer16, integer8;  // integers with activations of 16 or 8 bits
+
+  // x / rms(x) * weight
+  void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
   // out[i] = the sum of rows[0][i], rows[1][i], ... in this order; n is a multiple of 32.
   void (*sum_rows)(const float* rows, size_t stride, size_t count, size_t n, float* out);
 
@@ -100,7 +123,7 @@ struct Kernels {
   double (*sum_of_squares)(const float* a, size_t n);
   void (*add_norm_scores)(const float* a, size_t n, double total, int64_t* sums);
 
-  void (*embed)(const uint16_t* row, size_t n, float* out);
+  void (*embed)(const void* row, size_t n, float* out);
   float (*largest)(const float* x, size_t n);
   // Sum of exp((x - largest) * factor), in double.
   double (*sum_of_exp)(const float* x, size_t n, float largest, float factor);
@@ -111,5 +134,7 @@ const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_amx();
+// With activations of 16 bits, or of 8.
+Products integer_amx(bool bytes);
 
 }  // namespace sk

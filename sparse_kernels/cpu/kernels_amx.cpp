@@ -9,6 +9,7 @@
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
 #include "kernels_common.inl"
+#include "tiles_amx.inl"
 // clang-format on
 
 namespace {
@@ -18,19 +19,7 @@ constexpr size_t kTileK = 32;  // inputs in a tile
 constexpr size_t kTile = 512;  // bfloat16 numbers, 1 KiB
 constexpr size_t kTileFloats = 256;
 
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-// In memory, for GCC's intrinsic tells the compiler of its first bytes alone.
-const TileConfig kTileConfig = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
 void begin_thread() { _tile_loadconfig(&kTileConfig); }
-
-// GCC's tile loads do not tell the compiler that they read memory.
-inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // A thread with empty tiles costs the system less to switch away from.
 void end_thread() { _tile_release(); }
@@ -62,11 +51,13 @@ inline void split(const float* x, __m512i* high, __m512i* low) {
 }
 
 // [group][k / 32][16 pairs of inputs][8 high | 8 low][2]
-size_t operand_bytes(size_t tokens, size_t k) {
-  return groups_of(tokens) * (k / kTileK) * kTile * sizeof(uint16_t);
+size_t operand_bytes(const Matrix* weights, size_t tokens) {
+  return groups_of(tokens) * (weights->columns / kTileK) * kTile * sizeof(uint16_t);
 }
 
-void store_operand(const float* x, size_t n, size_t k, size_t token, void* operand) {
+void store_operand(const Matrix* weights, const float* x, size_t n, size_t token, size_t,
+                   void* operand) {
+  const size_t k = weights->columns;
   uint32_t* pairs = static_cast<uint32_t*>(operand) + token / kGroup * (k / kTileK) * (kTile / 2) +
                     token % kGroup;
   for (size_t begin = 0; begin < k; begin += kTileK, pairs += kTile / 2) {
@@ -192,20 +183,21 @@ void dot_nx1(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, floa
 
 constexpr decltype(&dot_nx1<1>) kDots[] = {dot_nx1<1>, dot_nx1<2>, dot_nx1<3>, dot_nx1<4>};
 
-void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out,
-         size_t out_stride) {
+void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
+         float* out, size_t out_stride) {
+  const size_t k = weights->columns, stride = weights->stride / sizeof(uint16_t);
   const size_t group_size = k / kTileK * kTile;
   const uint16_t* inputs = static_cast<const uint16_t*>(operand);
+  const uint16_t* const w = bf16_row(*weights, first_row);
   size_t row = 0;
   for (; tokens > kGroup && row + 32 <= rows; row += 32) {
-    const uint16_t* w = weights.data + row * weights.stride;
     size_t token = 0;
     for (; token + kGroup < tokens; token += 2 * kGroup) {
-      dot_2x2(w, weights.stride, k, inputs + token / kGroup * group_size,
+      dot_2x2(w + row * stride, stride, k, inputs + token / kGroup * group_size,
               out + token * out_stride + row, out_stride, at_most(tokens - token, 2 * kGroup));
     }
     if (token < tokens) {
-      dot_nx1<2>(w, weights.stride, k, inputs + token / kGroup * group_size,
+      dot_nx1<2>(w + row * stride, stride, k, inputs + token / kGroup * group_size,
                  out + token * out_stride + row, out_stride, tokens - token);
     }
   }
@@ -214,9 +206,8 @@ void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens
     const size_t left = (rows - row) / 16, parts = (left + 3) / 4,
                  tiles = (left + parts - 1) / parts;
     for (size_t token = 0; token < tokens; token += kGroup) {
-      kDots[tiles - 1](weights.data + row * weights.stride, weights.stride, k,
-                       inputs + token / kGroup * group_size, out + token * out_stride + row,
-                       out_stride, at_most(tokens - token, kGroup));
+      kDots[tiles - 1](w + row * stride, stride, k, inputs + token / kGroup * group_size,
+                       out + token * out_stride + row, out_stride, at_most(tokens - token, kGroup));
     }
     row += 16 * tiles;
   }
@@ -227,21 +218,19 @@ size_t activation_bytes(size_t tokens, size_t neurons) {
   return groups_of(tokens) * (neurons / 32) * kTile * sizeof(uint16_t);
 }
 
-void swiglu(const float* gate, const float* up, size_t stride, size_t tokens, size_t block,
-            size_t neurons, void* activations, float* plain, size_t plain_stride) {
-  for (size_t token = 0; token < tokens; ++token) {
-    alignas(64) float values[32];
-    for (size_t i = 0; i < 32; i += kLanes) {
-      const size_t at = token * stride + i;
-      Simd::store(values + i, silu(Simd::load(gate + at)) * Simd::load(up + at));
+void swiglu(const SwigluTask* task) {
+  for (size_t token = 0; token < task->tokens; ++token) {
+    alignas(64) float values[64];
+    swiglu_row(*task, token, values);
+    uint16_t* tile = static_cast<uint16_t*>(task->activations) +
+                     (token / kGroup * (task->neurons / 32) + task->first / 32) * kTile +
+                     token % kGroup * 32;
+    for (size_t i = 0; i < 64; i += 32, tile += kTile) {
+      __m512i high, low;
+      split(values + i, &high, &low);
+      _mm512_store_si512(tile, high);
+      _mm512_store_si512(tile + kGroup * 32, low);
     }
-    if (plain != nullptr) memcpy(plain + token * plain_stride + block * 32, values, sizeof(values));
-    uint16_t* tile = static_cast<uint16_t*>(activations) +
-                     (token / kGroup * (neurons / 32) + block) * kTile + token % kGroup * 32;
-    __m512i high, low;
-    split(values, &high, &low);
-    _mm512_store_si512(tile, high);
-    _mm512_store_si512(tile + kGroup * 32, low);
   }
 }
 
@@ -350,11 +339,12 @@ constexpr size_t kPairedTiles = 256;
 
 void down(const DownTask* task) {
   alignas(64) uint16_t tiles[kPairedTiles * kTile];
-  const size_t blocks = task->last_block - task->first_block;
-  const size_t group_stride = task->neurons / 32 * kTile, stride = task->weights.stride;
+  const size_t blocks = (task->last_neuron - task->first_neuron) / 32;
+  const size_t group_stride = task->neurons / 32 * kTile;
+  const size_t stride = task->weights->stride / sizeof(uint16_t);
   const uint16_t* inputs =
-      static_cast<const uint16_t*>(task->activations) + task->first_block * kTile;
-  const uint16_t* from = task->weights.data + task->first_block * 32 * stride + task->first_column;
+      static_cast<const uint16_t*>(task->activations) + task->first_neuron / 32 * kTile;
+  const uint16_t* from = bf16_row(*task->weights, task->first_neuron) + task->first_column;
   const size_t strip = kPairedTiles / (2 * blocks) * 32;
   for (size_t begin = 0; begin < task->columns; begin += strip) {
     const size_t end = at_most(begin + strip, task->columns);
@@ -374,12 +364,9 @@ Kernels make_kernels() {
   set_common(&kernels);
   kernels.begin_thread = begin_thread;
   kernels.end_thread = end_thread;
-  kernels.operand_bytes = operand_bytes;
-  kernels.store_operand = store_operand;
-  kernels.dot = dot;
-  kernels.activation_bytes = activation_bytes;
-  kernels.swiglu = swiglu;
-  kernels.down = down;
+  kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.integer16 = sk::integer_amx(false);
+  kernels.integer8 = sk::integer_amx(true);
   return kernels;
 }
 

@@ -1,6 +1,11 @@
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
 #include "kernels_common.inl"
+#include "integer_avx512.inl"
+namespace {
+typedef VectorIntegers Integers;
+}
+#include "integer_rows.inl"
 #include "kernels_fma.inl"
 // clang-format on
 

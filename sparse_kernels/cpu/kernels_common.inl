@@ -1,64 +1,10 @@
-// Kernels that are the same on all levels, in terms of Simd. Included once by each level's source.
-// Everything is in the nameless namespace: no other level's code may stand in for it.
-#include <math.h>
-#include <string.h>
-
-#include "kernels.hpp"
+// Kernels that are the same on all levels, in terms of Simd; those of matrices are elsewhere.
+#include "kernels_math.inl"
 
 namespace {
 
-using sk::AttentionChunk;
-using sk::DownTask;
-using sk::HeadTask;
-using sk::kAttentionChunk;
-using sk::kAttentionRows;
-using sk::Kernels;
-using sk::kMaxDownBlocks;
-using sk::Rows;
-
-typedef Simd::F F;
-constexpr size_t kLanes = Simd::kLanes;
-constexpr float kInfinity = __builtin_huge_valf();
-
-// exp(x), relative error below 2e-7 for x in [-86, 88], clamped outside; NaN stays NaN.
-inline F exp_of(F x) {
-  x = Simd::min(Simd::set(88.0f), Simd::max(Simd::set(-86.0f), x));
-  const F n = Simd::round(x * Simd::set(1.44269504088896341f));
-  F r = Simd::fma(n, Simd::set(-0.693359375f), x);
-  r = Simd::fma(n, Simd::set(2.12194440e-4f), r);
-  // Cephes expf.
-  F p = Simd::set(1.9875691500e-4f);
-  p = Simd::fma(p, r, Simd::set(1.3981999507e-3f));
-  p = Simd::fma(p, r, Simd::set(8.3334519073e-3f));
-  p = Simd::fma(p, r, Simd::set(4.1665795894e-2f));
-  p = Simd::fma(p, r, Simd::set(1.6666665459e-1f));
-  p = Simd::fma(p, r, Simd::set(5.0000001201e-1f));
-  p = Simd::fma(p, r * r, r + Simd::set(1.0f));
-  return Simd::scale_by_power(p, n);
-}
-
-inline F silu(F gate) { return gate / (Simd::set(1.0f) + exp_of(Simd::zero() - gate)); }
-
-inline void prefetch(const void* data, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 3);
-}
-
-inline uint16_t bf16_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  // A NaN whose payload is in the lower half would round to infinity.
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline float float_of(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-void embed(const uint16_t* row, size_t n, float* out) {
+void embed(const void* weights, size_t n, float* out) {
+  const uint16_t* row = static_cast<const uint16_t*>(weights);
   for (size_t i = 0; i < n; ++i) out[i] = float_of(row[i]);
 }
 

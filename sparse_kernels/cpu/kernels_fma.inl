@@ -7,9 +7,13 @@ namespace {
 constexpr size_t kChunk = 2 * kLanes;  // weights in one load
 
 // A token's inputs, k floats: in each chunk first those at even places, then those at odd ones.
-size_t operand_bytes(size_t tokens, size_t k) { return tokens * k * sizeof(float); }
+size_t operand_bytes(const Matrix* weights, size_t tokens) {
+  return tokens * weights->columns * sizeof(float);
+}
 
-void store_operand(const float* x, size_t n, size_t k, size_t token, void* operand) {
+void store_operand(const Matrix* weights, const float* x, size_t n, size_t token, size_t,
+                   void* operand) {
+  const size_t k = weights->columns;
   float* out = static_cast<float*>(operand) + token * k;
   const size_t whole = n / kChunk * kChunk;
   for (size_t begin = 0; begin < whole; begin += kChunk) {
@@ -55,22 +59,24 @@ inline void dot_tile(const uint16_t* weights, size_t stride, size_t k, const flo
 // A single token: more rows at once, to hide the latency of the sums.
 constexpr size_t kSingleRows = 8;
 
-void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens, float* out, size_t out_stride) {
+void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
+         float* out, size_t out_stride) {
   const float* inputs = static_cast<const float*>(operand);
   const size_t step = tokens == 1 ? kSingleRows : Simd::kRows;
+  const size_t k = weights->columns, stride = weights->stride / sizeof(uint16_t);
   for (size_t row = 0; row < rows; row += step) {
-    const uint16_t* at = weights.data + row * weights.stride;
+    const uint16_t* at = bf16_row(*weights, first_row + row);
     if (tokens == 1) {
-      dot_tile<kSingleRows, 1>(at, weights.stride, k, inputs, out + row, out_stride);
+      dot_tile<kSingleRows, 1>(at, stride, k, inputs, out + row, out_stride);
       continue;
     }
     size_t token = 0;
     for (; token + Simd::kTokens <= tokens; token += Simd::kTokens) {
-      dot_tile<Simd::kRows, Simd::kTokens>(at, weights.stride, k, inputs + token * k,
+      dot_tile<Simd::kRows, Simd::kTokens>(at, stride, k, inputs + token * k,
                                            out + token * out_stride + row, out_stride);
     }
     for (; token < tokens; ++token) {
-      dot_tile<Simd::kRows, 1>(at, weights.stride, k, inputs + token * k,
+      dot_tile<Simd::kRows, 1>(at, stride, k, inputs + token * k,
                                out + token * out_stride + row, out_stride);
     }
   }
@@ -79,25 +85,18 @@ void dot(Rows weights, size_t rows, size_t k, const void* operand, size_t tokens
 // Plain float32, [tokens, neurons].
 size_t activation_bytes(size_t tokens, size_t neurons) { return tokens * neurons * sizeof(float); }
 
-void swiglu(const float* gate, const float* up, size_t stride, size_t tokens, size_t block,
-            size_t neurons, void* activations, float* plain, size_t plain_stride) {
-  for (size_t token = 0; token < tokens; ++token) {
-    float* out = static_cast<float*>(activations) + token * neurons + block * 32;
-    for (size_t i = 0; i < 32; i += kLanes) {
-      const size_t at = token * stride + i;
-      Simd::store(out + i, silu(Simd::load(gate + at)) * Simd::load(up + at));
-    }
-    if (plain != nullptr) {
-      memcpy(plain + token * plain_stride + block * 32, out, 32 * sizeof(float));
-    }
+void swiglu(const SwigluTask* task) {
+  for (size_t token = 0; token < task->tokens; ++token) {
+    swiglu_row(*task, token,
+               static_cast<float*>(task->activations) + token * task->neurons + task->first);
   }
 }
 
 template <size_t kTokens, size_t kVectors>
 inline void down_tile(const DownTask& task, size_t column, size_t token) {
-  const size_t first = task.first_block * 32, count = (task.last_block - task.first_block) * 32;
-  const size_t stride = task.weights.stride;
-  const uint16_t* weights = task.weights.data + first * stride + task.first_column + column;
+  const size_t first = task.first_neuron, count = task.last_neuron - first;
+  const size_t stride = task.weights->stride / sizeof(uint16_t);
+  const uint16_t* weights = bf16_row(*task.weights, first) + task.first_column + column;
   const float* inputs =
       static_cast<const float*>(task.activations) + token * task.neurons + first;
   F even[kTokens][kVectors / 2], odd[kTokens][kVectors / 2];
@@ -160,12 +159,9 @@ Kernels make_kernels() {
   set_common(&kernels);
   kernels.begin_thread = nothing;
   kernels.end_thread = nothing;
-  kernels.operand_bytes = operand_bytes;
-  kernels.store_operand = store_operand;
-  kernels.dot = dot;
-  kernels.activation_bytes = activation_bytes;
-  kernels.swiglu = swiglu;
-  kernels.down = down;
+  kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.integer16 = integer::products<16>();
+  kernels.integer8 = integer::products<8>();
   return kernels;
 }
 

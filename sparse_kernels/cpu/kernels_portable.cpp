@@ -1,6 +1,8 @@
 // clang-format off: the order matters
 #include "simd_portable.hpp"
 #include "kernels_common.inl"
+#include "integer_portable.inl"
+#include "integer_rows.inl"
 #include "kernels_fma.inl"
 // clang-format on
 

@@ -1,5 +1,7 @@
 #include "model.hpp"
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +12,7 @@
 #include "error.hpp"
 #include "guard.hpp"
 #include "isa.hpp"
+#include "matrix.hpp"
 
 namespace sk {
 
@@ -20,9 +23,12 @@ void* Scratch::get(size_t bytes) {
   std::free(data_);
   data_ = nullptr;
   bytes_ = 0;
-  const size_t rounded = round_up(bytes, 4096);
-  data_ = std::aligned_alloc(4096, rounded);
+  constexpr size_t kHugePage = 2 << 20;
+  const size_t page = bytes < kHugePage ? 4096 : kHugePage, rounded = round_up(bytes, page);
+  data_ = std::aligned_alloc(page, rounded);
   if (data_ == nullptr) throw std::bad_alloc();
+  // What does not get them works as well, but slower.
+  if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
   std::memset(data_, 0, rounded);
   bytes_ = rounded;
   return data_;
@@ -47,12 +53,6 @@ const Kernels& kernels_for(sk_isa isa) {
   return kernels_portable();
 }
 
-int32_t check_range(const char* name, uint64_t value, uint64_t low, uint64_t high) {
-  if (value >= low && value <= high) return SK_STATUS_OK;
-  return fail(SK_STATUS_BAD_SIZE, "%s is %" PRIu64 "; it can be %" PRIu64 " to %" PRIu64, name,
-              value, low, high);
-}
-
 int32_t check_vector(const char* name, const float* data, size_t count, bool required) {
   if (data == nullptr) {
     if (!required) return SK_STATUS_OK;
@@ -65,51 +65,6 @@ int32_t check_vector(const char* name, const float* data, size_t count, bool req
   }
   return SK_STATUS_OK;
 }
-
-// Also reads every weight, with `kernels`.
-int32_t check_matrix(const char* name, const sk_matrix& matrix, uint64_t rows, uint64_t columns,
-                     const Kernels& kernels, Rows* out) {
-  if (const int32_t status = check_struct(&matrix, name)) return status;
-  if (matrix.data == nullptr)
-    return fail(SK_STATUS_NULL_POINTER, "%s.data is a null pointer", name);
-  if (matrix.rows != rows || matrix.columns != columns) {
-    return fail(SK_STATUS_BAD_SIZE,
-                "%s is %" PRIu32 " x %" PRIu32 ", the description asks for %" PRIu64 " x %" PRIu64,
-                name, matrix.rows, matrix.columns, rows, columns);
-  }
-  if (reinterpret_cast<uintptr_t>(matrix.data) % SK_ALIGNMENT != 0 ||
-      matrix.row_stride % SK_ALIGNMENT != 0) {
-    return fail(SK_STATUS_BAD_VALUE, "%s.data or its row_stride is not a multiple of %d bytes",
-                name, SK_ALIGNMENT);
-  }
-  const uint64_t row_bytes = round_up(columns, SK_COLUMN_TILE) * sizeof(uint16_t);
-  if (const int32_t status =
-          check_range("a row_stride", matrix.row_stride, row_bytes, uint64_t{1} << 32)) {
-    return status;
-  }
-  const uint64_t stored_rows = round_up(rows, SK_ROW_TILE);
-  if (matrix.bytes / matrix.row_stride < stored_rows) {
-    return fail(SK_STATUS_BAD_SIZE,
-                "%s has %" PRIu64 " bytes; %" PRIu64 " rows of %" PRIu64 " bytes need %" PRIu64,
-                name, matrix.bytes, stored_rows, matrix.row_stride,
-                stored_rows * matrix.row_stride);
-  }
-  *out = Rows{static_cast<const uint16_t*>(matrix.data),
-              static_cast<size_t>(matrix.row_stride / sizeof(uint16_t))};
-  for (uint64_t row = 0; row < stored_rows; ++row) {
-    if (!kernels.all_finite(out->data + row * out->stride, row_bytes / sizeof(uint16_t))) {
-      return fail(SK_STATUS_BAD_VALUE, "%s has a value that is not finite in row %" PRIu64, name,
-                  row);
-    }
-  }
-  return SK_STATUS_OK;
-}
-
-// Runs check after check until one fails.
-#define SK_TRY(expression)                                  \
-  do {                                                      \
-    if (const int32_t failed = (expression)) return failed; \
-  } while (false)
 
 int32_t take_layer(Model& model, const sk_layer& from) {
   SK_TRY(check_struct(&from, "sk_layer"));
@@ -128,21 +83,25 @@ int32_t take_layer(Model& model, const sk_layer& from) {
   layer.neurons = from.intermediate_size;
   layer.blocks = (from.intermediate_size + SK_NEURON_BLOCK - 1) / SK_NEURON_BLOCK;
   // A partition is never larger than one call of `down`.
-  const uint32_t needed =
-      static_cast<uint32_t>((layer.blocks + kMaxDownBlocks - 1) / kMaxDownBlocks);
+  constexpr uint32_t kMost = kMaxDownNeurons / SK_NEURON_BLOCK;
+  const uint32_t needed = (layer.blocks + kMost - 1) / kMost;
   layer.partitions = needed > SK_PARTITIONS ? needed : SK_PARTITIONS;
   if (layer.partitions > layer.blocks) layer.partitions = layer.blocks;
   layer.window = from.window;
-  const Kernels& kernels = *model.kernels;
+  const MatrixKinds kinds = {*model.kernels, model.activation_bits};
   const uint64_t heads = from.num_heads + 2 * uint64_t{from.num_kv_heads};
   const uint64_t neurons = uint64_t{layer.blocks} * SK_NEURON_BLOCK;
-  SK_TRY(check_matrix("qkv", from.qkv, heads * model.dim, model.hidden, kernels, &layer.qkv));
-  SK_TRY(check_matrix("output", from.output, model.hidden,
-                      uint64_t{from.num_heads} * model.head_dim, kernels, &layer.output));
-  SK_TRY(check_matrix("gate", from.gate, neurons, model.hidden, kernels, &layer.gate));
-  SK_TRY(check_matrix("up_down", from.up_down, neurons, 2 * uint64_t{model.columns}, kernels,
-                      &layer.up));
-  layer.down = Rows{layer.up.data + model.columns, layer.up.stride};
+  const uint64_t inputs = uint64_t{from.num_heads} * model.head_dim;
+  SK_TRY(take_matrix("qkv", from.qkv, heads * model.dim, model.hidden, kinds, &layer.qkv));
+  SK_TRY(take_matrix("output", from.output, model.hidden, inputs, kinds, &layer.output));
+  SK_TRY(take_matrix("gate", from.gate, neurons, model.hidden, kinds, &layer.gate));
+  SK_TRY(take_matrix("up", from.up, neurons, model.hidden, kinds, &layer.up));
+  SK_TRY(take_matrix("down", from.down, neurons, model.hidden, kinds, &layer.down));
+  if (layer.gate.group != layer.up.group) {
+    return fail(SK_STATUS_BAD_VALUE,
+                "group_size of gate is %" PRIu32 " and of up %" PRIu32 "; it must be the same",
+                layer.gate.group, layer.up.group);
+  }
   SK_TRY(check_vector("attention_norm", from.attention_norm, model.hidden, true));
   SK_TRY(check_vector("mlp_norm", from.mlp_norm, model.hidden, true));
   SK_TRY(check_vector("qkv_bias", from.qkv_bias, heads * model.dim, false));
@@ -181,8 +140,9 @@ int32_t check_args(const sk_model_args& args) {
     return fail(SK_STATUS_BAD_VALUE, "rope_scale is %g; it must be finite and > 0",
                 static_cast<double>(args.rope_scale));
   }
-  if (args.reserved != 0) {
-    return fail(SK_STATUS_BAD_VALUE, "reserved is %" PRIu32 "; it must be 0", args.reserved);
+  if (args.activation_bits != 16 && args.activation_bits != 8) {
+    return fail(SK_STATUS_BAD_VALUE, "activation_bits is %" PRIu32 "; it can be 16 or 8",
+                args.activation_bits);
   }
   if (args.layers == nullptr) return fail(SK_STATUS_NULL_POINTER, "layers is a null pointer");
   return check_struct(&args.reduce, "sk_reduce");
@@ -204,6 +164,7 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   model->reduce = args.reduce;
   model->isa = isa;
   model->kernels = &kernels_for(isa);
+  model->activation_bits = args.activation_bits;
   model->kv_elements = 0;
   const size_t frequencies = size_t{args.rope_rows} * (args.head_dim / 2);
   SK_TRY(check_vector("rope_frequencies", args.rope_frequencies, frequencies, true));
@@ -211,14 +172,18 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   SK_TRY(check_vector("norm", args.norm, args.hidden_size, true));
   model->norm = args.norm;
   for (uint32_t i = 0; i < args.num_layers; ++i) SK_TRY(take_layer(*model, args.layers[i]));
-  const Kernels& kernels = *model->kernels;
-  SK_TRY(check_matrix("embedding", args.embedding, args.vocab_size, args.hidden_size, kernels,
-                      &model->embedding));
+  const MatrixKinds kinds = {*model->kernels, model->activation_bits};
+  SK_TRY(take_matrix("embedding", args.embedding, args.vocab_size, args.hidden_size, kinds,
+                     &model->embedding));
+  if (model->embedding.bits != 16) {
+    return fail(SK_STATUS_UNSUPPORTED, "embedding has %" PRIu32 " bits; it can have 16",
+                model->embedding.bits);
+  }
   if (std::memcmp(&args.lm_head, &args.embedding, sizeof(sk_matrix)) == 0) {
     model->lm_head = model->embedding;
   } else {
-    SK_TRY(check_matrix("lm_head", args.lm_head, args.vocab_size, args.hidden_size, kernels,
-                        &model->lm_head));
+    SK_TRY(take_matrix("lm_head", args.lm_head, args.vocab_size, args.hidden_size, kinds,
+                       &model->lm_head));
   }
   const std::lock_guard<std::mutex> lock(registry_mutex);
   static uint64_t last_handle = 0;

@@ -17,11 +17,6 @@ namespace sk {
 
 constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-// The rows of a matrix from one on.
-inline Rows rows_from(Rows matrix, size_t row) {
-  return {matrix.data + row * matrix.stride, matrix.stride};
-}
-
 // Memory that only grows, aligned and zeroed when it does.
 class Scratch {
  public:
@@ -43,7 +38,7 @@ class Scratch {
 
 struct Layer {
   uint32_t heads, kv_heads, neurons, blocks, partitions, window;
-  Rows qkv, output, gate, up, down;
+  Matrix qkv, output, gate, up, down;
   const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
   size_t kv_offset;  // elements from the beginning of KV, for each of its blocks
 
@@ -63,10 +58,11 @@ struct Model {
   uint32_t rope_rows;
   std::vector<Layer> layers;
   const float* norm;
-  Rows embedding, lm_head;
+  Matrix embedding, lm_head;
   sk_reduce reduce;
   const Kernels* kernels;
   sk_isa isa;
+  uint32_t activation_bits;
   size_t kv_elements;  // of one block in all layers
 
   std::mutex mutex;                // one forward at a time

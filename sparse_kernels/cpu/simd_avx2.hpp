@@ -57,6 +57,24 @@ struct Simd {
     const __m256i bits = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), bits));
   }
+  static F abs(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+  static F load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F load_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F load_int32(const int32_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // The nearest integers, which 16 bits hold, to `out`; and as numbers.
+  static F round_to(F v, int16_t* out) {
+    const __m256i n = _mm256_cvtps_epi32(v);
+    const __m128i low = _mm256_castsi256_si128(n), high = _mm256_extracti128_si256(n, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packs_epi32(low, high));
+    return _mm256_cvtepi32_ps(n);
+  }
 };
 
 }  // namespace

@@ -51,6 +51,21 @@ struct Simd {
   }
   // v * 2^n, n integral.
   static F scale_by_power(F v, F n) { return _mm512_scalef_ps(v, n); }
+  static F abs(F v) { return _mm512_abs_ps(v); }
+  static F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F load_int32(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+  // The nearest integers, which 16 bits hold, to `out`; and as numbers.
+  static F round_to(F v, int16_t* out) {
+    const __m512i n = _mm512_cvtps_epi32(v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(n));
+    return _mm512_cvtepi32_ps(n);
+  }
 };
 
 }  // namespace

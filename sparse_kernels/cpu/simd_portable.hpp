@@ -69,6 +69,34 @@ struct Simd {
     const I bits = reinterpret_cast<I>(n + magic) << 23;  // the low bits hold n
     return reinterpret_cast<F>(reinterpret_cast<I>(v) + bits);
   }
+  static F abs(F v) { return reinterpret_cast<F>(reinterpret_cast<I>(v) & 0x7fffffff); }
+  static F load_half(const uint16_t* p) {
+    return F{half(p[0]), half(p[1]), half(p[2]), half(p[3])};
+  }
+  static F load_bytes(const uint8_t* p) { return __builtin_convertvector(I{p[0], p[1], p[2], p[3]}, F); }
+  static F load_int32(const int32_t* p) {
+    I v;
+    memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, F);
+  }
+  // The nearest integers, which 16 bits hold, to `out`; and as numbers.
+  static F round_to(F v, int16_t* out) {
+    v = round(v);
+    for (size_t i = 0; i < kLanes; ++i) out[i] = static_cast<int16_t>(v[i]);
+    return v;
+  }
+  // A finite float16.
+  static float half(uint16_t x) {
+    const uint32_t magnitude = (x & 0x7fffu) << 13, sign = (x & 0x8000u) << 16;
+    float value;
+    memcpy(&value, &magnitude, sizeof(value));
+    value *= 5.192296858534828e33f;  // 2^112: the exponent's bias, right for subnormal numbers too
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    bits |= sign;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
 };
 
 }  // namespace

@@ -23,7 +23,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 2
+#define SK_ABI_VERSION 3
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -35,10 +35,10 @@
 
 #define SK_BLOCK_SIZE 16      /* positions in a KV block */
 #define SK_NUM_CANDIDATES 256 /* likeliest tokens of a row, or the whole vocabulary if smaller */
-#define SK_NEURON_BLOCK 32    /* neurons that are added up together in the down product */
+#define SK_NEURON_BLOCK 64    /* neurons that are added up together in the down product */
 #define SK_PARTITIONS 16      /* of the neurons, at least; their sums are added in order */
 #define SK_ROW_TILE 16        /* rows of a matrix are stored in whole tiles */
-#define SK_COLUMN_TILE 32     /* and its columns */
+#define SK_COLUMN_TILE 64     /* and its columns */
 #define SK_ALIGNMENT 64       /* of the first byte and of the row stride of a matrix, and of KV */
 #define SK_MAX_LAYERS 4096
 #define SK_MAX_HEADS 4096
@@ -70,8 +70,8 @@ enum sk_isa {
                       (portable, avx2, avx512, amx; read once), else the CPU's highest */
   SK_ISA_PORTABLE = 1,
   SK_ISA_AVX2 = 2,   /* with FMA and F16C */
-  SK_ISA_AVX512 = 3, /* F, BW, DQ, VL */
-  SK_ISA_AMX = 4     /* AVX-512 and the BF16 tiles of AMX */
+  SK_ISA_AVX512 = 3, /* F, BW, DQ, VL, VNNI */
+  SK_ISA_AMX = 4     /* AVX-512 and the BF16 and INT8 tiles of AMX */
 };
 
 /* What the CPU has and the operating system lets programs use.
@@ -129,21 +129,51 @@ struct sk_read_probe_result {
   uint32_t reserved;
 };
 
-/* A matrix in bfloat16, row after row. It has room for `rows` rounded up to SK_ROW_TILE and, in
- * each row, for `columns` rounded up to SK_COLUMN_TILE; what is there beyond must be zero. */
-struct sk_matrix {
+/* Some bits of each element of a matrix, row after row. A row is in tiles of SK_COLUMN_TILE columns;
+ * with c the column in the tile, element c is
+ *
+ *   16 bits: the c-th number, a bfloat16;
+ *    8 bits: byte c;
+ *    4 bits: of byte c % 32 the lower half for c < 32, else the upper;
+ *    2 bits: of byte c % 16 the bits 2 (c / 16) and above;
+ *    1 bit:  bit c % 8 of byte c / 8;
+ *    3 bits: the upper two in a tile of 2 bits, and after it the lowest in a tile of 1 bit. */
+struct sk_plane {
   uint32_t abi_version;
   uint32_t struct_size;
   const void* data;
   uint64_t bytes;
-  uint64_t row_stride; /* bytes from a row to the next */
-  uint32_t rows;
-  uint32_t columns;
+  uint64_t row_stride; /* bytes from a row to the next; whole tiles of columns */
+  uint32_t bits;
+  uint32_t reserved; /* 0 */
 };
 
-/* One decoder layer. `head` below is head_dim rounded up to SK_ROW_TILE, `hidden` is hidden_size
- * rounded up to SK_COLUMN_TILE, and neurons are rounded up to SK_NEURON_BLOCK, all filled with
- * zeros. A null pointer says that the architecture has no such vector. Vectors are float32. */
+/* A matrix, in bfloat16 or in integers with a scale and a zero for each group of columns of a row:
+ *
+ *   element = scale * (code - zero)
+ *
+ * Rows are stored up to a multiple of SK_ROW_TILE, columns up to one of SK_COLUMN_TILE; bfloat16
+ * numbers there are zero, scales too, codes may be anything. A code's bits are in one plane, or the
+ * upper ones in `codes` and the lower ones in `low`: 8, 4 + 4, 4, 3 + 1 or 2 + 2. */
+struct sk_matrix {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint32_t rows;
+  uint32_t columns;
+  uint32_t group_size;    /* columns with one scale: 32, 64 or 128, the last group has the rest;
+                             0: bfloat16 */
+  uint32_t rank;          /* of a low-rank correction; 0, the only one so far, is none */
+  struct sk_plane codes;  /* all bits of the elements, or the upper ones */
+  struct sk_plane low;    /* data null: there is none */
+  const uint16_t* scales; /* float16 [row tiles][groups][SK_ROW_TILE]; null with bfloat16 */
+  const uint8_t* zeros;   /* the same shape */
+  uint64_t scales_count;
+  uint64_t zeros_count;
+};
+
+/* One decoder layer. `head` below is head_dim rounded up to SK_ROW_TILE, and neurons are rounded up
+ * to SK_NEURON_BLOCK, filled with zeros. A null pointer says that the architecture has no such
+ * vector. Vectors are float32. */
 struct sk_layer {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -154,7 +184,9 @@ struct sk_layer {
   struct sk_matrix qkv;        /* [(num_heads + 2 num_kv_heads) head, hidden_size]: q, k, v heads */
   struct sk_matrix output;     /* [hidden_size, num_heads head_dim] */
   struct sk_matrix gate;       /* [neurons, hidden_size] */
-  struct sk_matrix up_down;    /* [neurons, 2 hidden]: a neuron's up row, then its down column */
+  struct sk_matrix up;         /* [neurons, hidden_size]; where gate is in integers, it is too, with the
+                                  same group_size */
+  struct sk_matrix down;       /* [neurons, hidden_size]: a neuron's column in a row */
   const float* attention_norm; /* [hidden_size] */
   const float* mlp_norm;       /* [hidden_size] */
   const float* qkv_bias;       /* [(num_heads + 2 num_kv_heads) head] or null */
@@ -190,10 +222,10 @@ struct sk_model_args {
   const float* rope_frequencies; /* [rope_rows, head_dim / 2], radians per position */
   uint32_t rope_rows; /* 1: the same for all positions; else row p is for position p, the last for
                          all beyond */
-  uint32_t reserved;  /* 0 */
+  uint32_t activation_bits; /* of the inputs of integer matrices: 16, or 8 which is faster */
   const struct sk_layer* layers; /* [num_layers] */
   const float* norm;             /* [hidden_size] */
-  struct sk_matrix embedding;    /* [vocab_size, hidden_size] */
+  struct sk_matrix embedding;    /* [vocab_size, hidden_size] in bfloat16 */
   struct sk_matrix lm_head;      /* [vocab_size, hidden_size]; may be the embedding */
   struct sk_reduce reduce;
 };

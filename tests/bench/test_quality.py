@@ -144,16 +144,20 @@ def test_the_command_writes_a_row_for_each_format(tiny_folder, tmp_path):
     text, report = tmp_path / "text", tmp_path / "report.json"
     text.write_text("A text that is long enough for a few windows of it. " * 8)
     flags = ["--windows", "5", "--prompt-tokens", "40", "--decode-tokens", "12"]
-    asked = ["eval", str(text), "--model", str(tiny_folder), "--formats", "float32,bfloat16"]
-    result = CliRunner().invoke(app, [*asked, *flags, "--threads", "1", "--json", str(report)])
+    flags += ["--formats", "float32,bfloat16,int8,int4", "--group-size", "32"]
+    asked = ["eval", str(text), "--model", str(tiny_folder), "--threads", "1"]
+    result = CliRunner().invoke(app, [*asked, *flags, "--json", str(report)])
     assert result.exit_code == 0, result.output
     rows = json.loads(report.read_text())
-    assert [row["format"] for row in rows] == ["float32", "bfloat16"]
+    integers = ["int8-g32", "int4-g32 (LM head int8-g32)"]
+    assert [row["format"] for row in rows] == ["float32", "bfloat16", *integers]
     assert set(rows[0]) == {
         "system", "format", "policy", "density", "refresh", "bytes_per_token", "mlp_bytes", "kl",
         "kl_low", "kl_high", "kl_p95", "top1", "perplexity", "windows",
     }  # fmt: skip
-    assert rows[0]["kl"] < 1e-9 < rows[1]["kl"]
+    assert rows[0]["kl"] < 1e-9 < rows[1]["kl"] < rows[2]["kl"] < rows[3]["kl"]
+    sizes = [row["mlp_bytes"] for row in rows]
+    assert sizes == [row_bytes * 2 * 3 * 96 for row_bytes in (256, 128, 64 + 6, 32 + 6)]
 
 
 @pytest.mark.parametrize(

@@ -92,16 +92,17 @@ def test_all_systems_get_the_same_prompts_and_every_round_others(probes):
 
 
 def test_formats_are_compared_at_the_same_bits(probes):
-    ours = [Made("sparserve", [1], format) for format in ("bfloat16", "float16", "int8", "int4")]
+    own = ("bfloat16", "float16", "int8-g32", "int4 (LM head int8)")
+    ours = [Made("sparserve", [1], format) for format in own]
     formats = ("bfloat16", "float32", "Q8_0", "Q6_K", "Q4_0", "Q4_K_M", "int8")
     peers = [Made("a", [1], format) for format in formats]
     report, _ = swept(Plan("decode", [1], [30], 4, rounds=1), ours, peers)
     assert [(r.format, r.peer_format) for r in report.ratios] == [
         ("bfloat16", "bfloat16"),
-        ("int8", "Q8_0"),
-        ("int8", "int8"),
-        ("int4", "Q4_0"),
-        ("int4", "Q4_K_M"),
+        ("int8-g32", "Q8_0"),
+        ("int8-g32", "int8"),
+        ("int4 (LM head int8)", "Q4_0"),
+        ("int4 (LM head int8)", "Q4_K_M"),
     ]
 
 

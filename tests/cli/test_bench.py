@@ -62,6 +62,14 @@ def test_decode_reports_every_system_at_every_point(bench, tmp_path):
     assert "batch 3, context 40: float32" in out
 
 
+def test_integers_are_measured_beside_bfloat16(bench):
+    flags = ["--batch", "1", "--context", "40", "--new-tokens", "4", "--peers", "none"]
+    _, _, report = bench("decode", "--formats", "bfloat16,int4", "--activation-bits", "8", *flags)
+    integers = "int4 (LM head int8, 8-bit activations)"
+    assert [row["format"] for row in report["rows"]] == ["bfloat16", integers]
+    assert report["backends"] == {"bfloat16": "cpu", integers: "cpu"}
+
+
 def test_prefill_reports_prompt_tokens(bench):
     out, _, report = bench("prefill", "--prompt-tokens", "16,64", "--peers", "none")
     assert [(row["context"], row["new_tokens"]) for row in report["rows"]] == [(16, 1), (64, 1)]
@@ -86,7 +94,7 @@ def test_kernels_reports_every_phase_of_every_step(bench, tmp_path):
     picture = tmp_path / "kernels.png"
     out, _, report = bench(
         "kernels", "--levels", "portable", "--batch", "1,3", "--context", "40", "--prefill", "64",
-        "--png", str(picture),
+        "--png", str(picture), "--dtype", "int8",
     )  # fmt: skip
     phases = ["qkv", "attention", "output", "mlp", "head", "candidates", "step"]
     rows = report["rows"]
@@ -102,7 +110,14 @@ def test_kernels_reports_every_phase_of_every_step(bench, tmp_path):
     assert report["read_ceiling_gb_s"] > 0.1
     assert report["plan"]["rounds"] == 2
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    for word in ("decode, batch 3", "prompt of 64", "portable, ms", "% of ceiling", "GFLOP/s"):
+    assert report["format"] == "int8"
+    for word in (
+        ", int8: decode, batch 3",
+        "prompt of 64",
+        "portable, ms",
+        "% of ceiling",
+        "GFLOP/s",
+    ):
         assert word in out
 
 

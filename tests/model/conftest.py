@@ -19,11 +19,13 @@ os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before transformers is imported: nothing here may need a network
 )
 
+from sparse_kernels.formats import DecoderFormats
 from sparserve.model.backend import Backend, ForwardOutput
 from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.loader import LoadedModel
 from sparserve.model.reference import ReferenceBackend
 
+BFLOAT16_MODEL = DecoderFormats()
 MERGES = ["a b", "Ġ ab", "1 2"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GGUF_OF_HF = {
@@ -57,10 +59,14 @@ def make_backend() -> Callable[..., Backend]:
     """`make_backend(model, num_blocks=…)`: a reference backend; with `kind="cpu"` the native one."""
 
     def make(
-        model: LoadedModel, num_blocks: int = 64, threads: int = 1, kind: str = "reference"
+        model: LoadedModel,
+        num_blocks: int = 64,
+        threads: int = 1,
+        kind: str = "reference",
+        formats: DecoderFormats = BFLOAT16_MODEL,
     ) -> Backend:
         if kind == "cpu":
-            decoder = make_decoder(model.config, model.weights, threads=threads)
+            decoder = make_decoder(model.config, model.weights, formats, threads=threads)
             return CpuBackend(model.config, decoder, num_blocks=num_blocks)
         return ReferenceBackend(model.config, model.weights, num_blocks=num_blocks, threads=threads)
 

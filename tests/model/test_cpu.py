@@ -9,12 +9,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_kernels import native
-from sparserve.errors import CorruptCheckpoint
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparserve.compression.quantize import quantize
+from sparserve.errors import CorruptCheckpoint, UnsupportedModel
 from sparserve.model import loader
 from sparserve.model.backend import BLOCK_SIZE, Backend, ForwardBatch, Phase, SequenceInput
 from sparserve.model.candidates import target_scores, top_candidates
 from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.loader import load_model
+from sparserve.model.weights import LayerWeights
+
+INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 32)
+ALL_INT8 = DecoderFormats(INT8, INT8, INT8, INT8)
+FORMATS = {
+    "int8": ALL_INT8,
+    "int4, head int8": DecoderFormats(INT4, INT4, INT4, INT8),
+    "planes": DecoderFormats(INT8, MatrixFormat(8, 64, low_bits=4), INT8, INT8),
+    "feed-forward": DecoderFormats(gate_up=INT4, down=INT4),
+    "attention": DecoderFormats(attention=INT8),
+    "head": DecoderFormats(lm_head=INT4),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +92,49 @@ def test_it_is_near_the_reference_backend(tiny_bfloat16, backend, make_backend, 
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+def rounded(model, formats: DecoderFormats):
+    """The model whose weights are, in float32, the numbers that the integers stand for."""
+
+    def of(weight: torch.Tensor, format: MatrixFormat) -> torch.Tensor:
+        if not format.quantized:
+            return weight.float()
+        return quantize(weight, format, "").dequantize()
+
+    def layer(given: LayerWeights) -> LayerWeights:
+        attention = {n: of(getattr(given, n), formats.attention) for n in ("wq", "wk", "wv", "wo")}
+        gate_up = {n: of(getattr(given, n), formats.gate_up) for n in ("w_gate", "w_up")}
+        return replace(given, **attention, **gate_up, w_down=of(given.w_down.T, formats.down).T)
+
+    weights = model.weights
+    layers = [layer(weights.layers[i]) for i in range(model.config.num_layers)]
+    head, embedding = of(weights.lm_head, formats.lm_head), weights.embedding.float()
+    return replace(
+        model, weights=replace(weights, layers=layers, lm_head=head, embedding=embedding)
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+def test_integers_are_near_the_reference_backend_on_the_same_numbers(
+    formats, tied, write_tiny_checkpoint, tmp_path, make_backend, all_logits
+):
+    folder = write_tiny_checkpoint(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    model = load_model(str(folder), dtype="bfloat16", layers_at_use=True)
+    tokens = random_tokens(60, 5)
+    span = SequenceInput(tokens, 0, range(4), Phase.PREFILL, output_offsets=range(60))
+    ours, theirs, unrounded = (
+        all_logits(backend.forward(ForwardBatch([span])))
+        for backend in (
+            make_backend(model, kind="cpu", formats=formats),
+            make_backend(rounded(model, formats)),
+            make_backend(rounded(model, DecoderFormats())),
+        )
+    )
+    off = (ours - theirs).norm()
+    assert off < 0.02 * theirs.norm()
+    assert off < 0.5 * (ours - unrounded).norm(), "it is the rounded model, not the other"
+
+
 def test_it_tells_what_it_is(backend, tiny_bfloat16, make_backend):
     info, reference = backend.info, make_backend(tiny_bfloat16).info
     assert info.isa == native.cpu_features().isa
@@ -85,6 +142,27 @@ def test_it_tells_what_it_is(backend, tiny_bfloat16, make_backend):
     assert (info.name, info.device, info.dtype, info.threads) == ("cpu", "cpu", "bfloat16", 2)
     for name in ("dtype", "policies", "weight_bytes", "mlp_bytes", "kv_bytes_per_token"):
         assert getattr(info, name) == getattr(reference, name)
+
+
+@pytest.mark.parametrize(
+    ("formats", "attention", "mlp", "head"),
+    [
+        (DecoderFormats(), 12288 * 2, 18432 * 2, 16576 * 2),
+        # A group of 64 is a row: 3 bytes of scale and zero for each.
+        (ALL_INT8, 12288 + 192 * 3, 18432 + 288 * 3, 16576 + 259 * 3),
+        (FORMATS["planes"], 12288 + 192 * 3, 18432 + 288 * 3, 16576 + 259 * 3),
+        (FORMATS["int4, head int8"], 12288 // 2 + 384 * 3, 18432 // 2 + 576 * 3, 16576 + 259 * 3),
+        (FORMATS["feed-forward"], 12288 * 2, 18432 // 2 + 576 * 3, 16576 * 2),
+    ],
+)  # fmt: skip
+def test_bytes_of_a_step_are_codes_scales_and_zeros(
+    formats, attention, mlp, head, tiny_bfloat16, make_backend
+):
+    info = make_backend(tiny_bfloat16, kind="cpu", formats=formats).info
+    vectors = 5 * 64 * 4  # norms
+    assert info.mlp_bytes == 2 * mlp
+    assert info.weight_bytes == 2 * (attention + mlp) + head + vectors
+    assert info.dtype == str(formats)
 
 
 def test_kv_is_bfloat16_on_memory_of_its_own(backend, tiny_bfloat16):
@@ -115,9 +193,10 @@ def watched(monkeypatch) -> list[weakref.ref]:
     return seen
 
 
+@pytest.mark.parametrize("formats", [DecoderFormats(), ALL_INT8], ids=str)
 @pytest.mark.parametrize("source", ["float32", "bfloat16", "quantized"])
 def test_layers_are_read_once_one_at_a_time_and_not_kept(
-    source, watched, write_tiny_checkpoint, write_gguf, tmp_path
+    source, formats, watched, write_tiny_checkpoint, write_gguf, tmp_path
 ):
     if source == "quantized":
         from gguf import GGMLQuantizationType
@@ -135,7 +214,7 @@ def test_layers_are_read_once_one_at_a_time_and_not_kept(
         on_tensor=lambda done, total: progress.append((done, total)),
     )
     assert watched == []
-    decoder = make_decoder(model.config, model.weights, threads=1)
+    decoder = make_decoder(model.config, model.weights, formats, threads=1)
     backend = CpuBackend(model.config, decoder, num_blocks=2)
     gc.collect()
     assert len(watched) == 5 * 3
@@ -178,8 +257,27 @@ def test_weights_that_are_not_finite_are_a_damaged_checkpoint(
     tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, folder / "model.safetensors")
     model = load_model(str(folder), layers_at_use=True)
-    with pytest.raises(CorruptCheckpoint, match=told):
-        make_decoder(model.config, model.weights, threads=1)
+    for formats in (DecoderFormats(), ALL_INT8):
+        with pytest.raises(CorruptCheckpoint, match=told):
+            make_decoder(model.config, model.weights, formats, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", "layer 1: down has weights of"),
+        ("lm_head.weight", "lm_head has weights of"),
+    ],
+)
+def test_weights_too_large_for_a_scale_are_named(write_tiny_checkpoint, tmp_path, name, told):
+    folder = write_tiny_checkpoint(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = 2.0**27
+    save_file(tensors, folder / "model.safetensors")
+    model = load_model(str(folder), layers_at_use=True)
+    make_decoder(model.config, model.weights, threads=1)
+    with pytest.raises(UnsupportedModel, match=f"cannot be quantized: {told} .* to 1.34218e\\+08"):
+        make_decoder(model.config, model.weights, ALL_INT8, threads=1)
 
 
 def test_a_value_that_bfloat16_cannot_hold_is_told(write_tiny_checkpoint, tmp_path):

@@ -282,10 +282,10 @@ class TestCreate:
             ("rope_scale", math.inf, VALUE, ("rope_scale is inf",)),
             ("rope_frequencies", None, NULL, ("rope_frequencies",)),
             ("rope_rows", 0, SIZE, ("rope_rows is 0",)),
-            ("reserved", 1, VALUE, ("reserved is 1",)),
+            ("activation_bits", 12, VALUE, ("activation_bits is 12",)),
             ("layers", None, NULL, ("layers",)),
             ("norm", None, NULL, ("norm",)),
-            ("embedding.data", None, NULL, ("embedding",)),
+            ("embedding.codes.data", None, NULL, ("embedding",)),
             ("lm_head.abi_version", 0, MISMATCH, ("lm_head",)),
             ("lm_head.rows", 49, SIZE, ("lm_head is 49 x 64",)),
             ("reduce.struct_size", 0, MISMATCH, ("sk_reduce",)),
@@ -294,13 +294,13 @@ class TestCreate:
             ("layer.num_kv_heads", 0, SIZE, ("num_kv_heads is 0",)),
             ("layer.num_kv_heads", 5, SIZE, ("num_kv_heads is 5",)),
             ("layer.intermediate_size", 0, SIZE, ("intermediate_size is 0",)),
-            ("layer.intermediate_size", 97, SIZE, ("gate is 96 x 64", "128 x 64")),
+            ("layer.intermediate_size", 129, SIZE, ("gate is 128 x 64", "192 x 64")),
             ("layer.qkv.columns", 63, SIZE, ("qkv is 128 x 63",)),
-            ("layer.qkv.bytes", 128 * 128 - 1, SIZE, ("qkv has 16383 bytes",)),
-            ("layer.qkv.row_stride", 64, SIZE, ("row_stride is 64",)),
-            ("layer.qkv.row_stride", 130, VALUE, ("qkv", "row_stride", "64")),
-            ("layer.output.data", 64 + 2, VALUE, ("output", "64")),
-            ("layer.up_down.struct_size", 1, MISMATCH, ("up_down",)),
+            ("layer.qkv.codes.bytes", 128 * 128 - 1, SIZE, ("qkv has 16383 bytes",)),
+            ("layer.qkv.codes.row_stride", 64, SIZE, ("row_stride is 64",)),
+            ("layer.qkv.codes.row_stride", 130, VALUE, ("qkv", "row_stride", "tiles of 128")),
+            ("layer.output.codes.data", 64 + 2, VALUE, ("output", "tiles of 128")),
+            ("layer.down.struct_size", 1, MISMATCH, ("down",)),
             ("layer.attention_norm", None, NULL, ("attention_norm",)),
             ("layer.mlp_norm", None, NULL, ("mlp_norm",)),
         ],
@@ -328,9 +328,13 @@ class TestCreate:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_weights_that_are_not_finite(self, tiny_decoder, value) -> None:
         packed = tiny_decoder().packed()
-        matrices = [getattr(packed.layers[1], n) for n in ("qkv", "output", "gate", "up_down")]
+        matrices = [getattr(packed.layers[1], n) for n in ("qkv", "output", "gate", "up", "down")]
         for matrix in [*matrices, packed.embedding, packed.lm_head]:
-            last = matrix.data + (matrix.rows - 1) * matrix.row_stride + 2 * (matrix.columns - 1)
+            last = (
+                matrix.codes.data
+                + (matrix.rows - 1) * matrix.codes.row_stride
+                + 2 * (matrix.columns - 1)
+            )
             place = ctypes.c_uint16.from_address(last)
             before = place.value
             place.value = int(torch.tensor(value).bfloat16().view(torch.int16))
@@ -424,7 +428,7 @@ def test_a_damaged_forward_is_answered_with_a_status(model, changes, entries, st
             "args": _abi.sk_model_args,
             "layer": _abi.sk_layer,
             "qkv": _abi.sk_matrix,
-            "up_down": _abi.sk_matrix,
+            "up": _abi.sk_matrix,
             "embedding": _abi.sk_matrix,
         }
     )
@@ -447,7 +451,7 @@ def test_a_damaged_description_is_answered_with_a_status(tiny_decoder, changes) 
         "args": arguments,
         "layer": layers[0],
         "qkv": layers[0].qkv,
-        "up_down": layers[1].up_down,
+        "up": layers[1].up,
         "embedding": arguments.embedding,
     }
     for place, name, value in changes:
@@ -494,7 +498,7 @@ class TestLife:
         gc.collect()
         before = tasks()
         packed = tiny_decoder().packed()
-        address = packed.embedding.data
+        address = packed.embedding.codes.data
         made = Decoder(packed, threads=3)
         del packed
         assert tasks() == before + 2, "the caller's thread is one of three"

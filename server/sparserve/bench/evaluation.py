@@ -19,6 +19,7 @@ from sparserve.bench.scored_peers import open_scored
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
+from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
 
@@ -61,7 +62,7 @@ def evaluate_formats(
     for name in plan.formats:
         model = source_model(name, loaded)
         _check_vocabulary(model, reference)
-        systems.append(_served(model, _in_format(settings, name), windows))
+        systems.append(_served(model, with_dtype(settings, name), windows))
     for name, format in wanted_peers(plan.peers, [system.format for system in systems]):
         systems.append(open_scored(name, format, loaded, windows, threads))
     kept = evaluation_cache() if plan.cache else None
@@ -84,12 +85,8 @@ def evaluate_tasks(
     scores: list[TaskScore] = []
     for format in formats:
         model = source_model(format, partial(load, settings.model))
-        scores += tasks.run(model, _in_format(settings, format), limit, on_progress)
+        scores += tasks.run(model, with_dtype(settings, format), limit, on_progress)
     return scores
-
-
-def _in_format(settings: EngineSettings, format: str) -> EngineSettings:
-    return settings.model_copy(update={"dtype": format})
 
 
 def _tokens(path: Path, model: LoadedModel) -> list[int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from sparserve.bench.peers.registry import (
     PeerSpec,
     open_peer,
-    resolved,
     source_model,
     wanted_peers,
 )
@@ -18,6 +17,7 @@ from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
+from sparserve.engine.formats import weight_formats, with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.model.loader import LoadedModel
@@ -42,16 +42,13 @@ def measure_formats(
             models[dtype] = load(dtype)
         return models[dtype]
 
-    sources = {name: source_model(name, loaded) for name in formats}
     # "auto" may be one of the others.
-    unique = {resolved(name, loaded): model for name, model in sources.items()}
-    engines = [
-        _engine(model, settings.model_copy(update={"dtype": format}), plan)
-        for format, model in unique.items()
-    ]
+    asked = [(source_model(name, loaded), with_dtype(settings, name)) for name in formats]
+    unique = {(m.weights.dtype, weight_formats(own)): (m, own) for m, own in asked}
+    engines = [_engine(model, own, plan) for model, own in unique.values()]
     info = [engine.backend.info for engine in engines]
     ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
-    first = sources[formats[0]]
+    first = asked[0][0]
     wanted = wanted_peers(peers, [system.format for system in ours])
     return run_sweep(
         ours,

@@ -31,6 +31,7 @@ from sparserve.bench.peers.registry import (
 )
 from sparserve.bench.rounds import BenchProgress, fresh_prompts
 from sparserve.config import ServerSettings
+from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError, SparserveError
 from sparserve.model.loader import find_model, open_checkpoint
 
@@ -166,12 +167,11 @@ def _refuse_unmeasured(peers: Sequence[PeerSpec]) -> None:
 
 def _server(settings: ServerSettings, plan: Plan, format: str) -> dict[str, Any]:
     own = {
-        "dtype": format,
         "max_context": plan.context + plan.new_tokens,
         "max_running": plan.batch,
         "max_batched_tokens": max(settings.max_batched_tokens, plan.batch),
     }
-    return settings.model_copy(update=own).model_dump(mode="json")
+    return with_dtype(settings, format).model_copy(update=own).model_dump(mode="json")
 
 
 def _measure(job: dict[str, Any], source_bytes: int) -> Row:

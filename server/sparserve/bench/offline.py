@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from sparse_kernels._abi import SK_READ_PROBE_BLOCK_BYTES
 from sparse_kernels.native import read_probe
 from sparserve import __version__
 from sparserve.bench.machine import describe_machine
@@ -131,7 +132,8 @@ def run_offline(
     for done in range(plan.rounds):
         on_progress("alternating", done, plan.rounds)
         wait_until_idle()
-        probe = read_probe(buffer_bytes=info.weight_bytes, threads=info.threads, seconds=0.3)
+        size = max(info.weight_bytes, info.threads * SK_READ_PROBE_BLOCK_BYTES)
+        probe = read_probe(buffer_bytes=size, threads=info.threads, seconds=0.3)
         ceilings.append(probe.gb_per_s)
         prompt = fresh_prompts(source, vocab_size, 1, plan.prompt_tokens)
         runs = take_turns(systems, done, prompt, plan.new_tokens)

@@ -16,11 +16,12 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
 
+from sparse_kernels._abi import SK_READ_PROBE_BLOCK_BYTES
 from sparse_kernels.native import read_probe
 from sparserve import __version__
 from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.rounds import BenchProgress, fresh_prompts, take_turns, wait_until_idle
-from sparserve.bench.systems import Prompts, Run, System, bits
+from sparserve.bench.systems import Prompts, Run, System, bits, data_type
 
 PROBE_SECONDS = 0.3
 WARM_UP_TOKENS = 4
@@ -214,7 +215,7 @@ def _read_ceilings(sizes: Sequence[int], threads: int) -> list[float]:
     """GB/s over a buffer of each size; sizes that differ by a few percent share one measurement."""
     known: dict[int, float] = {}
     ceilings = []
-    for size in sizes:
+    for size in (max(size, threads * SK_READ_PROBE_BLOCK_BYTES) for size in sizes):
         near = next((other for other in known if abs(other - size) < 0.05 * size), size)
         if near not in known:
             probe = read_probe(buffer_bytes=size, threads=threads, seconds=PROBE_SECONDS)
@@ -224,10 +225,10 @@ def _read_ceilings(sizes: Sequence[int], threads: int) -> list[float]:
 
 
 def _comparable(ours: _Series, peer: _Series, all_ours: Sequence[_Series]) -> bool:
-    """In the same format, or where we were not measured in the peer's, in one of the same bits."""
+    """At the same data type, or where we were not measured in the peer's, at the same bits."""
     theirs = peer.system.format
-    if theirs in [series.system.format for series in all_ours]:
-        return theirs == ours.system.format
+    if theirs in [data_type(series.system.format) for series in all_ours]:
+        return theirs == data_type(ours.system.format)
     return bits(theirs) == bits(ours.system.format)
 
 

@@ -52,6 +52,11 @@ class System(Protocol):
         ...
 
 
+def data_type(format: str) -> str:
+    """That of most weights: "int4" of "int4-g32 (LM head int8-g32)". Rivals know no more."""
+    return re.split("[ -]", format, maxsplit=1)[0]
+
+
 class Sparserve:
     """This project's engine, step by step as it is served."""
 

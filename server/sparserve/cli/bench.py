@@ -296,10 +296,11 @@ def _refuse_own_limits(settings: EngineSettings, *others: str) -> None:
 def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str], LoadedModel]:
     """Loads `settings.model` in a data type."""
     from sparserve.engine.factory import load_by_settings
+    from sparserve.engine.formats import with_dtype
 
     def load(dtype: str) -> LoadedModel:
         return load_by_settings(
-            settings.model_copy(update={"dtype": dtype}),
+            with_dtype(settings, dtype),
             on_tensor=lambda done, total: show(f"loading {dtype}", done, total),
             on_download=show,
         )

@@ -82,7 +82,7 @@ def _print_step(report: KernelReport, point: Point) -> None:
     what = f"decode, batch {point.batch}, after" if decode else "prompt of"
     table = Table(
         Column("", no_wrap=True), *[Column(row.phase, justify="right") for row in first],
-        title=f"{report.model}: {what} {point.context} tokens", box=box.SIMPLE, pad_edge=False,
+        title=f"{report.model}, {report.format}: {what} {point.context} tokens", box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     table.add_row("MB to read", *[f"{r.bytes / 1e6:.1f}" for r in first], end_section=True)
     for level, own in by_level.items():

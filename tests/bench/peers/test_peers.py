@@ -30,6 +30,16 @@ def test_peers_are_named_alone_or_with_a_format():
     ]
 
 
+def test_a_peer_without_a_format_takes_the_data_types_that_we_are_measured_in():
+    ours = ["bfloat16", "int4 (LM head int8)", "int4-g32 (LM head int8-g32)"]
+    specs = [PeerSpec("openvino"), PeerSpec("llama.cpp", "Q4_0"), PeerSpec("openvino", "int4")]
+    assert wanted_peers(specs, ours) == [
+        ("openvino", "bfloat16"),
+        ("openvino", "int4"),
+        ("llama.cpp", "Q4_0"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -11,7 +11,7 @@ from sparserve.bench.peers.gguf_files import GGUF_FORMATS, gguf_file, step_weigh
 from sparserve.bench.peers.llama_cpp import KV_BYTES, LlamaCpp
 from sparserve.bench.peers.openvino import OpenVino
 from sparserve.bench.peers.transformers import Transformers
-from sparserve.bench.systems import System
+from sparserve.bench.systems import System, data_type
 from sparserve.errors import ConfigError
 from sparserve.model.config import ModelConfig
 from sparserve.model.loader import DTYPES, LoadedModel
@@ -47,7 +47,8 @@ class Peer:
 
     def counterpart(self, format: str) -> str | None:
         """Its own format at the bits of ours; None where it has none."""
-        own = self.named.get(format, format)
+        ours = data_type(format)
+        own = self.named.get(ours, ours)
         return own if own in self.formats else None
 
 

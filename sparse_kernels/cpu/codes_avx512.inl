@@ -1,0 +1,226 @@
+// Codes of one byte from those stored in planes, 64 at a time, and in fours of neurons.
+#pragma once
+
+#include "kernels_math.inl"
+
+namespace {
+
+struct Codes {  // 16 rows
+  const uint8_t* at;
+  size_t stride;
+};
+
+// The planes that a code's bits are in.
+enum class Planes { k8, k44, k4, k31, k22 };
+
+inline Planes planes_of(const Matrix& m) {
+  if (m.low == nullptr) return m.bits == 8 ? Planes::k8 : Planes::k4;
+  return m.low_bits == 4 ? Planes::k44 : m.low_bits == 1 ? Planes::k31 : Planes::k22;
+}
+
+inline __m512i words(uint16_t a, uint16_t b, uint16_t c, uint16_t d) {
+  const auto all = [](uint16_t x) { return _mm_set1_epi16(static_cast<int16_t>(x)); };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(all(a)), all(b), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(all(c)), all(d), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// 64 numbers of 4 or 2 bits.
+inline __m512i fours(const uint8_t* p) {
+  const __m512i both =
+      _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_and_si512(_mm512_srlv_epi16(both, words(0, 0, 4, 4)), _mm512_set1_epi8(15));
+}
+inline __m512i twos(const uint8_t* p) {
+  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_and_si512(_mm512_srlv_epi16(all, words(0, 2, 4, 6)), _mm512_set1_epi8(3));
+}
+// 64 bits, as zero or `value`.
+inline __m512i ones(const uint8_t* p, int8_t value) {
+  uint64_t bits;
+  memcpy(&bits, p, sizeof(bits));
+  return _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(value));
+}
+
+// Block `block` of a row, whose planes begin at `codes` and `low`.
+template <Planes kPlanes>
+inline __m512i load_codes(const uint8_t* codes, const uint8_t* low, size_t block) {
+  if constexpr (kPlanes == Planes::k8) return _mm512_loadu_si512(codes + 64 * block);
+  if constexpr (kPlanes == Planes::k4) return fours(codes + 32 * block);
+  if constexpr (kPlanes == Planes::k44) {
+    // No bit crosses a byte: four are shifted into four zeros.
+    return _mm512_or_si512(_mm512_slli_epi16(fours(codes + 32 * block), 4), fours(low + 32 * block));
+  }
+  if constexpr (kPlanes == Planes::k22) {
+    return _mm512_or_si512(_mm512_slli_epi16(twos(codes + 16 * block), 2), twos(low + 16 * block));
+  }
+  const uint8_t* upper = codes + 24 * block;
+  return _mm512_or_si512(
+      _mm512_or_si512(_mm512_slli_epi16(twos(upper), 2), ones(upper + 16, 2)),
+      ones(low + 8 * block, 1));
+}
+
+template <Planes kPlanes>
+inline void unpack_rows(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
+  for (size_t i = row; i < row + 16; ++i, out += columns) {
+    const uint8_t *codes = m.codes + i * m.stride, *low = m.low + i * m.low_stride;
+    for (size_t j = 0; j < columns; j += 64) {
+      _mm512_store_si512(out + j, load_codes<kPlanes>(codes, low, (column + j) / 64));
+    }
+  }
+}
+
+inline Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
+  const Planes planes = planes_of(m);
+  if (planes == Planes::k8) return {m.codes + row * m.stride + column, m.stride};
+  if (planes == Planes::k4) unpack_rows<Planes::k4>(m, row, column, columns, out);
+  if (planes == Planes::k44) unpack_rows<Planes::k44>(m, row, column, columns, out);
+  if (planes == Planes::k31) unpack_rows<Planes::k31>(m, row, column, columns, out);
+  if (planes == Planes::k22) unpack_rows<Planes::k22>(m, row, column, columns, out);
+  return {out, columns};
+}
+
+// Codes of 64 neurons, four neurons side by side: [columns / 16][16 fours of neurons][16 columns][4].
+// Vector j of a block of 64 columns has columns 4 j ... 4 j + 3 of each 16.
+template <Planes kPlanes>
+inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
+  for (size_t four = 0; four < 16; ++four, out += 64) {
+    const uint8_t *codes[4], *low[4];
+    for (size_t i = 0; i < 4; ++i) {
+      codes[i] = m.codes + (neuron + 4 * four + i) * m.stride;
+      low[i] = m.low + (neuron + 4 * four + i) * m.low_stride;
+    }
+    uint8_t* to = out;
+    for (size_t j = 0; j < columns; j += 64, to += 4096) {
+      __m512i row[4];
+      for (size_t i = 0; i < 4; ++i) row[i] = load_codes<kPlanes>(codes[i], low[i], (column + j) / 64);
+      const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+      const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+      _mm512_store_si512(to + 1024, _mm512_unpackhi_epi16(a, c));
+      _mm512_store_si512(to + 2048, _mm512_unpacklo_epi16(b, d));
+      _mm512_store_si512(to + 3072, _mm512_unpackhi_epi16(b, d));
+    }
+  }
+}
+
+inline void gather_fours(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
+  const Planes planes = planes_of(m);
+  if (planes == Planes::k8) gather_rows<Planes::k8>(m, neuron, column, columns, out);
+  if (planes == Planes::k4) gather_rows<Planes::k4>(m, neuron, column, columns, out);
+  if (planes == Planes::k44) gather_rows<Planes::k44>(m, neuron, column, columns, out);
+  if (planes == Planes::k31) gather_rows<Planes::k31>(m, neuron, column, columns, out);
+  if (planes == Planes::k22) gather_rows<Planes::k22>(m, neuron, column, columns, out);
+}
+
+// 64 columns in the order of their vectors above -> in their own.
+inline void order_columns(const float* sums, float* out) {
+  const __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
+  const __m512 c = _mm512_loadu_ps(sums + 32), d = _mm512_loadu_ps(sums + 48);
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+  const __m512 ef = _mm512_shuffle_f32x4(a, b, 0xee), gh = _mm512_shuffle_f32x4(c, d, 0xee);
+  _mm512_storeu_ps(out, _mm512_shuffle_f32x4(ab, cd, 0x88));
+  _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(ef, gh, 0x88));
+  _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(ef, gh, 0xdd));
+}
+
+// 64 integers as upper and lower signed bytes: 256 upper + lower. They are read in the pieces that
+// Simd::round_to writes: others would wait until they have reached the cache.
+inline void split_bytes(const int16_t* integers, uint8_t* upper, uint8_t* lower) {
+  for (size_t i = 0; i < 64; i += 16) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers + i));
+    const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(v, _mm256_set1_epi16(128)), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(upper + i), _mm256_cvtepi16_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lower + i), _mm256_cvtepi16_epi8(v));
+  }
+}
+inline void one_byte(const int16_t* integers, uint8_t* out) {
+  for (size_t i = 0; i < 64; i += 16) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtepi16_epi8(v));
+  }
+}
+
+// Activations of a block of neurons: those of 16 tokens, upper bytes then lower; up to 8 tokens' upper
+// and lower bytes are one tile.
+struct ActivationBytes {
+  alignas(64) uint8_t bytes[2 * 1024];
+
+  static size_t low_at(size_t tokens) { return tokens <= 8 ? 512 : 1024; }
+  template <int kBits>
+  void put(size_t token, size_t tokens, const int16_t* integers) {
+    uint8_t* at = bytes + token * 64;
+    if (kBits == 16) {
+      split_bytes(integers, at, at + low_at(tokens));
+    } else {
+      one_byte(integers, at);
+    }
+  }
+};
+
+// Where columns [first, first + n) of a block are in its vectors: a group of 32 is one half of each.
+inline __mmask16 lanes_of(size_t first, size_t n) {
+  if (n != 32) return 0xffff;
+  return first % 64 == 0 ? 0x00ff : 0xff00;
+}
+
+// Four vectors of columns for kTokens tokens, by VNNI: sums[token][64] += factor * exact.
+template <int kBits, size_t kTokens>
+inline void add_vectors(const uint8_t* codes, const uint8_t* upper, const uint8_t* lower,
+                        const float* factors, __mmask16 lanes, float* sums, size_t stride) {
+  __m512i high[kTokens][4], low[kTokens][4];
+  for (size_t t = 0; t < kTokens; ++t) {
+    for (size_t i = 0; i < 4; ++i) high[t][i] = low[t][i] = _mm512_setzero_si512();
+  }
+  for (size_t four = 0; four < 16; ++four) {
+    __m512i w[4];
+    for (size_t i = 0; i < 4; ++i) w[i] = _mm512_load_si512(codes + i * 1024 + four * 64);
+    for (size_t t = 0; t < kTokens; ++t) {
+      const auto inputs = [&](const uint8_t* bytes) {
+        int32_t x;
+        memcpy(&x, bytes + t * 64 + four * 4, sizeof(x));
+        return _mm512_set1_epi32(x);
+      };
+      const __m512i a = inputs(upper);
+      for (size_t i = 0; i < 4; ++i) high[t][i] = _mm512_dpbusd_epi32(high[t][i], w[i], a);
+      if constexpr (kBits == 16) {
+        const __m512i b = inputs(lower);
+        for (size_t i = 0; i < 4; ++i) low[t][i] = _mm512_dpbusd_epi32(low[t][i], w[i], b);
+      }
+    }
+  }
+  for (size_t t = 0; t < kTokens; ++t) {
+    for (size_t i = 0; i < 4; ++i) {
+      __m512i exact = high[t][i];
+      if constexpr (kBits == 16) exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), low[t][i]);
+      float* out = sums + t * stride + 16 * i;
+      const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(factors[t]),
+                                         _mm512_loadu_ps(out));
+      _mm512_mask_storeu_ps(out, lanes, sum);
+    }
+  }
+}
+
+template <int kBits>
+inline void add_columns_by_vectors(const uint8_t* codes, size_t columns, size_t first, size_t n,
+                                   const ActivationBytes& activations, size_t tokens,
+                                   const float* factors, float* sums) {
+  const uint8_t* upper = activations.bytes;
+  const uint8_t* lower = upper + ActivationBytes::low_at(tokens);
+  const __mmask16 lanes = lanes_of(first, n);
+  for (size_t column = first / 64 * 64; column < first + n; column += 64) {
+    const uint8_t* at = codes + column * 64;
+    size_t t = 0;
+    for (; t + 2 <= tokens; t += 2) {
+      add_vectors<kBits, 2>(at, upper + t * 64, lower + t * 64, factors + t, lanes,
+                            sums + t * columns + column, columns);
+    }
+    if (t < tokens) {
+      add_vectors<kBits, 1>(at, upper + t * 64, lower + t * 64, factors + t, lanes,
+                            sums + t * columns + column, columns);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,93 @@
+// Dot products of integer rows, 16 rows and one token at a time: sums of a group come from
+// Integers::sums as 16 integers.
+#include "integer.inl"
+
+namespace {
+namespace integer {
+
+// An input: units [count][64] as Integers stores them, scales and offsets [groups].
+inline size_t input_bytes(const Matrix& m) {
+  const size_t bytes = Units(m).count * Integers::kUnitBytes + 2 * m.groups * sizeof(float);
+  return (bytes + 63) / 64 * 64;
+}
+
+size_t operand_bytes(const Matrix* weights, size_t tokens) { return tokens * input_bytes(*weights); }
+
+inline float* input_scales(const Matrix& m, uint8_t* input) {
+  return reinterpret_cast<float*>(input + Units(m).count * Integers::kUnitBytes);
+}
+
+template <int kBits>
+void store_operand(const Matrix* weights, const float* x, size_t n, size_t token, size_t,
+                   void* operand) {
+  uint8_t* input = static_cast<uint8_t*>(operand) + token * input_bytes(*weights);
+  float* scales = input_scales(*weights, input);
+  quantize_input<kBits>(
+      *weights, x, n,
+      [&](size_t unit, const int16_t* integers) {
+        Integers::store_unit<kBits>(integers, input + unit * Integers::kUnitBytes);
+      },
+      [&](size_t group, float scale, float sum) {
+        scales[group] = scale;
+        scales[weights->groups + group] = sum;
+      });
+}
+
+constexpr size_t kChunkColumns = 1024;  // whose codes of 16 rows fit the first-level cache
+constexpr size_t kMostChunkGroups = kChunkColumns / 32;
+
+// Groups [first, last) of 16 rows, whose codes begin with the first group's.
+template <int kBits>
+inline void dot_tile(const Matrix& m, const uint8_t* codes, size_t stride, size_t first,
+                     size_t last, const float* scales, const float* offsets, const uint8_t* input,
+                     bool add, float* out) {
+  constexpr size_t kVectors = kRowTile / kLanes;
+  const Units units(m);
+  const float* input_scale = input_scales(m, const_cast<uint8_t*>(input));
+  F sums[kVectors];
+  for (size_t i = 0; i < kVectors; ++i) sums[i] = add ? Simd::load(out + i * kLanes) : Simd::zero();
+  const size_t first_block = units.block(units.first(first));
+  for (size_t g = first; g < last; ++g) {
+    const size_t unit = units.first(g);
+    alignas(64) int32_t exact[kRowTile];
+    Integers::sums<kBits>(codes + (units.block(unit) - first_block) * kBlock, stride,
+                          input + unit * Integers::kUnitBytes, units.last(g) - unit, exact);
+    const F scale = Simd::set(input_scale[g]), sum = Simd::set(input_scale[m.groups + g]);
+    for (size_t i = 0; i < kVectors; ++i) {
+      const size_t at = (g - first) * kRowTile + i * kLanes;
+      sums[i] = Simd::fma(Simd::load_int32(exact + i * kLanes) * scale, Simd::load(scales + at), sums[i]);
+      sums[i] = Simd::fma(sum, Simd::load(offsets + at), sums[i]);
+    }
+  }
+  for (size_t i = 0; i < kVectors; ++i) Simd::store(out + i * kLanes, sums[i]);
+}
+
+template <int kBits>
+void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
+         float* out, size_t out_stride) {
+  const Matrix& m = *weights;
+  const size_t bytes = input_bytes(m);
+  for (size_t row = first_row; row < first_row + rows; row += kRowTile) {
+    for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
+      const size_t columns = at_most(kChunkColumns, m.columns - begin);
+      alignas(64) uint8_t unpacked[kRowTile * kChunkColumns];
+      const Codes codes = Integers::unpack(m, row, begin, columns, unpacked);
+      alignas(64) float scales[kMostChunkGroups * kRowTile], offsets[kMostChunkGroups * kRowTile];
+      const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
+      load_scales(m, row, first, last, scales, offsets);
+      for (size_t token = 0; token < tokens; ++token) {
+        dot_tile<kBits>(m, codes.at, codes.stride, first, last, scales, offsets,
+                        static_cast<const uint8_t*>(operand) + token * bytes, begin != 0,
+                        out + token * out_stride + row - first_row);
+      }
+    }
+  }
+}
+
+template <int kBits>
+Products products() {
+  return {operand_bytes, store_operand<kBits>, dot<kBits>, activation_bytes, swiglu<kBits>, down<kBits>};
+}
+
+}  // namespace integer
+}  // namespace

@@ -1,0 +1,79 @@
+// What all of a level's kernels share, in terms of Simd. Everything is in the nameless namespace: no
+// other level's code may stand in for it.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.hpp"
+
+namespace {
+
+using sk::AttentionChunk;
+using sk::DownTask;
+using sk::HeadTask;
+using sk::kAttentionChunk;
+using sk::kAttentionRows;
+using sk::Kernels;
+using sk::kMaxDownNeurons;
+using sk::Matrix;
+using sk::Products;
+using sk::SwigluTask;
+
+typedef Simd::F F;
+constexpr size_t kLanes = Simd::kLanes;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// exp(x), relative error below 2e-7 for x in [-86, 88], clamped outside; NaN stays NaN.
+inline F exp_of(F x) {
+  x = Simd::min(Simd::set(88.0f), Simd::max(Simd::set(-86.0f), x));
+  const F n = Simd::round(x * Simd::set(1.44269504088896341f));
+  F r = Simd::fma(n, Simd::set(-0.693359375f), x);
+  r = Simd::fma(n, Simd::set(2.12194440e-4f), r);
+  // Cephes expf.
+  F p = Simd::set(1.9875691500e-4f);
+  p = Simd::fma(p, r, Simd::set(1.3981999507e-3f));
+  p = Simd::fma(p, r, Simd::set(8.3334519073e-3f));
+  p = Simd::fma(p, r, Simd::set(4.1665795894e-2f));
+  p = Simd::fma(p, r, Simd::set(1.6666665459e-1f));
+  p = Simd::fma(p, r, Simd::set(5.0000001201e-1f));
+  p = Simd::fma(p, r * r, r + Simd::set(1.0f));
+  return Simd::scale_by_power(p, n);
+}
+
+inline F silu(F gate) { return gate / (Simd::set(1.0f) + exp_of(Simd::zero() - gate)); }
+
+inline void prefetch(const void* data, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 3);
+}
+
+inline uint16_t bf16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  // A NaN whose payload is in the lower half would round to infinity.
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float float_of(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline const uint16_t* bf16_row(const Matrix& matrix, size_t row) {
+  return reinterpret_cast<const uint16_t*>(matrix.codes + row * matrix.stride);
+}
+
+// A token's activations of a block -> out [64].
+inline void swiglu_row(const SwigluTask& task, size_t token, float* out) {
+  const float *gate = task.gate + token * task.stride, *up = task.up + token * task.stride;
+  for (size_t i = 0; i < 64; i += kLanes) {
+    Simd::store(out + i, silu(Simd::load(gate + i)) * Simd::load(up + i));
+  }
+  if (task.plain == nullptr) return;
+  memcpy(task.plain + token * task.plain_stride + task.first, out, 64 * sizeof(float));
+}
+
+}  // namespace
