@@ -36,7 +36,7 @@ FORMATS = get_args(Dtype)
 # The names are repeated here, for --help must not load torch.
 PEERS = ("llama.cpp", "transformers", "openvino")
 
-app = typer.Typer(help="Measure speed beside rivals.", no_args_is_help=True, cls=Group)
+app = typer.Typer(help="Measure speed and memory beside rivals.", no_args_is_help=True, cls=Group)
 
 Formats = Annotated[
     str,

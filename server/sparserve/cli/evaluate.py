@@ -38,7 +38,7 @@ def evaluate(
         str,
         typer.Option(
             help="Rivals to score on the same windows, comma-separated, each with its format: "
-            "llama.cpp:Q4_K_M, openvino:int8. Without a format: those of --formats."
+            "llama.cpp:Q4_K_M, openvino:int8. Without a format: those of the same bits as --formats."
         ),
     ] = "none",
     original: Annotated[

@@ -28,7 +28,7 @@ from sparserve.errors import UnsupportedModel
 
 BUILD_WITHOUT_AMX = (
     'CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8" pip install '
-    "--force-reinstall --no-cache-dir --no-deps --no-binary llama-cpp-python llama-cpp-python"
+    "--force-reinstall --no-cache-dir --no-deps llama-cpp-python"
 )
 
 log = logging.getLogger(__name__)
