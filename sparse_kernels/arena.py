@@ -42,6 +42,10 @@ class Arena:
         self._memory = huge_pages(size)
         self._used = 0
 
+    @property
+    def size(self) -> int:
+        return len(self._memory)
+
     def take(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         """The next `size` bytes as a flat zeroed tensor of `dtype`, at a multiple of SK_ALIGNMENT."""
         begin, self._used = self._used, self._used + aligned(size)

@@ -72,6 +72,7 @@ class Decoder:
         self.kv_block_bytes: int = info.kv_block_bytes  # in all layers
         self.isa = native.isa_name(info.isa)
         self.threads: int = info.threads
+        self.packed_bytes: int = packed.arena.size  # all weights, padding included
         # The weights are the callback's arguments so that they outlive the model.
         self._destroy = weakref.finalize(self, _destroy, self._library, info.model, packed)
 

@@ -10,10 +10,12 @@ the same up to rounding, and no grid is left. FOLDER becomes a Hugging Face fold
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from sparserve.bench.to_transformers import to_transformers
 from sparserve.model.config import ModelConfig
@@ -60,17 +62,29 @@ def _fold_layer(
 def write_folder(model: LoadedModel, folder: Path) -> None:
     """Raises ConfigError where transformers has no such model."""
     to_transformers(model).save_pretrained(folder)
-    model.tokenizer.save(str(folder / "tokenizer.json"))
     special = {
-        "bos_token": model.config.bos_token_id,
-        "eos_token": next(iter(model.config.eos_token_ids), None),
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": next(iter(model.config.eos_token_ids), None),
     }
-    tokenizer_config = {
+    write_tokenizer(folder, model.tokenizer, model.chat_template, special)
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, chat_template: str | None, special: Mapping[str, int | None]
+) -> None:
+    """`special`: ids by their names in config.json, such as `bos_token_id`."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {
+        name.removesuffix("_id"): tokenizer.id_to_token(i)
+        for name, i in special.items()
+        if i is not None
+    }
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": model.chat_template,
-        **{k: model.tokenizer.id_to_token(v) for k, v in special.items() if v is not None},
+        "chat_template": chat_template,
+        **tokens,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
 def main() -> None:

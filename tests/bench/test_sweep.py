@@ -91,15 +91,32 @@ def test_all_systems_get_the_same_prompts_and_every_round_others(probes):
     assert len({prompt for prompts in ours.prompts for prompt in prompts}) == 2 * 4
 
 
-def test_formats_are_compared_with_their_own_kind(probes):
+def test_formats_are_compared_at_the_same_bits(probes):
+    own = ("bfloat16", "float16", "int8-g32", "int4 (LM head int8)")
+    ours = [Made("sparserve", [1], format) for format in own]
+    formats = ("bfloat16", "float32", "Q8_0", "Q6_K", "Q4_0", "Q4_K_M", "int8")
+    peers = [Made("a", [1], format) for format in formats]
+    report, _ = swept(Plan("decode", [1], [30], 4, rounds=1), ours, peers)
+    assert [(r.format, r.peer_format) for r in report.ratios] == [
+        ("bfloat16", "bfloat16"),
+        ("int8-g32", "Q8_0"),
+        ("int8-g32", "int8"),
+        ("int4 (LM head int8)", "Q4_0"),
+        ("int4 (LM head int8)", "Q4_K_M"),
+    ]
+
+
+def test_of_16_bits_are_two_formats(probes):
+    """They are compared where the peer's own is not among ours."""
+    ours, peers = [Made("sparserve", [1], "bfloat16")], [Made("a", [1], "float16")]
+    report, _ = swept(Plan("decode", [1], [30], 4, rounds=1), ours, peers)
+    assert [(r.format, r.peer_format) for r in report.ratios] == [("bfloat16", "float16")]
+
+
+def test_one_ceiling_serves_sizes_that_hardly_differ(probes):
     ours = [Made("sparserve", [1], "float32", 20_000_000), Made("sparserve", [1])]
     peers = [Made("a", [1]), Made("b", [1], "Q8_0", 5_000_000)]
-    report, _ = swept(Plan("decode", [1], [30], 4, rounds=1), ours, peers)
-    assert [(r.format, r.peer, r.peer_format) for r in report.ratios] == [
-        ("float32", "b", "Q8_0"),
-        ("bfloat16", "a", "bfloat16"),
-        ("bfloat16", "b", "Q8_0"),
-    ]
+    swept(Plan("decode", [1], [30], 4, rounds=1), ours, peers)
     assert len(probes) == 3  # a's is the one of ours
 
 

@@ -121,6 +121,51 @@ def test_kernels_reports_every_phase_of_every_step(bench, tmp_path):
         assert word in out
 
 
+def test_memory_is_told_at_every_stage(run_main, tiny_folder, tmp_path):
+    asked = ["--model", tiny_folder, "--threads", "1", "--formats", "float32,bfloat16"]
+    asked += ["--batch", "2", "--context", "100", "--new-tokens", "4"]
+    status, out, err = run_main("bench", "memory", *asked, "--json", tmp_path / "m.json")
+    assert status == 0, err
+    report = json.loads((tmp_path / "m.json").read_text())
+    rows = report["rows"]
+    assert [(row["system"], row["format"]) for row in rows] == [
+        ("sparserve", "float32"),
+        ("sparserve", "bfloat16"),
+    ]
+    for row, number_bytes in zip(rows, (4, 2), strict=True):
+        # 7 KV blocks of 16 positions for each of 2 sequences; 2 layers, 2 heads of 16 numbers
+        assert row["kv_bytes"] == 2 * 7 * 16 * (2 * 2 * 2 * 16 * number_bytes)
+        parameters = 2 * 259 * 64 + 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 96 * 64)
+        assert number_bytes * parameters <= row["weight_bytes"] < 1.5 * number_bytes * parameters
+        assert row["source_bytes"] == (tiny_folder / "model.safetensors").stat().st_size
+        imported, loaded, served = (row[stage] for stage in ("imported", "loaded", "served"))
+        assert 50e6 < imported["total"] < loaded["total"] <= loaded["peak"] <= served["peak"]
+        for stage in (imported, loaded, served):
+            assert stage["total"] == stage["anonymous"] + stage["file"]
+    assert report["plan"] == {"batch": 2, "context": 100, "new_tokens": 4, "seed": 0}
+    assert (report["serving_beyond_bytes"], report["loading_sources"]) == (450_000_000, 1.3)
+    for word in ("weights", "450 MB serving", "1.3 x"):
+        assert word in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--peers", "transformers"], "the memory of transformers is not measured"),
+        (["--kv-cache-gib", "1"], "--kv-cache-gib: the engine is made for"),
+        (["--context", "500"], "516 tokens of prompt and output exceed"),
+        (
+            ["--dtype", "float32", "--backend", "cpu", "--context", "20"],
+            "sparserve could not be measured: the cpu",
+        ),
+    ],
+)
+def test_memory_that_cannot_be_measured_is_refused(run_main, tiny_folder, flags, told):
+    status, _, err = run_main("bench", "memory", "--model", tiny_folder, "--threads", "1", *flags)
+    assert status == 1
+    assert told in err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -11,7 +11,7 @@ from sparse_kernels.native import usable_cpus
 from sparserve.bench.cache import evaluation_cache
 from sparserve.bench.lm_tasks import Tasks, TaskScore
 from sparserve.bench.original import Original, original_states
-from sparserve.bench.peers import PeerSpec, wanted_peers
+from sparserve.bench.peers.registry import PeerSpec, source_model, wanted_peers
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.scored import ServedModel
@@ -58,11 +58,11 @@ def evaluate_formats(
     settings = settings.model_copy(update={"max_context": tokens})
     threads = settings.threads or usable_cpus()
     systems: list[Scored] = []
+    loaded = partial(load, settings.model)
     for name in plan.formats:
-        model = load(settings.model, name)
+        model = source_model(name, loaded)
         _check_vocabulary(model, reference)
         systems.append(_served(model, with_dtype(settings, name), windows))
-    loaded = partial(load, settings.model)
     for name, format in wanted_peers(plan.peers, [system.format for system in systems]):
         systems.append(open_scored(name, format, loaded, windows, threads))
     kept = evaluation_cache() if plan.cache else None
@@ -82,13 +82,11 @@ def evaluate_tasks(
 ) -> list[TaskScore]:
     """lm-eval's tasks on each format of `settings.model`; see `Tasks`. Raises ConfigError or ModelError."""
     tasks = Tasks(names, folder)
-    return [
-        score
-        for format in formats
-        for score in tasks.run(
-            load(settings.model, format), with_dtype(settings, format), limit, on_progress
-        )
-    ]
+    scores: list[TaskScore] = []
+    for format in formats:
+        model = source_model(format, partial(load, settings.model))
+        scores += tasks.run(model, with_dtype(settings, format), limit, on_progress)
+    return scores
 
 
 def _tokens(path: Path, model: LoadedModel) -> list[int]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparserve.bench.peers import PeerSpec, open_peer, wanted_peers
+from sparserve.bench.peers.registry import (
+    PeerSpec,
+    open_peer,
+    source_model,
+    wanted_peers,
+)
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.sweep import Plan, Report, run_sweep
 from sparserve.bench.systems import Sparserve
@@ -38,12 +43,12 @@ def measure_formats(
         return models[dtype]
 
     # "auto" may be one of the others.
-    asked = [(loaded(name), with_dtype(settings, name)) for name in formats]
+    asked = [(source_model(name, loaded), with_dtype(settings, name)) for name in formats]
     unique = {(m.weights.dtype, weight_formats(own)): (m, own) for m, own in asked}
     engines = [_engine(model, own, plan) for model, own in unique.values()]
     info = [engine.backend.info for engine in engines]
     ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
-    first = models[formats[0]]
+    first = asked[0][0]
     wanted = wanted_peers(peers, [system.format for system in ours])
     return run_sweep(
         ours,

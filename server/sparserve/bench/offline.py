@@ -27,7 +27,7 @@ from sparserve.bench.rounds import (
     take_turns,
     wait_until_idle,
 )
-from sparserve.bench.systems import Run, System
+from sparserve.bench.systems import Run, System, bits
 from sparserve.engine.engine import Engine
 from sparserve.errors import ConfigError
 
@@ -86,7 +86,7 @@ class Report:
     threads: int
     plan: Plan
     rows: list[Row]
-    # Medians of per-round ratios; >= 1 is in sparserve's favour.
+    # Medians of per-round ratios to peers of the same bits; >= 1 is in sparserve's favour.
     speed_against_peers: dict[str, float]
     concurrent_against_sequential: float
     # As streams of a server whose client shares its CPUs; median of per-round ratios, None: not asked for.
@@ -169,6 +169,7 @@ def run_offline(
                 [run.total for run in runs], [run.total for run in alone[0]]
             )
             for peer, runs in zip(peers, alone[1:], strict=True)
+            if bits(peer.format) == bits(ours.format)
         },
         concurrent_against_sequential=median_ratio(in_sequence, [run.total for run in together]),
         served_against_offline=median_ratio(

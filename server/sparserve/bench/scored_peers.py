@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from sparserve.bench.peers import OPENVINO_FORMATS, Load, check_format, source_model
 from sparserve.bench.peers.gguf_files import gguf_file, mlp_weight_bytes, step_weight_bytes
 from sparserve.bench.peers.llama_cpp import KV_BYTES, load_file
 from sparserve.bench.peers.openvino import check_threads
 from sparserve.bench.peers.packages import llama_cpp, require
+from sparserve.bench.peers.registry import (
+    OPENVINO_FORMATS,
+    Load,
+    check_format,
+    kv_bytes_per_token,
+    source_model,
+)
 from sparserve.bench.quality import Logits, Scored, Window
 from sparserve.errors import ConfigError, UnsupportedModel
 from sparserve.model.config import ModelConfig
@@ -37,8 +43,9 @@ class _GGUFPeer:
         self.format = format
         self._vocab_size = config.vocab_size
         middle = len(windows[0].prompt) + len(windows[0].fed) // 2
-        kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
-        self.bytes_per_token = step_weight_bytes(file) + kv * middle
+        self.bytes_per_token = step_weight_bytes(file) + middle * kv_bytes_per_token(
+            config, kv_bytes
+        )
         self.mlp_bytes = mlp_weight_bytes(file)
 
     def logits(self, windows: Sequence[Window]) -> Iterator[Logits]:

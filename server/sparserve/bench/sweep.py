@@ -21,7 +21,7 @@ from sparse_kernels.native import read_probe
 from sparserve import __version__
 from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.rounds import BenchProgress, fresh_prompts, take_turns, wait_until_idle
-from sparserve.bench.systems import Prompts, Run, System, data_type
+from sparserve.bench.systems import Prompts, Run, System, bits, data_type
 
 PROBE_SECONDS = 0.3
 WARM_UP_TOKENS = 4
@@ -66,7 +66,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Our speed over a peer's at one point: median of the rounds' own; above 1 we are faster."""
+    """Our speed over a peer's of the same bits at one point: median of the rounds' own; above 1 we are
+    faster.
+    """
 
     format: str  # ours
     peer: str
@@ -223,9 +225,11 @@ def _read_ceilings(sizes: Sequence[int], threads: int) -> list[float]:
 
 
 def _comparable(ours: _Series, peer: _Series, all_ours: Sequence[_Series]) -> bool:
-    """At the same data type; a peer in one that we were not measured in stands beside all of ours."""
-    types = [data_type(series.system.format) for series in all_ours]
-    return peer.system.format == data_type(ours.system.format) or peer.system.format not in types
+    """At the same data type, or where we were not measured in the peer's, at the same bits."""
+    theirs = peer.system.format
+    if theirs in [data_type(series.system.format) for series in all_ours]:
+        return theirs == data_type(ours.system.format)
+    return bits(theirs) == bits(ours.system.format)
 
 
 def _ratio(ours: _Series, peer: _Series, point: _Point) -> Ratio:

@@ -6,12 +6,22 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sparserve.engine.engine import Engine
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 
+if TYPE_CHECKING:  # torch comes with it, which rivals do without
+    from sparserve.engine.engine import Engine
+
 Prompts = Sequence[tuple[int, ...]]
+
+
+def bits(format: str) -> int:
+    """Of a weight, without its share of scales: the first number in the name of every format, ours
+    (bfloat16, int8) and rivals' (Q4_K_M)."""
+    number = re.search(r"\d+", format)
+    assert number is not None, f"the format {format} does not name its bits"
+    return int(number[0])
 
 
 @dataclass(frozen=True, slots=True)

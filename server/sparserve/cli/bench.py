@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich import box
-from rich.table import Column, Table
 
+from sparserve.cli.bench_reports import (
+    print_kernels,
+    print_memory,
+    print_offline,
+    print_sweep,
+)
 from sparserve.cli.local import server_settings
 from sparserve.cli.options import Command, Group, with_settings
 from sparserve.cli.output import (
@@ -18,27 +22,21 @@ from sparserve.cli.output import (
     check_json_file,
     counting_bar,
     err,
-    out,
-    warn,
     write_json,
 )
 from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sparserve.bench.kernels import Point
-    from sparserve.bench.kernels import Report as KernelReport
-    from sparserve.bench.offline import Report as OfflineReport
-    from sparserve.bench.sweep import Plan, Report
+    from sparserve.bench.sweep import Plan
     from sparserve.model.catalog import DownloadProgress
     from sparserve.model.loader import LoadedModel
 
 FORMATS = get_args(Dtype)
-BUSY = 0.1  # CPUs used by others, from which a report is not worth publishing
 # The names are repeated here, for --help must not load torch.
 PEERS = ("llama.cpp", "transformers", "openvino")
 
-app = typer.Typer(help="Measure speed beside rivals.", no_args_is_help=True, cls=Group)
+app = typer.Typer(help="Measure speed and memory beside rivals.", no_args_is_help=True, cls=Group)
 
 Formats = Annotated[
     str,
@@ -49,8 +47,8 @@ Formats = Annotated[
 Peers = Annotated[
     str,
     typer.Option(
-        help=f"Rivals to alternate with, comma-separated, or none: {', '.join(PEERS)}; each in our formats, "
-        "or in one of its own as in llama.cpp:Q8_0 and openvino:int8."
+        help=f"Rivals to alternate with, comma-separated, or none: {', '.join(PEERS)}; each in its formats of "
+        "the same bits as ours, or in the one that is named as in llama.cpp:Q4_K_M."
     ),
 ]
 Rounds = Annotated[int, typer.Option(help="Times to alternate; medians are reported.", min=1)]
@@ -142,7 +140,7 @@ def engine(
     """Measure whole generations: TTFT and tokens/s alone, at once, in sequence, in a conversation."""
     from sparserve.bench.machine import check_threads
     from sparserve.bench.offline import Plan, run_offline
-    from sparserve.bench.peers import open_peer, parse_peers, wanted_peers
+    from sparserve.bench.peers.registry import open_peer, parse_peers, wanted_peers
     from sparserve.bench.served import Served
     from sparserve.bench.systems import Sparserve
     from sparserve.engine.factory import assemble_engine
@@ -167,7 +165,7 @@ def engine(
                 report = measure(server)
         else:
             report = measure()
-    _print_offline(report)
+    print_offline(report)
     write_json(json_file, report.as_json())
 
 
@@ -214,10 +212,51 @@ def kernels(
         check_plan(plan, model.config.max_position_embeddings)
         decoders = make_decoders(model, settings, plan.levels)
         report = run_kernels(decoders, plan, model=model.name, on_progress=show)
-    _print_kernels(report)
+    print_kernels(report)
     write_json(json_file, report.as_json())
     if png is not None:
         _save_picture(draw(report), png)
+
+
+@app.command("memory", cls=Command)
+@with_settings(EngineSettings)
+def memory(
+    settings: EngineSettings,
+    formats: Formats = "",
+    batch: Annotated[int, typer.Option(help="Sequences that there is KV for.", min=1)] = 1,
+    context: Annotated[int, typer.Option(help="Tokens in each prompt, random ids.", min=1)] = 1024,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate for each prompt, greedily.", min=2)
+    ] = 16,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Rivals beside it, comma-separated, or none: llama.cpp, openvino; named as in bench decode."
+        ),
+    ] = "none",
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the memory of a server in each format, loading and serving, in a process of its own.
+
+    Prints it beside the bytes of its weights and of its KV, and beside what sparserve is built to stay within.
+    """
+    from sparserve.bench.memory import Plan, measure_memory
+    from sparserve.bench.peers.registry import parse_peers
+
+    names, specs = _formats(formats, settings.dtype), parse_peers(peers)
+    _refuse_own_limits(settings, "kv_cache_gib")
+    check_json_file(json_file)
+    with counting_bar(own_thread=False) as show:
+        report = measure_memory(
+            server_settings(settings),
+            Plan(batch, context, new_tokens),
+            names,
+            specs,
+            _loader(settings, show),
+            show,
+        )
+    print_memory(report)
+    write_json(json_file, report.as_json())
 
 
 def _sweep(
@@ -230,7 +269,7 @@ def _sweep(
 ) -> None:
     from sparserve.bench.formats import measure_formats
     from sparserve.bench.machine import check_threads
-    from sparserve.bench.peers import parse_peers
+    from sparserve.bench.peers.registry import parse_peers
     from sparserve.bench.plot import draw
 
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)
@@ -239,14 +278,15 @@ def _sweep(
     _check_files(json_file, png)
     with counting_bar(own_thread=False) as show:
         report = measure_formats(settings, plan, names, specs, _loader(settings, show), show)
-    _print(report)
+    print_sweep(report)
     write_json(json_file, report.as_json())
     if png is not None:
         _save_picture(draw(report), png)
 
 
-def _refuse_own_limits(settings: EngineSettings) -> None:
-    if given := sorted(settings.model_fields_set & {"max_context", "max_running", "prefix_cache"}):
+def _refuse_own_limits(settings: EngineSettings, *others: str) -> None:
+    own = {"max_context", "max_running", "prefix_cache", *others}
+    if given := sorted(settings.model_fields_set & own):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
             f"{flags}: the engine is made for the prompts and batches that are measured; leave it out"
@@ -300,119 +340,3 @@ def _counts(flag: str, text: str) -> list[int]:
     if bad := [word for word in words if not word.isascii() or not word.isdigit() or int(word) < 1]:
         raise ConfigError(f"{flag} is {text!r}: {bad[0]!r} is no whole number from 1 on")
     return sorted({int(word) for word in words})
-
-
-def _print(report: Report) -> None:
-    plan, first = report.plan, report.rows[0]
-    decode = plan.phase == "decode"
-    backends = ", ".join(dict.fromkeys(report.backends.values()))
-    table = Table(
-        "batch", "context", Column("system", no_wrap=True), "format", "tokens/s", "rounds",
-        *(["of bound"] if decode else []),
-        title=f"{first.model}: {plan.phase}" + (f", {plan.new_tokens} new tokens" if decode else ""),
-        caption=f"{report.machine}, {report.threads} threads, backend {backends}; "
-        f"medians of {plan.rounds} rounds; {_ceilings(report)}; "
-        f"{report.cpus_used_by_others:.2f} CPUs used by others",
-        box=box.SIMPLE, pad_edge=False,
-    )  # fmt: skip
-    before = (first.batch, first.context)
-    for row in report.rows:
-        if (row.batch, row.context) != before:
-            table.add_section()
-            before = (row.batch, row.context)
-        table.add_row(
-            str(row.batch),
-            str(row.context),
-            row.system,
-            row.format,
-            f"{row.tokens_per_second:.1f}",
-            f"{row.tokens_per_second_low:.1f}-{row.tokens_per_second_high:.1f}",
-            *([f"{row.percent_of_byte_bound:.0f} %"] if decode else []),
-        )
-    out.print(table)
-    for ratio in report.ratios:
-        out.print(
-            f"batch {ratio.batch}, context {ratio.context}: {ratio.format} {ratio.ratio:.2f}x "
-            f"({ratio.ratio_low:.2f} to {ratio.ratio_high:.2f}) {ratio.peer} {ratio.peer_format}"
-        )
-    _warn_if_busy(report.cpus_used_by_others)
-
-
-def _warn_if_busy(cpus_used_by_others: float) -> None:
-    if cpus_used_by_others > BUSY:
-        warn(
-            f"other processes used {cpus_used_by_others:.2f} CPUs meanwhile: systems that wait for "
-            "their slowest thread lose more than others; measure again when nothing else runs"
-        )
-
-
-def _print_kernels(report: KernelReport) -> None:
-    for point in report.plan.points:
-        _print_step(report, point)
-    out.print(
-        f"{report.machine}, {report.threads} threads; medians of {report.plan.rounds} rounds; memory reads "
-        f"at {report.read_ceiling_gb_s:.0f} GB/s; {report.cpus_used_by_others:.2f} CPUs used by others"
-    )
-    _warn_if_busy(report.cpus_used_by_others)
-
-
-def _print_step(report: KernelReport, point: Point) -> None:
-    """A column for each phase. Reading bounds decode, arithmetic a prompt."""
-    decode = point.kind == "decode"
-    rows = [row for row in report.rows if (row.step, row.batch) == (point.kind, point.batch)]
-    by_level = {level: [r for r in rows if r.level == level] for level in report.plan.levels}
-    first = next(iter(by_level.values()))
-    what = f"decode, batch {point.batch}, after" if decode else "prompt of"
-    table = Table(
-        Column("", no_wrap=True), *[Column(row.phase, justify="right") for row in first],
-        title=f"{report.model}, {report.format}: {what} {point.context} tokens", box=box.SIMPLE, pad_edge=False,
-    )  # fmt: skip
-    table.add_row("MB to read", *[f"{r.bytes / 1e6:.1f}" for r in first], end_section=True)
-    for level, own in by_level.items():
-        table.add_row(f"{level}, ms", *[f"{row.milliseconds:.2f}" for row in own])
-        if decode:
-            shares = [f"{row.percent_of_ceiling:.0f}" if row.bytes else "" for row in own]
-            table.add_row("% of ceiling", *shares)
-        else:
-            table.add_row("GFLOP/s", *[f"{r.gflops:.0f}" if r.gflops else "" for r in own])
-    out.print(table)
-
-
-def _ceilings(report: Report) -> str:
-    found = [row.read_ceiling_gb_s for row in report.rows]
-    return f"memory reads at {min(found):.0f} to {max(found):.0f} GB/s"
-
-
-def _print_offline(report: OfflineReport) -> None:
-    table = Table(
-        "system", "format", "batch", "tokens/s", "TTFT", "% of byte bound",
-        title=f"{report.rows[0].model}: {report.plan.prompt_tokens} prompt + {report.plan.new_tokens} new tokens",
-        caption=f"{report.machine}, {report.threads} threads; read ceiling {report.rows[0].read_ceiling_gb_s} GB/s; "
-        f"medians of {report.plan.rounds} rounds",
-    )  # fmt: skip
-    for row in report.rows:
-        table.add_row(
-            row.system,
-            row.format,
-            str(row.batch),
-            f"{row.tokens_per_second:.1f}",
-            f"{row.ttft_seconds * 1000:.0f} ms",
-            f"{row.percent_of_byte_bound:.0f} %",
-        )
-    out.print(table)
-    for peer, ratio in report.speed_against_peers.items():
-        out.print(f"batch 1, whole generations: {ratio:.2f}x {peer}")
-    ratio = report.concurrent_against_sequential
-    out.print(
-        f"{report.plan.concurrency} at once against {report.plan.concurrency} in sequence: {ratio:.2f}x"
-    )
-    if (ratio_served := report.served_against_offline) is not None:
-        out.print(
-            f"{report.plan.concurrency} streams over gRPC against offline: {ratio_served:.2f}x"
-        )
-    if (turns := report.conversation) is not None:
-        out.print(
-            f"conversation: TTFT {turns.first_ttft_seconds * 1000:.0f} ms for a first turn of "
-            f"{turns.first_turn_tokens} tokens, {turns.second_ttft_seconds * 1000:.0f} ms for the second of "
-            f"{turns.second_turn_tokens}: {turns.second_against_first:.2f}x"
-        )

@@ -38,7 +38,7 @@ def evaluate(
         str,
         typer.Option(
             help="Rivals to score on the same windows, comma-separated, each with its format: "
-            "llama.cpp:Q4_K_M, openvino:int8. Without a format: those of --formats."
+            "llama.cpp:Q4_K_M, openvino:int8. Without a format: those of the same bits as --formats."
         ),
     ] = "none",
     original: Annotated[
@@ -81,7 +81,7 @@ def evaluate(
     would be served.
     """
     from sparserve.bench.evaluation import Plan, evaluate_formats, evaluate_tasks
-    from sparserve.bench.peers import parse_peers
+    from sparserve.bench.peers.registry import parse_peers
     from sparserve.engine.factory import load_by_settings
     from sparserve.engine.formats import with_dtype
 

@@ -192,6 +192,7 @@ class CpuBackend:
             policies=(PolicyKind.DENSE,),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
+            packed_bytes=decoder.packed_bytes,
             kv_bytes_per_token=bytes_per_block(config, DTYPE) // BLOCK_SIZE,
             isa=decoder.isa,
         )

@@ -70,8 +70,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _find(model: str, on_download: catalog.DownloadProgress) -> tuple[str, Path]:
-    """(the name to serve it under, where it is)."""
+def find_model(model: str, on_download: catalog.DownloadProgress) -> tuple[str, Path]:
+    """(the name to serve it under, where it is). Raises DownloadFailed."""
     if model in catalog.CATALOG:
         return model, catalog.fetch(model, on_download)
     path = Path(os.path.expanduser(model))  # unlike Path's, never raises
@@ -126,7 +126,7 @@ def load_model(
     Raises ModelNotFound, DownloadFailed, UnsupportedModel, CorruptCheckpoint or, of a placement that
     cannot be, ConfigError.
     """
-    name, path = _find(model, on_download)
+    name, path = find_model(model, on_download)
     checkpoint = open_checkpoint(path)
     target = checkpoint.native_dtype if dtype == "auto" else DTYPES[dtype]
     total = len(checkpoint.tensor_names)

@@ -93,6 +93,8 @@ class ReferenceBackend:
             threads,
             policies=(PolicyKind.DENSE,),
             weight_bytes=step_weight_bytes(config, weights.dtype),
+            packed_bytes=step_weight_bytes(config, weights.dtype)
+            + (0 if config.tie_word_embeddings else weights.embedding.nbytes),
             mlp_bytes=config.mlp_parameters * weights.dtype.itemsize,
             kv_bytes_per_token=bytes_per_block(config, weights.dtype) // BLOCK_SIZE,
         )

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from sparserve.bench.peers import open_peer
+from sparserve.bench.peers.registry import open_peer
 from sparserve.bench.rounds import fresh_prompts, wait_until_idle
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparserve.bench.peers import open_peer
 from sparserve.bench.peers.gguf_files import gguf_file
 from sparserve.bench.peers.openvino import OpenVino, _times
+from sparserve.bench.peers.registry import open_peer
 from sparserve.bench.rounds import wait_until_idle
 from sparserve.errors import ConfigError, UnsupportedModel
 
@@ -39,6 +39,6 @@ def test_a_single_thread_which_would_end_the_process_is_refused(peer_model):
 def test_what_it_refuses_is_told(peer_model):
     pytest.importorskip("openvino_genai")
     file = gguf_file(peer_model, "float16")
-    lacking = {"arithmetic": "int3", "kv_cache": "f16", "kv_bytes": 2}
+    lacking = {"arithmetic": "int3", "kv_cache": "f16", "weight_bytes": 1, "kv_bytes_per_token": 1}
     with pytest.raises(UnsupportedModel, match=r"OpenVINO cannot run float16 here: (.|\n)*int3"):
-        OpenVino(file, "float16", peer_model.config, 2, **lacking)
+        OpenVino(file, "float16", 2, **lacking)

@@ -4,7 +4,15 @@ import sys
 
 import pytest
 
-from sparserve.bench.peers import PEERS, PeerSpec, open_peer, packages, parse_peers, wanted_peers
+from sparserve.bench.peers import packages
+from sparserve.bench.peers.registry import (
+    PEERS,
+    PeerSpec,
+    open_peer,
+    parse_peers,
+    wanted_peers,
+)
+from sparserve.bench.systems import bits
 from sparserve.cli.bench import PEERS as SHOWN
 from sparserve.errors import ConfigError
 
@@ -45,6 +53,41 @@ def test_what_is_no_peer_is_told_with_those_that_are(text, told):
     with pytest.raises(ConfigError) as raised:
         parse_peers(text)
     assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("llama.cpp", ["bfloat16", "Q8_0", "Q4_0"]),
+        ("openvino", ["bfloat16", "int8", "int4"]),
+        ("transformers", ["bfloat16"]),
+    ],
+)
+def test_a_peer_without_a_format_has_those_of_our_bits(name, theirs, caplog):
+    wanted = wanted_peers([PeerSpec(name)], ["bfloat16", "int8", "int4"])
+    assert wanted == [(name, format) for format in theirs]
+    assert [bits(format) for _, format in wanted] == [16, 8, 4][: len(theirs)]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{name} has no format of the same bits as {format}, which runs without it"
+        for format in ["int8", "int4"][len(theirs) - 1 :]
+    ]
+
+
+def test_a_named_format_is_taken_as_it_is_and_each_runs_once():
+    specs = parse_peers("llama.cpp:Q4_K_M,llama.cpp,llama.cpp:Q8_0")
+    assert wanted_peers(specs, ["int8", "float32"]) == [
+        ("llama.cpp", "Q4_K_M"),
+        ("llama.cpp", "Q8_0"),
+        ("llama.cpp", "float32"),
+    ]
+
+
+def test_every_format_names_its_bits():
+    found = {format: bits(format) for peer in PEERS.values() for format in peer.formats}
+    files = {"Q8_0": 8, "Q6_K": 6, "Q5_K_M": 5, "Q4_K_M": 4, "Q4_1": 4, "Q4_0": 4}
+    own = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+    assert found == files | own
 
 
 def test_a_peer_that_lacks_our_format_is_told_with_the_way_out(tiny_model):

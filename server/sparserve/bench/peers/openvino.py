@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sparserve.bench.peers.gguf_files import step_weight_bytes
 from sparserve.bench.peers.packages import require
 from sparserve.bench.systems import Prompts, Run
 from sparserve.errors import ConfigError, UnsupportedModel
-from sparserve.model.config import ModelConfig
 
 
 class OpenVino:
@@ -25,14 +23,14 @@ class OpenVino:
         self,
         file: Path,
         format: str,
-        config: ModelConfig,
         threads: int,
         *,
+        weight_bytes: int,
+        kv_bytes_per_token: int,
         arithmetic: str,
         kv_cache: str,
-        kv_bytes: int,
     ) -> None:
-        """`arithmetic` and `kv_cache` are names of OpenVINO's element types, of `kv_bytes` bytes.
+        """`arithmetic` and `kv_cache` are names of OpenVINO's element types.
 
         Raises ConfigError where the package is missing and of a single thread, UnsupportedModel where it
         refuses the file or an element type.
@@ -40,10 +38,8 @@ class OpenVino:
         check_threads(threads)
         self._openvino, self._genai = require("openvino"), require("openvino_genai")
         self.format = format
-        self.weight_bytes = step_weight_bytes(file)
-        self.kv_bytes_per_token = (
-            2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
-        )
+        self.weight_bytes = weight_bytes
+        self.kv_bytes_per_token = kv_bytes_per_token
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": arithmetic,
