@@ -119,7 +119,7 @@ int32_t check_forward(const Model& model, const sk_forward_args& args) {
     return fail(SK_STATUS_BAD_SIZE, "num_sequences is %" PRIu32 "; it can be 1 to %d",
                 args.num_sequences, SK_MAX_TOKENS);
   }
-  const uint64_t block_bytes = model.kv_elements * sizeof(uint16_t);
+  const uint64_t block_bytes = model.kv_bytes;
   if (args.kv_num_blocks < 1 || args.kv_num_blocks > INT32_MAX ||
       args.kv_bytes / block_bytes < args.kv_num_blocks) {
     return fail(SK_STATUS_BAD_SIZE,

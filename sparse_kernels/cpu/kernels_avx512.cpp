@@ -1,6 +1,9 @@
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
 #include "kernels_common.inl"
+#include "attention.inl"
+#include "attention_bfloat16.inl"
+#include "attention_int8.inl"
 #include "kernels_fma.inl"
 // clang-format on
 

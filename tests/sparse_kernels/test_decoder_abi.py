@@ -283,6 +283,9 @@ class TestCreate:
             ("rope_frequencies", None, NULL, ("rope_frequencies",)),
             ("rope_rows", 0, SIZE, ("rope_rows is 0",)),
             ("activation_bits", 12, VALUE, ("activation_bits is 12",)),
+            ("kv_bits", 4, VALUE, ("kv_bits is 4", "16 or 8")),
+            ("kv_bits", 0, VALUE, ("kv_bits is 0",)),
+            ("reserved", 1, VALUE, ("reserved is 1",)),
             ("layers", None, NULL, ("layers",)),
             ("norm", None, NULL, ("norm",)),
             ("embedding.codes.data", None, NULL, ("embedding",)),
@@ -330,7 +333,11 @@ class TestCreate:
         packed = tiny_decoder().packed()
         matrices = [getattr(packed.layers[1], n) for n in ("qkv", "output", "gate", "up", "down")]
         for matrix in [*matrices, packed.embedding, packed.lm_head]:
-            last = matrix.codes.data + (matrix.rows - 1) * matrix.codes.row_stride + 2 * (matrix.columns - 1)
+            last = (
+                matrix.codes.data
+                + (matrix.rows - 1) * matrix.codes.row_stride
+                + 2 * (matrix.columns - 1)
+            )
             place = ctypes.c_uint16.from_address(last)
             before = place.value
             place.value = int(torch.tensor(value).bfloat16().view(torch.int16))
