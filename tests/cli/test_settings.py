@@ -17,6 +17,7 @@ OTHER = {
     "model": ("folder", "folder"),
     "backend": ("reference", "reference"),
     "dtype": ("bfloat16", "bfloat16"),
+    "kv_dtype": ("int8", "int8"),
     "device_map": ("auto", "auto"),
     "max_memory_gib": ("1.5", 1.5),
     "threads": ("3", 3),

@@ -75,14 +75,21 @@ def load_by_settings(
 
 def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
     """(name of the backend for weights of `dtype`, why it is not the cpu backend). Raises ConfigError."""
-    if settings.backend == "reference":
-        return "reference", "the settings ask for it"
-    obstacle = _cpu_obstacle(settings, dtype)
+    obstacle = (
+        "the settings ask for it"
+        if settings.backend == "reference"
+        else _cpu_obstacle(settings, dtype)
+    )
     if obstacle is None:
         return "cpu", ""
     if settings.backend == "cpu":
         raise ConfigError(
             f"the cpu backend cannot be used: {obstacle}; or take --backend reference"
+        )
+    if settings.kv_dtype not in ("same", dtype):
+        raise ConfigError(
+            f"kv_dtype is {settings.kv_dtype}, but the backend is the reference one, which keeps KV like the "
+            f"weights ({dtype}): {obstacle}; take --kv-dtype same, or what the cpu backend needs"
         )
     return "reference", obstacle
 
@@ -109,9 +116,10 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
     max_context = _max_context(settings, model.config.max_position_embeddings)
     backend, max_context = _make_backend(model, settings, max_context)
     log.info(
-        "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens",
+        "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens in %s",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
         backend.info.threads, max_context, backend.num_blocks * BLOCK_SIZE,
+        backend.info.kv_dtype,
     )  # fmt: skip
     config = model.config
     special_tokens = {
@@ -146,7 +154,9 @@ def _make_backend(
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
-            decoder = make_decoder(config, model.weights, threads=threads)
+            decoder = make_decoder(
+                config, model.weights, threads=threads, kv_bits=_kv_bits(settings)
+            )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
         return CpuBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
@@ -164,7 +174,8 @@ def make_decoders(
     """
     with _told_as_config_error(model.name):
         packed = pack_model(model.config, model.weights)
-        return [Decoder(packed, threads=_threads(settings), isa=level) for level in levels]
+        threads, kv_bits = _threads(settings), _kv_bits(settings)
+        return [Decoder(packed, threads=threads, isa=level, kv_bits=kv_bits) for level in levels]
 
 
 @contextmanager
@@ -178,6 +189,11 @@ def _told_as_config_error(model_name: str) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise ConfigError(f"the weights of {model_name} do not fit into memory: {error}") from error
+
+
+def _kv_bits(settings: EngineSettings) -> int:
+    """Of the cpu backend's KV cache."""
+    return 8 if settings.kv_dtype == "int8" else 16
 
 
 def _threads(settings: EngineSettings) -> int:

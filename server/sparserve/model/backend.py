@@ -104,6 +104,7 @@ class BackendInfo:
         int  # read by a dense decode step: all but the embedding, of which it takes one row
     )
     mlp_bytes: int  # of these, by the feed-forward layers
+    kv_dtype: str
     kv_bytes_per_token: int  # K and V of one position in all layers
     isa: str = ""  # level of the native kernels (`native.CpuFeatures.isa`), "" where there are none
 

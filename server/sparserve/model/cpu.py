@@ -1,4 +1,4 @@
-"""The native CPU backend: weights and KV in bfloat16, one call of the library for a step.
+"""The native CPU backend: weights in bfloat16, KV in bfloat16 or int8, one call of the library for a step.
 
 Its kernels give a row the same bits in prompts and decode, in any batch, on any number of threads.
 """
@@ -26,21 +26,25 @@ from sparserve.model.backend import (
 )
 from sparserve.model.candidates import concatenate_scores, target_scores
 from sparserve.model.config import ModelConfig
-from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.weights import LayerWeights, ModelWeights, step_weight_bytes
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
 DTYPE = torch.bfloat16
+# Of the KV cache, by the bits of a number: its name, and the bytes of a head's scale for one token.
+KV_DTYPES = {16: "bfloat16", 8: "int8"}
+KV_SCALE_BYTES = {16: 0, 8: 2}
 # Rows of prompt log-probabilities whose logits are in memory at once.
 SCORED_ROWS = 64
 
 
-def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) -> Decoder:
+def make_decoder(
+    config: ModelConfig, weights: ModelWeights, *, threads: int, kv_bits: int = 16
+) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
     library refuses.
     """
-    return Decoder(pack_model(config, weights), threads=threads)
+    return Decoder(pack_model(config, weights), threads=threads, kv_bits=kv_bits)
 
 
 def pack_model(config: ModelConfig, weights: ModelWeights) -> PackedDecoder:
@@ -103,8 +107,8 @@ class CpuBackend:
         self.config = config
         self.num_blocks = num_blocks
         self._decoder = decoder
-        # [num_layers, num_blocks, a block of one layer]
-        memory = huge_pages(num_blocks * decoder.kv_block_bytes).view(DTYPE)
+        # [num_layers, num_blocks, bytes of a block of one layer]
+        memory = huge_pages(num_blocks * decoder.kv_block_bytes)
         self._kv = memory.view(config.num_layers, num_blocks, -1)
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
@@ -117,7 +121,8 @@ class CpuBackend:
             policies=(PolicyKind.DENSE,),
             weight_bytes=step_weight_bytes(config, DTYPE),
             mlp_bytes=config.mlp_parameters * DTYPE.itemsize,
-            kv_bytes_per_token=bytes_per_block(config, DTYPE) // BLOCK_SIZE,
+            kv_dtype=KV_DTYPES[decoder.kv_bits],
+            kv_bytes_per_token=decoder.kv_block_bytes // BLOCK_SIZE,
             isa=decoder.isa,
         )
 

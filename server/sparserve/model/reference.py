@@ -94,6 +94,7 @@ class ReferenceBackend:
             policies=(PolicyKind.DENSE,),
             weight_bytes=step_weight_bytes(config, weights.dtype),
             mlp_bytes=config.mlp_parameters * weights.dtype.itemsize,
+            kv_dtype=dtype,
             kv_bytes_per_token=bytes_per_block(config, weights.dtype) // BLOCK_SIZE,
         )
 
