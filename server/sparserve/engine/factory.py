@@ -75,21 +75,14 @@ def load_by_settings(
 
 def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
     """(name of the backend for weights of `dtype`, why it is not the cpu backend). Raises ConfigError."""
-    obstacle = (
-        "the settings ask for it"
-        if settings.backend == "reference"
-        else _cpu_obstacle(settings, dtype)
-    )
+    if settings.backend == "reference":
+        return "reference", "the settings ask for it"
+    obstacle = _cpu_obstacle(settings, dtype)
     if obstacle is None:
         return "cpu", ""
     if settings.backend == "cpu":
         raise ConfigError(
             f"the cpu backend cannot be used: {obstacle}; or take --backend reference"
-        )
-    if settings.kv_dtype not in ("same", dtype):
-        raise ConfigError(
-            f"kv_dtype is {settings.kv_dtype}, but the backend is the reference one, which keeps KV like the "
-            f"weights ({dtype}): {obstacle}; take --kv-dtype same, or what the cpu backend needs"
         )
     return "reference", obstacle
 
@@ -150,7 +143,8 @@ def _make_backend(
 ) -> tuple[Backend, int]:
     """-> (backend, context that fits its KV cache). Raises ConfigError or CorruptCheckpoint."""
     config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
-    name, reason = choose_backend(settings, str(dtype).removeprefix("torch."))
+    dtype_name = str(dtype).removeprefix("torch.")
+    name, reason = choose_backend(settings, dtype_name)
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
@@ -160,6 +154,11 @@ def _make_backend(
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
         return CpuBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
+    if settings.kv_dtype not in ("same", dtype_name):
+        raise ConfigError(
+            f"kv_dtype is {settings.kv_dtype}, but the backend is the reference one, which keeps KV like the "
+            f"weights ({dtype_name}): {reason}; take --kv-dtype same, or what the cpu backend needs"
+        )
     num_blocks, context = _size_cache(settings, bytes_per_block(config, dtype), max_context)
     backend = ReferenceBackend(config, model.weights, num_blocks=num_blocks, threads=threads)
     return backend, context
