@@ -257,6 +257,8 @@ class sk_model_args(ctypes.Structure):
     rope_frequencies: "ctypes._Pointer[ctypes.c_float]"
     rope_rows: int
     activation_bits: int
+    kv_bits: int
+    reserved: int
     layers: "ctypes._Pointer[sk_layer]"
     norm: "ctypes._Pointer[ctypes.c_float]"
     embedding: sk_matrix
@@ -277,6 +279,8 @@ class sk_model_args(ctypes.Structure):
         ("rope_frequencies", ctypes.POINTER(ctypes.c_float)),
         ("rope_rows", ctypes.c_uint32),
         ("activation_bits", ctypes.c_uint32),
+        ("kv_bits", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
         ("layers", ctypes.POINTER(sk_layer)),
         ("norm", ctypes.POINTER(ctypes.c_float)),
         ("embedding", sk_matrix),

@@ -53,8 +53,13 @@ class Decoder:
     One thread at a time may call it. `close` ends the threads; so does the end of its life.
     """
 
-    def __init__(self, packed: PackedDecoder, *, threads: int, isa: str = "auto") -> None:
-        """Raises NativeCallError, of a CPU that lacks `isa` for example, or NativeLibraryError."""
+    def __init__(
+        self, packed: PackedDecoder, *, threads: int, isa: str = "auto", kv_bits: int = 16
+    ) -> None:
+        """`kv_bits`: of keys and values in the cache, 16 (bfloat16) or 8.
+
+        Raises NativeCallError, of a CPU that lacks `isa` for example, or NativeLibraryError.
+        """
         self.config = config = packed.config
         self.formats = packed.formats
         self._library = native.load()
@@ -64,11 +69,12 @@ class Decoder:
         self._sums_shape = (len(config.layers), widest)  # of a KV block's statistics
         self._logits = torch.empty(0, config.vocab_size)
         self._no_hidden = torch.empty(0, config.hidden_size)
-        arguments = model_arguments(packed, threads=threads, isa=isa)
+        arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
         native.check(self._library, status)
         self._model = info.model
+        self.kv_bits = kv_bits
         self.kv_block_bytes: int = info.kv_block_bytes  # in all layers
         self.isa = native.isa_name(info.isa)
         self.threads: int = info.threads
@@ -194,7 +200,7 @@ class Decoder:
 
 
 def model_arguments(
-    packed: PackedDecoder, *, threads: int, isa: str = "auto"
+    packed: PackedDecoder, *, threads: int, isa: str = "auto", kv_bits: int = 16
 ) -> _abi.sk_model_args:
     """What sk_model_create takes. Raises NativeCallError."""
     config, arguments = packed.config, native.new_struct(_abi.sk_model_args)
@@ -206,6 +212,7 @@ def model_arguments(
     arguments.rope_frequencies = pointer(packed.rope_frequencies)
     arguments.rope_rows = len(packed.rope_frequencies)
     arguments.activation_bits = packed.formats.activation_bits
+    arguments.kv_bits = native.unsigned("kv_bits", kv_bits, bits=32)
     arguments.layers = ctypes.cast(packed.layers, ctypes.POINTER(_abi.sk_layer))
     arguments.norm = pointer(packed.norm)
     arguments.embedding, arguments.lm_head = packed.embedding, packed.lm_head

@@ -1,7 +1,7 @@
 """What the kernels mean, in plain torch and float64: the oracle of their tests.
 
-Only the KV cache is rounded to bfloat16, as it is stored. Integer matrices are the numbers that they
-stand for.
+Only the KV cache is rounded as it is stored: to bfloat16, or to 8 bits. Integer matrices are the numbers
+that they stand for.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sparse_kernels.weights import (
     QuantizedMatrix,
 )
 
-# Of each layer: keys, values [positions, num_kv_heads, head_dim] bfloat16.
+# Of each layer: keys, values [positions, num_kv_heads, head_dim] float32, rounded.
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def empty_cache(config: DecoderConfig) -> Cache:
     shapes = [(0, layer.num_kv_heads, config.head_dim) for layer in config.layers]
-    return [(torch.zeros(s).bfloat16(), torch.zeros(s).bfloat16()) for s in shapes]
+    return [(torch.zeros(s), torch.zeros(s)) for s in shapes]
 
 
 def forward(
@@ -35,6 +35,7 @@ def forward(
     layers: list[LayerTensors],
     token_ids: list[int],
     cache: Cache,
+    kv_bits: int = 16,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Tokens that follow those of `cache`, which grows by them.
 
@@ -45,7 +46,10 @@ def forward(
     for index, (shape, layer) in enumerate(zip(config.layers, layers, strict=True)):
         q, k, v = project_heads(config, layer, x, start=len(cache[index][0]))
         keys, values = cache[index]
-        cache[index] = torch.cat((keys, k.bfloat16())), torch.cat((values, v.bfloat16()))
+        cache[index] = (
+            torch.cat((keys, stored(k, kv_bits))),
+            torch.cat((values, stored(v, kv_bits))),
+        )
         out = attention(q, *cache[index], shape.window) @ exact(layer.output).T
         x = x + (out if layer.output_bias is None else out + layer.output_bias.double())
         normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
@@ -119,14 +123,37 @@ def attention(
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
-def block_of(shape: LayerShape, head_dim: int, block: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A layer's KV block, flat bfloat16, -> keys, values [SK_BLOCK_SIZE, num_kv_heads, head_dim].
+def stored(x: torch.Tensor, kv_bits: int) -> torch.Tensor:
+    """x [..., head_dim], each last dimension of which is one token's, rounded as the cache keeps it."""
+    if kv_bits == 16:
+        return x.bfloat16().float()
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127).bfloat16().float()
+    return (x / scale.clamp(min=1e-30)).round().float() * scale
 
-    Of each head first the keys, [pairs of dimensions][positions][2], then the values, [pairs of
-    positions][dimensions][2]; its dimensions are padded to whole tiles.
+
+def block_of(
+    shape: LayerShape, head_dim: int, kv_bits: int, block: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's KV block, flat uint8, -> keys, values [SK_BLOCK_SIZE, num_kv_heads, head_dim].
+
+    Of each head first the keys, [tuples of dimensions][positions][tuple], then the values, [tuples of
+    positions][dimensions][tuple]; dimensions are padded to whole tiles. With 16 bits a tuple is two
+    bfloat16 numbers. With 8 it is four bytes, number + 128, and 16 bfloat16 scales of the keys and 16 of
+    the values follow: number * scale is the element.
     """
     dim, size = aligned(head_dim, _abi.SK_ROW_TILE), _abi.SK_BLOCK_SIZE
-    keys, values = block.view(shape.num_kv_heads, 2, size * dim).unbind(1)
-    keys = keys.reshape(-1, dim // 2, size, 2).permute(2, 0, 1, 3).flatten(2)
-    values = values.reshape(-1, size // 2, dim, 2).permute(1, 3, 0, 2).flatten(0, 1)
-    return keys[..., :head_dim], values[..., :head_dim]
+    tuple_size = 32 // kv_bits
+    heads = block.view(shape.num_kv_heads, -1)
+    numbers = heads[:, : 2 * size * dim * kv_bits // 8].contiguous()
+    if kv_bits == 16:
+        numbers = numbers.view(torch.bfloat16)
+    keys, values = numbers.view(-1, 2, size * dim).unbind(1)
+    keys = keys.reshape(-1, dim // tuple_size, size, tuple_size).permute(2, 0, 1, 3).flatten(2)
+    values = values.reshape(-1, size // tuple_size, dim, tuple_size)
+    values = values.permute(1, 3, 0, 2).flatten(0, 1)
+    keys, values = keys[..., :head_dim].float(), values[..., :head_dim].float()
+    if kv_bits == 16:
+        return keys, values
+    scales = heads[:, 2 * size * dim :].contiguous().view(torch.bfloat16).float()
+    key_scales, value_scales = scales.view(-1, 2, size).permute(1, 2, 0).unsqueeze(-1)
+    return (keys - 128) * key_scales, (values - 128) * value_scales

@@ -24,6 +24,7 @@ from sparserve.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 PartDtype = Literal["same", "bfloat16", "int8", "int4"]
+KvDtype = Literal["same", "bfloat16", "int8"]
 BackendChoice = Literal["auto", "reference", "cpu"]
 
 
@@ -54,9 +55,9 @@ class EngineSettings(BaseSettings):
     dtype: Annotated[
         Dtype,
         Field(
-            description="Data type of weights and KV cache; auto: bfloat16 on the cpu backend, on the reference "
+            description="Data type of the weights; auto: bfloat16 on the cpu backend, on the reference "
             "backend the checkpoint's (float32 for quantized GGUF). int8 and int4 round the matrices to integers "
-            "when they are loaded, for the cpu backend; embedding and KV cache are then bfloat16."
+            "when they are loaded, for the cpu backend; the embedding is then bfloat16."
         ),
     ] = "auto"
     attention_dtype: Annotated[
@@ -93,6 +94,13 @@ class EngineSettings(BaseSettings):
             description="Bits of the inputs of integer matrices; 8 is faster, and a further loss."
         ),
     ] = 16
+    kv_dtype: Annotated[
+        KvDtype,
+        Field(
+            description="Data type of the KV cache; same: that of the weights, bfloat16 where these are integers. int8 (cpu backend only) holds twice the "
+            "context and reads it faster, for a little quality."
+        ),
+    ] = "same"
     device_map: Annotated[
         str,
         Field(

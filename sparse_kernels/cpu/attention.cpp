@@ -4,6 +4,11 @@
 #include "forward.hpp"
 
 namespace sk {
+namespace {
+
+constexpr uint32_t kPartsAhead = 4;  // chunks
+
+}  // namespace
 
 Forward::Span Forward::span_of(const Layer& layer, const QueryTile& tile) const {
   const uint32_t first = tokens_[tile.row].position;
@@ -33,13 +38,14 @@ void Forward::attend_chunk(const Layer& layer, const QueryTile& tile, const Span
   chunk.last = last;
   chunk.begin = chunk_index * kAttentionChunk;
   chunk.end = std::min(span.end, chunk.begin + kAttentionChunk);
+  chunk.seen_end = span.end;
   chunk.block_table = tile.sequence->block_table;
   chunk.kv = kv_block(layer, 0, head);
-  chunk.block_stride = size_t{layer.kv_heads} * 2 * SK_BLOCK_SIZE * m_.dim;
+  chunk.block_stride = layer.kv_heads * m_.kv_head_bytes;
   chunk.largest = largest;
   chunk.total = total;
   chunk.values = values;
-  k_.attend(&chunk);
+  m_.kv->attend(&chunk);
 }
 
 void Forward::attend(const Layer& layer, const Own& own) {
@@ -118,6 +124,11 @@ void Forward::merge_parts(const Layer& layer, const QueryTile& tile, uint32_t he
     SoftmaxState state = {};
     for (uint32_t chunk = span.first_chunk; chunk < span.last_chunk; ++chunk) {
       const size_t row = part_row(layer, tile, head, chunk) + i;
+      if (chunk + kPartsAhead < span.last_chunk) {  // perhaps in another core's cache
+        const float* next =
+            chunk_values_ + (part_row(layer, tile, head, chunk + kPartsAhead) + i) * m_.dim;
+        for (size_t at = 0; at < m_.dim; at += 16) __builtin_prefetch(next + at, 0, 3);
+      }
       merge(&state, scratch, chunk_largest_[row], chunk_total_[row], chunk_values_ + row * m_.dim);
     }
     finish_row(layer, tile, head, i, state, scratch);
@@ -134,9 +145,10 @@ void Forward::merge(SoftmaxState* state, float* values, float largest, float tot
     std::copy_n(more, m_.dim, values);
     return;
   }
-  const float top = std::max(state->largest, largest);
-  const float keep = std::exp(state->largest - top), take = std::exp(largest - top);
-  *state = {top, state->total * keep + total * take};
+  const bool larger = largest > state->largest;
+  const float factor = std::exp(larger ? state->largest - largest : largest - state->largest);
+  const float keep = larger ? factor : 1, take = larger ? 1 : factor;
+  *state = {larger ? largest : state->largest, state->total * keep + total * take};
   for (size_t i = 0; i < m_.dim; ++i) values[i] = values[i] * keep + more[i] * take;
 }
 

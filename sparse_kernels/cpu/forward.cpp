@@ -249,15 +249,14 @@ void Forward::append(const Layer& layer, uint32_t head, bool is_key, const float
   for (size_t t = 0; t < count_; ++t) {
     const Token& token = tokens_[t];
     const int32_t block = token.sequence->block_table[token.position / SK_BLOCK_SIZE];
-    const auto store = is_key ? k_.append_key : k_.append_value;
+    const auto store = is_key ? m_.kv->append_key : m_.kv->append_value;
     store(heads + t * m_.dim, m_.dim, token.position % SK_BLOCK_SIZE, kv_block(layer, block, head));
   }
 }
 
-uint16_t* Forward::kv_block(const Layer& layer, int32_t block, uint32_t head) const {
-  const size_t head_elements = size_t{2} * SK_BLOCK_SIZE * m_.dim;
-  return static_cast<uint16_t*>(args_.kv) + layer.kv_offset * args_.kv_num_blocks +
-         (static_cast<size_t>(block) * layer.kv_heads + head) * head_elements;
+uint8_t* Forward::kv_block(const Layer& layer, int32_t block, uint32_t head) const {
+  return static_cast<uint8_t*>(args_.kv) + layer.kv_offset * args_.kv_num_blocks +
+         (static_cast<size_t>(block) * layer.kv_heads + head) * m_.kv_head_bytes;
 }
 
 void Forward::output(const Layer& layer, const Own& own) {

@@ -147,7 +147,7 @@ class Forward {
   // A unit is a head of q, k or v.
   void project(const Layer& layer, const Own& own);
   void append(const Layer& layer, uint32_t head, bool is_key, const float* heads);
-  uint16_t* kv_block(const Layer& layer, int32_t block, uint32_t head) const;
+  uint8_t* kv_block(const Layer& layer, int32_t block, uint32_t head) const;
   void output(const Layer& layer, const Own& own);
   // With several ranks: adds up all ranks' partial sums, then adds them to the residual.
   void reduce_all();

@@ -123,7 +123,7 @@ int32_t check_forward(const Model& model, const sk_forward_args& args) {
     return fail(SK_STATUS_BAD_VALUE, "prompts is %" PRIu32 "; it can be 0 or 1, and reserved is 0",
                 args.prompts);
   }
-  const uint64_t block_bytes = model.kv_elements * sizeof(uint16_t);
+  const uint64_t block_bytes = model.kv_bytes;
   if (args.kv_num_blocks < 1 || args.kv_num_blocks > INT32_MAX ||
       args.kv_bytes / block_bytes < args.kv_num_blocks) {
     return fail(SK_STATUS_BAD_SIZE,

@@ -131,7 +131,7 @@ inline void load_scales(const Matrix& m, size_t row, size_t first, size_t last, 
   for (size_t i = 0; i < (last - first) * kRowTile; i += kLanes) {
     const F scale = Simd::load_half(m.scales + from + i);
     Simd::store(scales + i, scale);
-    Simd::store(offsets + i, Simd::zero() - scale * Simd::load_bytes(m.zeros + from + i));
+    Simd::store(offsets + i, Simd::zero() - scale * Simd::widen_bytes(m.zeros + from + i));
   }
 }
 
@@ -197,7 +197,7 @@ inline void quantize_activations(const DownTask& task, size_t neuron, size_t gro
     const size_t row = neuron + i * kLanes;
     const size_t at = (row / kRowTile * m.groups + group) * kRowTile + row % kRowTile;
     scales[i] = Simd::load_half(m.scales + at);
-    zeros[i] = Simd::load_bytes(m.zeros + at);
+    zeros[i] = Simd::widen_bytes(m.zeros + at);
   }
   for (size_t t = 0; t < strip->tokens; ++t) {
     const float* from = static_cast<const float*>(task.activations) + neuron * task.tokens +

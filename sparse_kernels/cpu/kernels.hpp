@@ -37,13 +37,15 @@ struct AttentionChunk {
   const int32_t* last;         // [rows]
   uint32_t begin;              // a multiple of kAttentionChunk
   uint32_t end;                // at most begin + kAttentionChunk; nobody sees more
+  uint32_t seen_end;           // positions that are seen end here; those after `end` are read next
   const int32_t* block_table;  // of the sequence
-  const uint16_t* kv;          // this layer's block 0, this head
-  size_t block_stride;         // elements from a block to the next
+  const uint8_t* kv;           // this layer's block 0, this head
+  size_t block_stride;         // bytes from a block to the next
   float* largest;              // [rows] out: of the scores; -inf where a row sees nothing
   float* total;                // [rows] out: sum of exp(score - largest)
   float* values;               // [rows, dim] out: sum of exp(score - largest) * value
 };
+constexpr uint32_t kMaxHeadDim = 1024;
 constexpr size_t kMaxDownNeurons = 512;  // in one call of `down`
 constexpr uint32_t kAttentionRows = 32;
 constexpr uint32_t kAttentionChunk = 128;  // positions; partial results of chunks merge in order
@@ -106,12 +108,21 @@ struct Products {
   void (*down)(const DownTask* task);
 };
 
+// How keys and values of 16 positions stand in a KV block of one head, and attention over them.
+// What is stored for a token depends on that token alone.
+struct KvFormat {
+  void (*append_key)(const float* key, size_t dim, size_t offset, uint8_t* block);
+  void (*append_value)(const float* value, size_t dim, size_t offset, uint8_t* block);
+  void (*attend)(const AttentionChunk* chunk);
+};
+
 struct Kernels {
   void (*begin_thread)();  // around the work of a thread
   void (*end_thread)();
   Products bfloat16, integer16, integer8;  // integers with activations of 16 or 8 bits
   Products prompts;  // integers with prompts, if `has_prompts`: faster, and rounded otherwise
   bool has_prompts;
+  KvFormat kv_bfloat16, kv_int8;
 
   // x / rms(x) * weight
   void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
@@ -119,9 +130,6 @@ struct Kernels {
   void (*sum_rows)(const float* rows, size_t stride, size_t count, size_t n, float* out);
 
   void (*finish_heads)(const HeadTask* task);
-  void (*append_key)(const float* key, size_t dim, size_t offset, uint16_t* block);
-  void (*append_value)(const float* value, size_t dim, size_t offset, uint16_t* block);
-  void (*attend)(const AttentionChunk* chunk);
 
   // Norm score of one token's activations [n]: sums[i] += round(2^32 a_i^2 / total).
   double (*sum_of_squares)(const float* a, size_t n);

@@ -10,6 +10,9 @@
 #include "simd_avx512.hpp"
 #include "kernels_common.inl"
 #include "tiles_amx.inl"
+#include "attention.inl"
+#include "attention_bfloat16.inl"
+#include "attention_int8.inl"
 // clang-format on
 
 namespace {
@@ -362,6 +365,7 @@ void down(const DownTask* task) {
 Kernels make_kernels() {
   Kernels kernels = {};
   set_common(&kernels);
+  set_attention(&kernels);
   kernels.begin_thread = begin_thread;
   kernels.end_thread = end_thread;
   kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};

@@ -3,6 +3,9 @@
 #include "kernels_common.inl"
 #include "integer_avx2.inl"
 #include "integer_rows.inl"
+#include "attention.inl"
+#include "attention_bfloat16.inl"
+#include "attention_int8.inl"
 #include "kernels_fma.inl"
 // clang-format on
 

@@ -6,6 +6,9 @@ namespace {
 typedef VectorIntegers Integers;
 }
 #include "integer_rows.inl"
+#include "attention.inl"
+#include "attention_bfloat16.inl"
+#include "attention_int8.inl"
 #include "kernels_fma.inl"
 // clang-format on
 

@@ -156,6 +156,7 @@ void nothing() {}
 Kernels make_kernels() {
   Kernels kernels = {};
   set_common(&kernels);
+  set_attention(&kernels);
   kernels.begin_thread = nothing;
   kernels.end_thread = nothing;
   kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};

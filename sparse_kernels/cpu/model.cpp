@@ -114,13 +114,21 @@ int32_t take_layer(Model& model, const sk_layer& from) {
   layer.output_bias = from.output_bias;
   layer.q_norm = from.q_norm;
   layer.k_norm = from.k_norm;
-  layer.kv_offset = model.kv_elements;
-  model.kv_elements += size_t{from.num_kv_heads} * 2 * SK_BLOCK_SIZE * model.dim;
+  layer.kv_offset = model.kv_bytes;
+  model.kv_bytes += from.num_kv_heads * model.kv_head_bytes;
   if (model.widest < layer.neurons) model.widest = layer.neurons;
   if (model.most_heads < layer.heads) model.most_heads = layer.heads;
   model.layers.push_back(layer);
   return SK_STATUS_OK;
 }
+
+// Of a KV block; one of 8 bits has a scale of 16 bits for each key and each value.
+size_t kv_head_bytes(uint32_t bits, size_t dim) {
+  const size_t numbers = 2 * SK_BLOCK_SIZE * dim;
+  return bits == 16 ? numbers * 2 : numbers + 2 * SK_BLOCK_SIZE * sizeof(uint16_t);
+}
+
+static_assert(SK_MAX_HEAD_DIM == kMaxHeadDim);
 
 int32_t check_args(const sk_model_args& args) {
   SK_TRY(check_range("hidden_size", args.hidden_size, 1, SK_MAX_DIM));
@@ -144,6 +152,12 @@ int32_t check_args(const sk_model_args& args) {
     return fail(SK_STATUS_BAD_VALUE, "activation_bits is %" PRIu32 "; it can be 16 or 8",
                 args.activation_bits);
   }
+  if (args.kv_bits != 16 && args.kv_bits != 8) {
+    return fail(SK_STATUS_BAD_VALUE, "kv_bits is %" PRIu32 "; it can be 16 or 8", args.kv_bits);
+  }
+  if (args.reserved != 0) {
+    return fail(SK_STATUS_BAD_VALUE, "reserved is %" PRIu32 "; it must be 0", args.reserved);
+  }
   if (args.layers == nullptr) return fail(SK_STATUS_NULL_POINTER, "layers is a null pointer");
   return check_struct(&args.reduce, "sk_reduce");
 }
@@ -165,7 +179,9 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   model->isa = isa;
   model->kernels = &kernels_for(isa);
   model->activation_bits = args.activation_bits;
-  model->kv_elements = 0;
+  model->kv = args.kv_bits == 16 ? &model->kernels->kv_bfloat16 : &model->kernels->kv_int8;
+  model->kv_head_bytes = kv_head_bytes(args.kv_bits, model->dim);
+  model->kv_bytes = 0;
   const size_t frequencies = size_t{args.rope_rows} * (args.head_dim / 2);
   SK_TRY(check_vector("rope_frequencies", args.rope_frequencies, frequencies, true));
   model->rope_frequencies.assign(args.rope_frequencies, args.rope_frequencies + frequencies);
@@ -189,7 +205,7 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   static uint64_t last_handle = 0;
   registry()[++last_handle] = model;
   info->model = last_handle;
-  info->kv_block_bytes = model->kv_elements * sizeof(uint16_t);
+  info->kv_block_bytes = model->kv_bytes;
   info->isa = isa;
   info->threads = args.threads;
   return SK_STATUS_OK;

@@ -40,7 +40,7 @@ struct Layer {
   uint32_t heads, kv_heads, neurons, blocks, partitions, window;
   Matrix qkv, output, gate, up, down;
   const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
-  size_t kv_offset;  // elements from the beginning of KV, for each of its blocks
+  size_t kv_offset;  // bytes from the beginning of KV, for each of its blocks
 
   // Blocks of neurons in a partition: [begin(p), begin(p + 1)).
   uint32_t partition_begin(uint32_t partition) const {
@@ -63,7 +63,9 @@ struct Model {
   const Kernels* kernels;
   sk_isa isa;
   uint32_t activation_bits;
-  size_t kv_elements;  // of one block in all layers
+  const KvFormat* kv;
+  size_t kv_bytes;       // of one KV block in all layers
+  size_t kv_head_bytes;  // of one head in it
 
   std::mutex mutex;                // one forward at a time
   bool ended = false;              // by sk_model_destroy; read and written under `mutex`

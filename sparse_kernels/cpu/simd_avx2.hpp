@@ -61,7 +61,7 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static F load_bytes(const uint8_t* p) {
+  static F widen_bytes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -75,6 +75,50 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packs_epi32(low, high));
     return _mm256_cvtepi32_ps(n);
   }
+
+  // kLanes bfloat16 numbers, in their order.
+  static F widen(const uint16_t* p) {
+    const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
+  }
+
+  // Dot products of bytes 0 .. 255 with whole numbers of 16 bits, modulo 2^32: in each lane four
+  // bytes with one quad of numbers. `put_quads` writes kLanes of these, at most kLargestCode, as
+  // quads of two words each.
+  typedef __m256i I;
+  struct Bytes {
+    __m256i even, odd;  // widened to 16 bits
+  };
+  typedef __m256i Dots;
+  static constexpr float kLargestCode = 32639;
+  static I to_integers(F v) { return _mm256_cvtps_epi32(v); }
+  static void store_integers(int32_t* p, I v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static int32_t sum(I v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  static void put_quads(int32_t* quads, I v) {
+    // The first two words of each half: numbers 0 and 2, numbers 1 and 3.
+    const __m256i later = _mm256_shuffle_epi32(_mm256_slli_epi32(v, 16), 0xee);
+    const __m256i pairs = _mm256_blend_epi16(v, later, 0xaa);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(quads), _mm256_castsi256_si128(pairs));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2), _mm256_extracti128_si256(pairs, 1));
+  }
+  static Bytes load_bytes(const uint8_t* p) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+  }
+  static Dots dots(int32_t first) { return _mm256_set1_epi32(first); }
+  static void add_dots(Dots* dots, Bytes bytes, const int32_t* quad) {
+    const __m256i even = _mm256_madd_epi16(bytes.even, _mm256_set1_epi32(quad[0]));
+    const __m256i odd = _mm256_madd_epi16(bytes.odd, _mm256_set1_epi32(quad[1]));
+    *dots = _mm256_add_epi32(*dots, _mm256_add_epi32(even, odd));
+  }
+  static F total(Dots dots) { return _mm256_cvtepi32_ps(dots); }
 };
 
 }  // namespace

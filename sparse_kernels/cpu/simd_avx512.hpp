@@ -55,7 +55,7 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static F load_bytes(const uint8_t* p) {
+  static F widen_bytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -65,6 +65,42 @@ struct Simd {
     const __m512i n = _mm512_cvtps_epi32(v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(n));
     return _mm512_cvtepi32_ps(n);
+  }
+
+  // kLanes bfloat16 numbers, in their order.
+  static F widen(const uint16_t* p) {
+    const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+  }
+
+  // Dot products of bytes 0 .. 255 with whole numbers of 16 bits, modulo 2^32: in each lane four
+  // bytes with one quad of numbers. `put_quads` writes kLanes of these, at most kLargestCode, as
+  // quads of two words each.
+  typedef __m512i I;
+  typedef __m512i Bytes;
+  struct Dots {
+    I high, low;  // of the numbers' upper bytes, of their lower ones
+  };
+  static constexpr float kLargestCode = 32639;  // 127 * 256 + 127: both bytes are signed
+  static I to_integers(F v) { return _mm512_cvtps_epi32(v); }
+  static void store_integers(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static int32_t sum(I v) { return _mm512_reduce_add_epi32(v); }
+  static void put_quads(int32_t* quads, I v) {
+    const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
+    const __m128i lows = _mm512_cvtepi32_epi8(low);
+    const __m128i highs = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(v, low), 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quads), _mm_unpacklo_epi32(highs, lows));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quads + 4), _mm_unpackhi_epi32(highs, lows));
+  }
+  static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Dots dots(int32_t first) { return {_mm512_setzero_si512(), _mm512_set1_epi32(first)}; }
+  static void add_dots(Dots* dots, Bytes bytes, const int32_t* quad) {
+    dots->high = _mm512_dpbusd_epi32(dots->high, bytes, _mm512_set1_epi32(quad[0]));
+    dots->low = _mm512_dpbusd_epi32(dots->low, bytes, _mm512_set1_epi32(quad[1]));
+  }
+  static F total(Dots dots) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(dots.high, 8), dots.low));
   }
 };
 

@@ -10,6 +10,7 @@ namespace {
 struct Simd {
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
+  typedef uint32_t U __attribute__((vector_size(16)));
   static constexpr size_t kLanes = 4;
   static constexpr size_t kRows = 4, kTokens = 2;  // register tile of a dot product
   static constexpr size_t kDownTokens = 2, kDownVectors = 4;
@@ -73,7 +74,7 @@ struct Simd {
   static F load_half(const uint16_t* p) {
     return F{half(p[0]), half(p[1]), half(p[2]), half(p[3])};
   }
-  static F load_bytes(const uint8_t* p) {
+  static F widen_bytes(const uint8_t* p) {
     return __builtin_convertvector(I{p[0], p[1], p[2], p[3]}, F);
   }
   static F load_int32(const int32_t* p) {
@@ -99,6 +100,55 @@ struct Simd {
     memcpy(&value, &bits, sizeof(value));
     return value;
   }
+
+  // kLanes bfloat16 numbers, in their order.
+  static F widen(const uint16_t* p) {
+    const U bits = {p[0], p[1], p[2], p[3]};
+    return reinterpret_cast<F>(bits << 16);
+  }
+
+  // Dot products of bytes 0 .. 255 with whole numbers of 16 bits, modulo 2^32: in each lane four
+  // bytes with one quad of numbers. `put_quads` writes kLanes of these, at most kLargestCode, as
+  // quads of two words each.
+  typedef U Bytes;
+  typedef U Dots;
+  static constexpr float kLargestCode = 32639;
+  // To the nearest integer, |v| < 2^22; of anything else some integer.
+  static I to_integers(F v) {
+    const F magic = set(12582912.0f);
+    return reinterpret_cast<I>(reinterpret_cast<U>(v + magic) - reinterpret_cast<U>(magic));
+  }
+  static void store_integers(int32_t* p, I v) { memcpy(p, &v, sizeof(v)); }
+  static I add(I a, I b) {
+    return reinterpret_cast<I>(reinterpret_cast<U>(a) + reinterpret_cast<U>(b));
+  }
+  static int32_t sum(I v) {
+    const U u = reinterpret_cast<U>(v);
+    return static_cast<int32_t>(u[0] + u[1] + u[2] + u[3]);
+  }
+  static void put_quads(int32_t* quads, I v) {
+    const int16_t numbers[4] = {static_cast<int16_t>(v[0]), static_cast<int16_t>(v[1]),
+                                static_cast<int16_t>(v[2]), static_cast<int16_t>(v[3])};
+    memcpy(quads, numbers, sizeof(numbers));
+  }
+  static Bytes load_bytes(const uint8_t* p) {
+    U bytes;
+    memcpy(&bytes, p, sizeof(bytes));
+    return bytes;
+  }
+  static Dots dots(int32_t first) {
+    const uint32_t u = static_cast<uint32_t>(first);
+    return Dots{u, u, u, u};
+  }
+  static void add_dots(Dots* dots, Bytes bytes, const int32_t* quad) {
+    int16_t numbers[4];
+    memcpy(numbers, quad, sizeof(numbers));
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t number = static_cast<uint32_t>(int32_t{numbers[i]});
+      *dots += (bytes >> (8 * i) & 255u) * number;
+    }
+  }
+  static F total(Dots dots) { return __builtin_convertvector(reinterpret_cast<I>(dots), F); }
 };
 
 }  // namespace

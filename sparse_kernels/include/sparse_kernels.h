@@ -222,7 +222,9 @@ struct sk_model_args {
   const float* rope_frequencies; /* [rope_rows, head_dim / 2], radians per position */
   uint32_t rope_rows; /* 1: the same for all positions; else row p is for position p, the last for
                          all beyond */
-  uint32_t activation_bits;      /* of the inputs of integer matrices: 16, or 8 which is faster */
+  uint32_t activation_bits; /* of the inputs of integer matrices: 16, or 8 which is faster */
+  uint32_t kv_bits;  /* of keys and values in the cache: 16, bfloat16, or 8 with a scale a token */
+  uint32_t reserved; /* 0 */
   const struct sk_layer* layers; /* [num_layers] */
   const float* norm;             /* [hidden_size] */
   struct sk_matrix embedding;    /* [vocab_size, hidden_size] in bfloat16 */
@@ -261,7 +263,8 @@ struct sk_forward_args {
   uint32_t abi_version;
   uint32_t struct_size;
   const struct sk_sequence* sequences; /* [num_sequences] */
-  void* kv; /* [layer][kv_num_blocks] blocks, each [num_kv_heads] x (keys, values); written */
+  void* kv; /* [layer][kv_num_blocks] blocks, each [num_kv_heads] x (keys, values, with kv_bits 8
+               their scales); written */
   uint64_t kv_bytes;
   uint32_t kv_num_blocks;
   uint32_t num_sequences;

@@ -49,7 +49,12 @@ async def test_server_info_names_instruction_set_and_formats_of_the_native_backe
         info = await connect(server).control.GetServerInfo(pb.GetServerInfoRequest())
         model = await connect(server).control.GetModelInfo(pb.GetModelInfoRequest())
     assert info.backend == pb.Backend(
-        name="cpu", device="cpu", dtype=told, threads=1, isa=cpu_features().isa
+        name="cpu",
+        device="cpu",
+        dtype=told,
+        threads=1,
+        isa=cpu_features().isa,
+        kv_dtype="bfloat16",
     )
     assert model.dtype == told
 
@@ -68,7 +73,9 @@ async def test_server_info_tells_backend_limits_and_policies(serving, connect):
         info = await connect(server).control.GetServerInfo(pb.GetServerInfoRequest())
     assert info.version == sparserve.__version__
     assert begun - 1 <= info.start_time.ToMicroseconds() / 1e6 <= time.time() + 1
-    assert info.backend == pb.Backend(name="reference", device="cpu", dtype="float32", threads=1)
+    assert info.backend == pb.Backend(
+        name="reference", device="cpu", dtype="float32", threads=1, kv_dtype="float32"
+    )
     limits = info.limits
     assert (limits.max_context_length, limits.default_max_tokens) == (128, 9)
     assert (limits.max_running_requests, limits.max_waiting_requests) == (3, 5)

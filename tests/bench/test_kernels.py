@@ -53,7 +53,7 @@ def ceilings(monkeypatch):
 class Made:
     """A decoder whose every phase takes so many seconds, per step."""
 
-    threads, kv_block_bytes, formats = 2, 4096, DecoderFormats()
+    threads, kv_block_bytes, formats, kv_bits = 2, 4096, DecoderFormats(), 16
 
     def __init__(self, config, *seconds):
         self.config, self._seconds = config, iter(seconds)
@@ -96,6 +96,9 @@ def test_attention_reads_and_computes_what_is_seen(
 ):
     kv, ops = phase_bytes(mixed, point), phase_operations(mixed, point)
     assert kv["attention"] == point.batch * (2 * all_seen + window_seen) * 2 * 16 * 2
+    int8 = phase_bytes(mixed, point, kv_bits=8)
+    assert int8["attention"] == point.batch * (2 * all_seen + window_seen) * 2 * (16 + 2)
+    assert {**int8, "attention": 0} == {**kv, "attention": 0}
     assert ops["attention"] == point.batch * (4 * pairs + 2 * window_pairs) * 4 * 16
     tokens = point.batch * point.new_tokens
     assert ops["mlp"] == 2 * tokens * 3 * 64 * (96 + 32)

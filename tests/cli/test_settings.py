@@ -23,6 +23,7 @@ OTHER = {
     "group_size": ("32", 32),
     "weight_planes": ("3+1", "3+1"),
     "activation_bits": ("8", 8),
+    "kv_dtype": ("int8", "int8"),
     "device_map": ("auto", "auto"),
     "max_memory_gib": ("1.5", 1.5),
     "threads": ("3", 3),

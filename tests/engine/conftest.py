@@ -1,6 +1,7 @@
 """Running requests on an engine to their ends."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -40,9 +41,9 @@ def finish_all() -> Callable[..., Results]:
     return run_to_end
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "cpu, int8 KV"])
 def any_engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     """`any_engine(max_running=…)`: over the tiny model, on each backend in turn."""
     name = "tiny_engine" if request.param == "reference" else "native_engine"
     factory: Callable[..., Engine] = request.getfixturevalue(name)
-    return factory
+    return partial(factory, kv_dtype="int8") if "int8" in request.param else factory

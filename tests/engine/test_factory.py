@@ -68,6 +68,51 @@ def test_the_native_backend_asked_for_where_it_cannot_be(tiny_folder, fields, to
         build_engine(settings)
 
 
+@pytest.mark.parametrize(
+    ("fields", "kv_dtype", "bytes_of_a_head"),
+    [
+        ({}, "bfloat16", 2 * 2 * 16),
+        ({"kv_dtype": "bfloat16"}, "bfloat16", 2 * 2 * 16),
+        ({"kv_dtype": "int8"}, "int8", 2 * (16 + 2)),  # with a scale for the key and the value
+        ({"backend": "reference"}, "float32", 2 * 4 * 16),
+        ({"backend": "reference", "dtype": "bfloat16"}, "bfloat16", 2 * 2 * 16),
+        (
+            {"backend": "reference", "dtype": "bfloat16", "kv_dtype": "bfloat16"},
+            "bfloat16",
+            2 * 2 * 16,
+        ),
+    ],
+    ids=str,
+)
+def test_the_cache_has_the_dtype_asked_for_and_its_memory_all_blocks(
+    tiny_folder, fields, kv_dtype, bytes_of_a_head, caplog
+):
+    caplog.set_level(logging.INFO, "sparserve")
+    backend = build_engine(settings_of(tiny_folder, **fields)).engine.backend
+    config = backend.config
+    per_token = config.num_layers * config.num_kv_heads * bytes_of_a_head
+    assert config.head_dim == 16
+    assert backend.info.kv_dtype == kv_dtype
+    assert backend.info.kv_bytes_per_token == per_token
+    assert backend.num_blocks == int(0.01 * 2**30) // (per_token * 16)
+    assert f"KV cache {backend.num_blocks * 16} tokens in {kv_dtype}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"backend": "reference", "kv_dtype": "int8"}, "int8.*the settings ask for it"),
+        ({"dtype": "float32", "kv_dtype": "int8"}, "int8.*dtype is float32"),
+        ({"device_map": "auto", "kv_dtype": "int8"}, "int8.*device_map is 'auto'"),
+        ({"dtype": "float32", "kv_dtype": "bfloat16"}, "bfloat16.*dtype is float32"),
+    ],
+    ids=str,
+)
+def test_a_dtype_of_the_cache_that_the_reference_backend_lacks(tiny_folder, fields, told):
+    with pytest.raises(ConfigError, match=f"kv_dtype is {told}.*take --kv-dtype same"):
+        build_engine(settings_of(tiny_folder, **fields))
+
+
 def test_a_model_in_memory_decides_by_its_own_dtype(tiny_folder, tiny_model, tiny_bfloat16):
     settings = settings_of(tiny_folder)
     assert assemble_engine(tiny_model, settings).engine.backend.info.name == "reference"

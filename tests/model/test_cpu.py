@@ -140,7 +140,9 @@ def test_it_tells_what_it_is(backend, tiny_bfloat16, make_backend):
     assert info.isa == native.cpu_features().isa
     assert info.title == f"cpu ({info.isa})"
     assert (info.name, info.device, info.dtype, info.threads) == ("cpu", "cpu", "bfloat16", 2)
-    for name in ("dtype", "policies", "weight_bytes", "mlp_bytes", "kv_bytes_per_token"):
+    for name in (
+        "dtype", "policies", "weight_bytes", "mlp_bytes", "kv_dtype", "kv_bytes_per_token",
+    ):  # fmt: skip
         assert getattr(info, name) == getattr(reference, name)
 
 
@@ -165,12 +167,32 @@ def test_bytes_of_a_step_are_codes_scales_and_zeros(
     assert info.dtype == str(formats)
 
 
-def test_kv_is_bfloat16_on_memory_of_its_own(backend, tiny_bfloat16):
-    blocks = backend.read_blocks([0, 1])
-    config = tiny_bfloat16.config
-    per_layer = 2 * BLOCK_SIZE * config.num_kv_heads * config.head_dim
-    assert blocks.shape == (2, config.num_layers, per_layer)
-    assert blocks.dtype == torch.bfloat16
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_blocks_of_kv_are_bytes_that_can_be_moved(tiny_bfloat16, kv_bits):
+    model, tokens = tiny_bfloat16, random_tokens(33, 5)
+    decoder = make_decoder(model.config, model.weights, threads=1, kv_bits=kv_bits)
+    backend = CpuBackend(model.config, decoder, num_blocks=9)
+
+    def last_logits(table: list[int], start: int) -> torch.Tensor:
+        span = SequenceInput(
+            tokens[start:], start, table, Phase.DECODE, output_offsets=[32 - start]
+        )
+        return backend.forward(ForwardBatch([span])).candidates.logits
+
+    expected = last_logits([4, 1, 7], 0)
+    blocks = backend.read_blocks([4, 1])
+    layer_bytes = (
+        model.config.num_kv_heads * BLOCK_SIZE * 2 * (model.config.head_dim * kv_bits // 8)
+    )
+    layer_bytes += 0 if kv_bits == 16 else model.config.num_kv_heads * BLOCK_SIZE * 2 * 2  # scales
+    assert (blocks.dtype, blocks.shape) == (
+        torch.uint8,
+        (2, model.config.num_layers, layer_bytes),
+    )
+    backend.write_blocks([4, 1], torch.zeros_like(blocks))
+    assert not torch.equal(last_logits([4, 1, 8], 32), expected)
+    backend.write_blocks([2, 3], blocks)
+    assert torch.equal(last_logits([2, 3, 8], 32), expected)
 
 
 # --- one copy of the weights ---

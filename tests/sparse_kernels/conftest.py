@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from sparse_kernels import native
+from sparse_kernels import native, reference
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows
 from sparse_kernels.formats import DecoderFormats
@@ -114,6 +114,12 @@ def levels() -> list[str]:
     return list(LEVELS[: LEVELS.index(native.cpu_features().highest_isa) + 1])
 
 
+@pytest.fixture(scope="session", params=[16, 8], ids=["bfloat16 KV", "int8 KV"])
+def kv_bits(request: pytest.FixtureRequest) -> int:
+    """Of keys and values in the cache, each in turn."""
+    return int(request.param)
+
+
 @dataclass(frozen=True)
 class Part:
     """Some tokens of a sequence."""
@@ -138,9 +144,9 @@ class Run:
 class Machine:
     """A decoder with a KV cache, on which several runs may go on."""
 
-    def __init__(self, tiny: Tiny, blocks: int, threads: int, isa: str) -> None:
+    def __init__(self, tiny: Tiny, blocks: int, threads: int, isa: str, kv_bits: int) -> None:
         self.tiny = tiny
-        self.decoder = Decoder(tiny.packed(), threads=threads, isa=isa)
+        self.decoder = Decoder(tiny.packed(), threads=threads, isa=isa, kv_bits=kv_bits)
         self.kv = huge_pages(blocks * self.decoder.kv_block_bytes)
 
     def step(self, *steps: tuple[Run, int], prompts: bool = False) -> Rows:
@@ -188,20 +194,30 @@ class Machine:
         return run
 
     def blocks_of(self, run: Run) -> list[torch.Tensor]:
-        """Of each layer the run's KV blocks, [blocks, elements of a block]."""
-        dim = -(-self.tiny.config.head_dim // 16) * 16
-        sizes = [layer.num_kv_heads * 2 * 16 * dim for layer in self.tiny.config.layers]
+        """Of each layer the run's KV blocks, [blocks, bytes of a block]."""
+        heads = [layer.num_kv_heads for layer in self.tiny.config.layers]
         blocks = self.kv.numel() // self.decoder.kv_block_bytes
-        layers = self.kv.view(torch.bfloat16).split([blocks * size for size in sizes])
+        head_bytes = self.decoder.kv_block_bytes // sum(heads)
+        layers = self.kv.split([blocks * count * head_bytes for count in heads])
         return [part.view(blocks, -1)[list(run.table)] for part in layers]
+
+    def kv_of(self, run: Run) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Of each layer and block the keys and values [BLOCK_SIZE, num_kv_heads, head_dim]."""
+        config, bits = self.tiny.config, self.decoder.kv_bits
+        return [
+            [reference.block_of(shape, config.head_dim, bits, block) for block in blocks]
+            for shape, blocks in zip(config.layers, self.blocks_of(run), strict=True)
+        ]
 
 
 @pytest.fixture(scope="session")
 def make_machine() -> Callable[..., Machine]:
-    """`make_machine(tiny, blocks, threads, isa)`."""
+    """`make_machine(tiny, blocks, threads, isa, kv_bits)`."""
 
-    def make(tiny: Tiny, blocks: int = 32, threads: int = 1, isa: str = "auto") -> Machine:
-        return Machine(tiny, blocks, threads, isa)
+    def make(
+        tiny: Tiny, blocks: int = 32, threads: int = 1, isa: str = "auto", kv_bits: int = 16
+    ) -> Machine:
+        return Machine(tiny, blocks, threads, isa, kv_bits)
 
     return make
 

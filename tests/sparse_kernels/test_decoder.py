@@ -6,6 +6,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,21 +46,39 @@ NUM_TOKENS = 300  # chunks of attention are 128 positions
 # values are further off, for a key or value in the middle of two bfloat16 numbers may become either.
 TYPICAL = {"portable": 5e-6, "avx2": 5e-6, "avx512": 5e-6, "amx": 1e-4}
 LARGEST = 1e-3
+# With 8 bits queries and weights of values have 16, and a key or value that becomes another number moves
+# further.
+TYPICAL_INT8, LARGEST_INT8 = 1e-4, 4e-3
 
 
-def assert_near(ours: torch.Tensor, exact: torch.Tensor, isa: str, what: str) -> None:
+def assert_near(
+    ours: torch.Tensor, exact: torch.Tensor, isa: str, what: str, kv_bits: int = 16
+) -> None:
     error = (ours.double() - exact).abs() / exact.abs().max()
-    assert error.median() < TYPICAL[isa], (what, isa)
-    assert error.max() < LARGEST, (what, isa)
+    assert error.median() < (TYPICAL[isa] if kv_bits == 16 else TYPICAL_INT8), (what, isa)
+    assert error.max() < (LARGEST if kv_bits == 16 else LARGEST_INT8), (what, isa)
+
+
+def assert_near_kv(ours: torch.Tensor, exact: torch.Tensor, kv_bits: int) -> None:
+    """What is near the middle of two numbers of the cache may become either."""
+    if kv_bits == 16:
+        torch.testing.assert_close(ours, exact, atol=1e-3, rtol=2**-7)
+        return
+    largest = exact.abs().amax(dim=-1, keepdim=True)  # of a token, which has one scale
+    error = (ours - exact).abs()
+    assert (error <= 1.1 / 127 * largest).all()
+    assert (error <= 1e-6 * largest).double().mean() > 0.95
 
 
 @pytest.fixture(scope="module")
 def oracle() -> Callable[..., tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list]]:
-    """`oracle(tiny, tokens)` -> hidden, logits, each layer's norm scores, KV."""
+    """`oracle(tiny, tokens, kv_bits)` -> hidden, logits, each layer's norm scores, KV."""
 
-    def run(tiny, tokens):
+    def run(tiny, tokens, kv_bits=16):
         cache = reference.empty_cache(tiny.config)
-        hidden, scores = reference.forward(tiny.config, tiny.ends, tiny.layers, tokens, cache)
+        hidden, scores = reference.forward(
+            tiny.config, tiny.ends, tiny.layers, tokens, cache, kv_bits
+        )
         return hidden, reference.logits(tiny.config, tiny.ends, hidden), scores, cache
 
     return run
@@ -67,34 +86,30 @@ def oracle() -> Callable[..., tuple[torch.Tensor, torch.Tensor, list[torch.Tenso
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_every_level_computes_what_the_model_means(
-    shape, levels, tiny_decoder, make_machine, make_run, random_tokens, oracle
+    shape, kv_bits, levels, tiny_decoder, make_machine, make_run, random_tokens, oracle
 ):
     tiny = tiny_decoder(**shape)
     tokens = random_tokens(NUM_TOKENS)
-    hidden, logits, scores, cache = oracle(tiny, tokens)
+    hidden, logits, scores, cache = oracle(tiny, tokens, kv_bits)
     for isa in levels:
-        machine = make_machine(tiny, threads=2, isa=isa)
+        machine = make_machine(tiny, threads=2, isa=isa, kv_bits=kv_bits)
         run = make_run(tokens, [*range(11, 19), *range(11), 20])
         for count in (1, 200, 10, 89):  # with and without few tokens, a long context, a ragged end
             machine.step((run, count))
         assert machine.decoder.isa == isa
-        assert_near(torch.stack([row[4] for row in run.rows]), logits, isa, "logits")
-        assert_near(torch.stack([row[5] for row in run.rows]), hidden, isa, "hidden states")
+        found_logits = torch.stack([row[4] for row in run.rows])
+        found_hidden = torch.stack([row[5] for row in run.rows])
+        assert_near(found_logits, logits, isa, "logits", kv_bits)
+        assert_near(found_hidden, hidden, isa, "hidden states", kv_bits)
         sums = run.statistics.sum(dim=0).double() / 2**32
         for layer, expected in enumerate(scores):
             wanted = expected[1:].sum(dim=0)  # without the attention sink
             found, beyond = sums[layer].tensor_split([len(wanted)])
-            assert_near(found, wanted, isa, f"statistics of layer {layer}")
+            assert_near(found, wanted, isa, f"statistics of layer {layer}", kv_bits)
             assert not beyond.any()
-        for layer, (keys, values) in enumerate(cache):
-            blocks = [
-                reference.block_of(tiny.config.layers[layer], tiny.config.head_dim, block)
-                for block in machine.blocks_of(run)[layer]
-            ]
-            for ours, theirs in zip(zip(*blocks, strict=True), (keys, values), strict=True):
-                found = torch.cat(ours)[:NUM_TOKENS].double()
-                # A value near the middle of two bfloat16 numbers may become either.
-                torch.testing.assert_close(found, theirs.double(), atol=1e-3, rtol=2**-7)
+        for blocks, exact in zip(machine.kv_of(run), cache, strict=True):
+            for ours, theirs in zip(zip(*blocks, strict=True), exact, strict=True):
+                assert_near_kv(torch.cat(ours)[:NUM_TOKENS], theirs, kv_bits)
 
 
 def test_the_oracle_does_not_depend_on_how_tokens_are_cut(tiny_decoder, random_tokens, oracle):
@@ -215,29 +230,23 @@ def assert_equal_runs(machine, run, other_machine, other) -> None:
     for position, (ours, theirs) in enumerate(zip(run.rows, other.rows, strict=True)):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b), f"position {position}"
-    used, head_dim = -(-run.done // 16), machine.tiny.config.head_dim
+    used = -(-run.done // 16)
     assert torch.equal(run.statistics[:used], other.statistics[:used])
     last = run.done % 16 or 16
-    for ours, theirs, shape in zip(
-        machine.blocks_of(run),
-        other_machine.blocks_of(other),
-        machine.tiny.config.layers,
-        strict=True,
-    ):
+    for ours, theirs in zip(machine.kv_of(run), other_machine.kv_of(other), strict=True):
         for index, (a, b) in enumerate(zip(ours[:used], theirs[:used], strict=True)):
             written = last if index == used - 1 else 16
-            a, b = (reference.block_of(shape, head_dim, block) for block in (a, b))
             assert all(torch.equal(x[:written], y[:written]) for x, y in zip(a, b, strict=True)), (
                 "KV differs"
             )
 
 
 @pytest.fixture(scope="module")
-def crowd(levels, tiny_decoder, make_machine):
+def crowd(kv_bits, levels, tiny_decoder, make_machine):
     """Of each level machines of 1, 2 and 3 threads; the first for undisturbed runs."""
     tiny = tiny_decoder(**RICH)
     return {
-        isa: [make_machine(tiny, NUM_BLOCKS, threads, isa) for threads in (1, 1, 2, 3)]
+        isa: [make_machine(tiny, NUM_BLOCKS, threads, isa, kv_bits) for threads in (1, 1, 2, 3)]
         for isa in levels
     }
 
@@ -296,13 +305,13 @@ def test_token_by_token_gives_the_bits_of_one_piece(crowd, make_run, random_toke
 
 
 def test_a_long_context_in_steps_gives_the_bits_of_one_piece(
-    levels, tiny_decoder, make_machine, make_run, random_tokens
+    kv_bits, levels, tiny_decoder, make_machine, make_run, random_tokens
 ):
     """Several threads share the chunks of one token's context, and merge them."""
     shapes = [LayerShape(4, 1, 64), LayerShape(2, 2, 64, window=300)]
     tiny, tokens = tiny_decoder(layers=shapes, head_dim=20), random_tokens(1100)
     for isa in levels:
-        quiet, machine = make_machine(tiny, 69, 1, isa), make_machine(tiny, 69, 3, isa)
+        quiet, machine = (make_machine(tiny, 69, n, isa, kv_bits) for n in (1, 3))
         run = make_run(tokens, range(69))
         for count in (1000, 1, 1, 2, 16, 17, 1, 62):
             machine.step((run, count))
@@ -325,11 +334,12 @@ def test_few_and_many_tokens_add_up_neurons_alike(
 
 
 def test_forty_sequences_at_once_equal_each_alone(
-    levels, tiny_decoder, make_machine, make_run, random_tokens
+    kv_bits, levels, tiny_decoder, make_machine, make_run, random_tokens
 ):
     tiny = tiny_decoder(**RICH)
     for isa in levels:
-        machine, quiet = make_machine(tiny, 40, 3, isa), make_machine(tiny, 2, 1, isa)
+        machine = make_machine(tiny, 40, 3, isa, kv_bits)
+        quiet = make_machine(tiny, 2, 1, isa, kv_bits)
         runs = [make_run(random_tokens(6, i), [39 - i]) for i in range(40)]
         machine.step(*[(run, 4) for run in runs])
         for _ in range(2):
@@ -366,15 +376,17 @@ def test_what_blocks_held_before_has_no_effect_even_if_it_was_not_finite(
 
 @pytest.mark.parametrize("vocab", [50, 1000, 20000])
 def test_a_sequence_that_is_not_finite_harms_nobody_else(
-    vocab, levels, tiny_decoder, make_machine, make_run, random_tokens
+    vocab, kv_bits, levels, tiny_decoder, make_machine, make_run, random_tokens
 ):
     tiny, tokens = tiny_decoder(vocab_size=vocab), random_tokens(40)
     for isa in levels:
-        quiet, machine = make_machine(tiny, isa=isa), make_machine(tiny, threads=2, isa=isa)
+        quiet = make_machine(tiny, isa=isa, kv_bits=kv_bits)
+        machine = make_machine(tiny, threads=2, isa=isa, kv_bits=kv_bits)
         blocks = machine.kv.numel() // machine.decoder.kv_block_bytes
         bad, good = make_run(tokens, [blocks - 1, 9, 10]), make_run(tokens, [3, 2, 1])
         machine.step((bad, 30), (good, 30))
-        last = machine.kv.view(torch.bfloat16)[-64:]  # of the bad one's first block
+        # Of the bad one's first block: values, or with 8 bits scales of keys and values.
+        last = machine.kv.view(torch.bfloat16)[-32:]
         last.fill_(float("nan"))
         for count in (1, 2, 7):
             machine.step((bad, count), (good, count))
@@ -385,17 +397,60 @@ def test_a_sequence_that_is_not_finite_harms_nobody_else(
 
 
 def test_what_is_seen_shows_even_where_a_window_leaves_it_alone_in_its_chunk(
-    levels, tiny_decoder, make_machine, make_run, random_tokens
+    kv_bits, levels, tiny_decoder, make_machine, make_run, random_tokens
 ):
     tiny = tiny_decoder(layers=[LayerShape(4, 2, 96, window=2)])
     for isa in levels:
-        machine = make_machine(tiny, isa=isa)
+        machine = make_machine(tiny, isa=isa, kv_bits=kv_bits)
         run = make_run(random_tokens(129), range(9))
         machine.step((run, 128))
         blocks = machine.kv.numel() // machine.decoder.kv_block_bytes
         machine.kv.view(torch.bfloat16).view(blocks, -1)[7] = float("nan")
         machine.step((run, 1))  # sees position 127, the last of a chunk of 128, and itself
         assert run.rows[128][4].isnan().all(), isa
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_keys_and_values_that_overflow_reach_those_that_see_them(
+    name, levels, tiny_decoder, make_machine, random_tokens
+):
+    tiny = tiny_decoder()
+    getattr(tiny.layers[0], name)[3] = 3e38
+    for isa in levels:
+        finite = []
+        for kv_bits in (16, 8):
+            rows = make_machine(tiny, isa=isa, kv_bits=kv_bits).alone(random_tokens(40)).rows
+            finite.append([bool(row[4].isfinite().all()) for row in rows])
+        assert finite[0] == finite[1], isa
+        assert not all(finite[0])
+
+
+def test_keys_and_values_of_zeros(
+    kv_bits, levels, tiny_decoder, make_machine, random_tokens, oracle
+):
+    tiny, tokens = tiny_decoder(), random_tokens(40)
+    tiny.layers[0].v.zero_()
+    tiny.layers[1].k.zero_()
+    _, logits, _, _ = oracle(tiny, tokens, kv_bits)
+    for isa in levels:
+        run = make_machine(tiny, isa=isa, kv_bits=kv_bits).alone(tokens)
+        assert_near(torch.stack([row[4] for row in run.rows]), logits, isa, "logits", kv_bits)
+
+
+@pytest.mark.parametrize("head_dim", [512, 1024])
+def test_the_largest_sums_of_whole_numbers_fit(
+    head_dim, levels, tiny_decoder, make_machine, random_tokens, oracle
+):
+    """All numbers of a query and of a key are their largest multiple."""
+    tiny = tiny_decoder(head_dim=head_dim, layers=[LayerShape(2, 1, 33)])
+    still = replace(tiny.config, rope_frequencies=torch.zeros(1, head_dim // 2))
+    tiny, tokens = replace(tiny, config=still), random_tokens(200)
+    for matrix in (tiny.layers[0].q, tiny.layers[0].k):
+        matrix.copy_(matrix[:1] * head_dim**-0.25)
+    _, logits, _, _ = oracle(tiny, tokens, 8)
+    for isa in levels:
+        run = make_machine(tiny, isa=isa, kv_bits=8).alone(tokens)
+        assert_near(torch.stack([row[4] for row in run.rows]), logits, isa, "logits", 8)
 
 
 def test_activations_that_overflow_count_nowhere(levels, tiny_decoder, make_machine, random_tokens):

@@ -84,6 +84,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 dtype=info.dtype,
                 threads=info.threads,
                 isa=info.isa,
+                kv_dtype=info.kv_dtype,
             ),
             limits=pb.Limits(
                 max_context_length=limits.max_context,

@@ -30,7 +30,7 @@ from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.rounds import BenchProgress, wait_until_idle
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE, Phase, SequenceInput
-from sparserve.model.cpu import DTYPE
+from sparserve.model.cpu import KV_SCALE_BYTES
 
 LEVELS = tuple(isa_name(level) for level in sk_isa if level is not sk_isa.SK_ISA_AUTO)
 WHOLE = "step"  # stands beside the phases' names for their sum
@@ -156,7 +156,7 @@ def run_kernels(
     """Measure every step of `plan` at every level: `decoders`, in the order of `plan.levels`, are
     one model. Raises ConfigError where its KV does not fit into memory.
     """
-    config, formats, threads = decoders[0].config, decoders[0].formats, decoders[0].threads
+    formats, threads = decoders[0].formats, decoders[0].threads
     kv = _random_kv(decoders[0], plan)
     source, watch, done = random.Random(plan.seed), CpuWatch(), count(1)
     total = len(plan.points) * len(decoders) * (plan.rounds + 1)
@@ -164,12 +164,11 @@ def run_kernels(
     rows: list[Row] = []
     ceilings: list[float] = []
     for point in plan.points:
-        sizes = phase_bytes(config, point, formats)
         times: dict[str, list[list[float]]] = {level: [] for level in plan.levels}
         own_ceilings: list[float] = []
         for turn in range(-1, plan.rounds):  # the first warms up
             if turn >= 0:
-                own_ceilings.append(_read_ceiling(sum(sizes.values()), threads))
+                own_ceilings.append(_read_ceiling(decoders[0], point))
             # Each round begins with another level, so that none always follows the same one.
             for place in range(len(decoders)):
                 index = (turn + place) % len(decoders)
@@ -181,8 +180,7 @@ def run_kernels(
                 on_progress("kernels", next(done), total)
         ceilings += own_ceilings
         for level in plan.levels:
-            operations = phase_operations(config, point)
-            rows += _rows(level, point, times[level], own_ceilings, sizes, operations)
+            rows += _rows(level, point, times[level], own_ceilings, decoders[0])
     return Report(
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,9 +196,12 @@ def run_kernels(
 
 
 def phase_bytes(
-    config: DecoderConfig, point: Point, formats: DecoderFormats = DecoderFormats()
+    config: DecoderConfig,
+    point: Point,
+    formats: DecoderFormats = DecoderFormats(),
+    kv_bits: int = 16,
 ) -> dict[str, int]:
-    """Phase -> bytes that it must read from memory in one step."""
+    """Phase -> bytes that it must read from memory in one step, with KV of `kv_bits` a number."""
     found = {
         name: sum(format.bytes(rows, columns) for rows, columns, format in matrices)
         for name, matrices in _matrices(config, formats).items()
@@ -211,7 +212,7 @@ def phase_bytes(
         shape.num_kv_heads * (last - (max(0, first + 1 - shape.window) if shape.window else 0))
         for shape in config.layers
     )
-    keys_and_values = 2 * config.head_dim * DTYPE.itemsize
+    keys_and_values = 2 * (config.head_dim * kv_bits // 8 + KV_SCALE_BYTES[kv_bits])
     return {**found, "attention": point.batch * sum(seen) * keys_and_values, "candidates": 0}
 
 
@@ -258,16 +259,18 @@ def _random_kv(decoder: Decoder, plan: Plan) -> torch.Tensor:
     """KV for the largest point. Untouched pages would all be one page of zeros, read from a cache."""
     blocks = max(point.batch * point.blocks for point in plan.points)
     try:
-        return huge_pages(blocks * decoder.kv_block_bytes).view(DTYPE).normal_()
+        # As bfloat16, numbers or scales, two such bytes are finite: 1e-14 to 3.
+        return huge_pages(blocks * decoder.kv_block_bytes).random_(40, 64)
     except MemoryError as error:
         raise ConfigError(f"KV does not fit: {error}; lower --batch or --context") from error
 
 
-def _read_ceiling(step_bytes: int, threads: int) -> float:
+def _read_ceiling(decoder: Decoder, point: Point) -> float:
     """GB/s over a buffer as large as what the step reads."""
-    size = max(step_bytes, threads * SK_READ_PROBE_BLOCK_BYTES)
+    read = sum(phase_bytes(decoder.config, point, decoder.formats, decoder.kv_bits).values())
+    size = max(read, decoder.threads * SK_READ_PROBE_BLOCK_BYTES)
     wait_until_idle()
-    return read_probe(buffer_bytes=size, threads=threads, seconds=PROBE_SECONDS).gb_per_s
+    return read_probe(buffer_bytes=size, threads=decoder.threads, seconds=PROBE_SECONDS).gb_per_s
 
 
 def _phase_seconds(
@@ -284,6 +287,7 @@ def _phase_seconds(
             kv,
             output_rows=last_rows,
             temperatures=[1.0] * point.batch,
+            prompts=point.kind == "prefill" and decoder.formats.layers_quantized,
             phase_seconds=seconds,
         )
         found.append([*seconds, sum(seconds)])
@@ -305,11 +309,11 @@ def _rows(
     point: Point,
     times: Sequence[Sequence[float]],  # [rounds][PHASES and WHOLE], seconds
     ceilings: Sequence[float],  # of each round
-    sizes: dict[str, int],
-    operations: dict[str, int],
+    decoder: Decoder,
 ) -> Iterator[Row]:
-    sizes = {**sizes, WHOLE: sum(sizes.values())}
-    operations = {**operations, WHOLE: sum(operations.values())}
+    sizes = phase_bytes(decoder.config, point, decoder.formats, decoder.kv_bits)
+    operations = phase_operations(decoder.config, point)
+    sizes[WHOLE], operations[WHOLE] = sum(sizes.values()), sum(operations.values())
     for name, seconds in zip((*PHASES, WHOLE), zip(*times, strict=True), strict=True):
         rates = [sizes[name] / 1e9 / s for s in seconds]
         shares = [rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)]

@@ -127,9 +127,10 @@ def assemble_engine(
     max_context = _max_context(settings, model.config.max_position_embeddings)
     backend, max_context = _make_backend(model, settings, max_context, on_layer)
     log.info(
-        "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens",
+        "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens in %s",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
         backend.info.threads, max_context, backend.num_blocks * BLOCK_SIZE,
+        backend.info.kv_dtype,
     )  # fmt: skip
     config = model.config
     special_tokens = {
@@ -160,17 +161,28 @@ def _make_backend(
 ) -> tuple[Backend, int]:
     """-> (backend, context that fits its KV cache). Raises ConfigError or ModelError."""
     config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
-    name, reason = choose_backend(settings, str(dtype).removeprefix("torch."))
+    dtype_name = str(dtype).removeprefix("torch.")
+    name, reason = choose_backend(settings, dtype_name)
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
             formats = weight_formats(settings)
             decoder = make_decoder(
-                config, model.weights, formats, threads=threads, on_layer=on_layer
+                config,
+                model.weights,
+                formats,
+                threads=threads,
+                kv_bits=_kv_bits(settings),
+                on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
         return CpuBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
+    if settings.kv_dtype not in ("same", dtype_name):
+        raise ConfigError(
+            f"kv_dtype is {settings.kv_dtype}, but the backend is the reference one, which keeps KV like the "
+            f"weights ({dtype_name}): {reason}; take --kv-dtype same, or what the cpu backend needs"
+        )
     num_blocks, context = _size_cache(settings, bytes_per_block(config, dtype), max_context)
     backend = ReferenceBackend(config, model.weights, num_blocks=num_blocks, threads=threads)
     return backend, context
@@ -185,7 +197,8 @@ def make_decoders(
     """
     with _told_as_config_error(model.name):
         packed = pack_model(model.config, model.weights, weight_formats(settings))
-        return [Decoder(packed, threads=_threads(settings), isa=level) for level in levels]
+        threads, kv_bits = _threads(settings), _kv_bits(settings)
+        return [Decoder(packed, threads=threads, isa=level, kv_bits=kv_bits) for level in levels]
 
 
 @contextmanager
@@ -199,6 +212,11 @@ def _told_as_config_error(model_name: str) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise ConfigError(f"the weights of {model_name} do not fit into memory: {error}") from error
+
+
+def _kv_bits(settings: EngineSettings) -> int:
+    """Of the cpu backend's KV cache."""
+    return 8 if settings.kv_dtype == "int8" else 16
 
 
 def _threads(settings: EngineSettings) -> int:

@@ -105,6 +105,7 @@ class BackendInfo:
     )
     mlp_bytes: int  # of these, by the feed-forward layers
     packed_bytes: int  # all weights as they lie in memory, padding included
+    kv_dtype: str
     kv_bytes_per_token: int  # K and V of one position in all layers
     isa: str = ""  # level of the native kernels (`native.CpuFeatures.isa`), "" where there are none
 

@@ -1,5 +1,5 @@
-"""The native CPU backend: weights in bfloat16 or integers, KV in bfloat16, one call of the library for a
-step.
+"""The native CPU backend: weights in bfloat16 or integers, KV in bfloat16 or int8, one call of the library
+for a step.
 
 Its kernels give a row the same bits in any batch, in any cut of a prompt, on any number of threads;
 with bfloat16 weights in prompts and decode alike, with integers in each of them.
@@ -39,12 +39,14 @@ from sparserve.model.backend import (
 )
 from sparserve.model.candidates import concatenate_scores, target_scores
 from sparserve.model.config import ModelConfig
-from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.weights import LayerWeights, ModelWeights, layer_shapes
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
 DTYPE = torch.bfloat16
+# Of the KV cache, by the bits of a number: its name, and the bytes of a head's scale for one token.
+KV_DTYPES = {16: "bfloat16", 8: "int8"}
+KV_SCALE_BYTES = {16: 0, 8: 2}
 # Rows of prompt log-probabilities whose logits are in memory at once.
 SCORED_ROWS = 64
 
@@ -59,12 +61,14 @@ def make_decoder(
     formats: DecoderFormats = DecoderFormats(),
     *,
     threads: int,
+    kv_bits: int = 16,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
     library refuses.
     """
-    return Decoder(pack_model(config, weights, formats, on_layer=on_layer), threads=threads)
+    packed = pack_model(config, weights, formats, on_layer=on_layer)
+    return Decoder(packed, threads=threads, kv_bits=kv_bits)
 
 
 def pack_model(
@@ -177,8 +181,8 @@ class CpuBackend:
         self.config = config
         self.num_blocks = num_blocks
         self._decoder = decoder
-        # [num_layers, num_blocks, a block of one layer]
-        memory = huge_pages(num_blocks * decoder.kv_block_bytes).view(DTYPE)
+        # [num_layers, num_blocks, bytes of a block of one layer]
+        memory = huge_pages(num_blocks * decoder.kv_block_bytes)
         self._kv = memory.view(config.num_layers, num_blocks, -1)
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
@@ -193,7 +197,8 @@ class CpuBackend:
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,
-            kv_bytes_per_token=bytes_per_block(config, DTYPE) // BLOCK_SIZE,
+            kv_dtype=KV_DTYPES[decoder.kv_bits],
+            kv_bytes_per_token=decoder.kv_block_bytes // BLOCK_SIZE,
             isa=decoder.isa,
         )
 

@@ -96,6 +96,7 @@ class ReferenceBackend:
             packed_bytes=step_weight_bytes(config, weights.dtype)
             + (0 if config.tie_word_embeddings else weights.embedding.nbytes),
             mlp_bytes=config.mlp_parameters * weights.dtype.itemsize,
+            kv_dtype=dtype,
             kv_bytes_per_token=bytes_per_block(config, weights.dtype) // BLOCK_SIZE,
         )
 

@@ -229,6 +229,7 @@ class Backend(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     ISA_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"reference", "cpu" or "cuda"."""
     device: _builtins.str
@@ -236,6 +237,8 @@ class Backend(_message.Message):
     threads: _builtins.int
     isa: _builtins.str
     """Instruction set of the native kernels: "portable", "avx2", "avx512" or "amx"; empty without them."""
+    kv_dtype: _builtins.str
+    """Data type of the KV cache, e.g. "bfloat16" or "int8"."""
     def __init__(
         self,
         *,
@@ -244,10 +247,11 @@ class Backend(_message.Message):
         dtype: _builtins.str = ...,
         threads: _builtins.int = ...,
         isa: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "isa", b"isa", "name", b"name", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "isa", b"isa", "kv_dtype", b"kv_dtype", "name", b"name", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
