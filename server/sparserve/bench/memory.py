@@ -35,8 +35,8 @@ from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError, SparserveError
 from sparserve.model.loader import find_model, open_checkpoint
 
-# What sparserve is built to stay within: so much beyond weights and KV when it serves, and while it
-# loads so many times its source's size more.
+# The goal of sparserve: at most so much beyond weights and KV when it serves, and while it loads so many
+# times its source's size more.
 SERVING_BEYOND = 450_000_000
 LOADING_SOURCES = 1.3
 

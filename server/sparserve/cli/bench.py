@@ -238,7 +238,7 @@ def memory(
 ) -> None:
     """Measure the memory of a server in each format, loading and serving, in a process of its own.
 
-    Prints it beside the bytes of its weights and of its KV, and beside what sparserve is built to stay within.
+    Prints it beside the bytes of its weights and of its KV, and beside sparserve's goal.
     """
     from sparserve.bench.memory import Plan, measure_memory
     from sparserve.bench.peers.registry import parse_peers

@@ -6,8 +6,8 @@ a step.
 
 On a CPU with AMX build it without (`BUILD_WITHOUT_AMX`): its AMX kernels, which only quantized weights
 have, can end the process by a segmentation fault (github.com/ggml-org/llama.cpp/issues/20824). In a
-build that has them they cannot be turned off alone; weights repacked for AVX-512 go too, and Q4_0 with
-them decodes at 0.85 and reads prompts at 0.7 of its speed (measured on the demo model; Q8_0 and BF16,
+build that has them they cannot be turned off alone; repacking goes too, and Q4_0 without it
+decodes at 0.85 to 0.9 and reads prompts at 0.7 of its speed (measured on the demo model; Q8_0 and BF16,
 which are not repacked here, stay as they are).
 """
 
