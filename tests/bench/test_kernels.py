@@ -59,7 +59,8 @@ class Made:
         self.config, self._seconds = config, iter(seconds)
         self.batches = []
 
-    def forward(self, sequences, kv, *, output_rows, temperatures, phase_seconds):
+    def forward(self, sequences, kv, *, output_rows, temperatures, prompts, phase_seconds):
+        assert not prompts  # of bfloat16 weights there is one way
         assert len(output_rows) == len(temperatures) == len(sequences)
         assert max(max(s.block_table) for s in sequences) < kv.nbytes // self.kv_block_bytes
         self.batches.append(sequences)
