@@ -85,7 +85,14 @@ struct Simd {
   static I to_integers(F v) { return _mm512_cvtps_epi32(v); }
   static void store_integers(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static int32_t sum(I v) { return _mm512_reduce_add_epi32(v); }
+  // Modulo 2^32; _mm512_reduce_add_epi32 adds signed numbers, whose overflow is undefined.
+  static int32_t sum(I v) {
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
   static void put_quads(int32_t* quads, I v) {
     const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
     const __m128i lows = _mm512_cvtepi32_epi8(low);
