@@ -71,7 +71,7 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   const Matrix& m = *weights;
   const size_t bytes = input_bytes(m);
   for (size_t row = first_row; row < first_row + rows; row += kRowTile) {
-    if (row + kRowTile < first_row + rows) prefetch_rows(m, row + kRowTile, kRowTile);
+    prefetch_rows(m, row + kRowTile, kRowTile);
     for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
       const size_t columns = at_most(kChunkColumns, m.columns - begin);
       alignas(64) uint8_t unpacked[kRowTile * kChunkColumns];

@@ -43,11 +43,6 @@ inline F exp_of(F x) {
 
 inline F silu(F gate) { return gate / (Simd::set(1.0f) + exp_of(Simd::zero() - gate)); }
 
-inline void prefetch(const void* data, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(static_cast<const char*>(data) + i, 0, 3);
-}
-
 inline uint16_t bf16_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
