@@ -117,16 +117,6 @@ inline void quantize_input(const Matrix& m, const float* x, size_t n, Unit&& uni
   }
 }
 
-// Rows that will be read after others: 16 at a time are multiplied side by side, which is no order that
-// the CPU would foresee. Always inline: GCC drops calls of a function that does nothing but prefetch.
-__attribute__((always_inline)) inline void prefetch_rows(const Matrix& m, size_t row, size_t rows) {
-  const uint8_t* codes = m.codes + row * m.stride;
-  for (size_t i = 0; i < rows * m.stride; i += 64) __builtin_prefetch(codes + i, 0, 3);
-  if (m.low == nullptr) return;
-  const uint8_t* low = m.low + row * m.low_stride;
-  for (size_t i = 0; i < rows * m.low_stride; i += 64) __builtin_prefetch(low + i, 0, 3);
-}
-
 // The scales of 16 rows in groups [first, last), and minus scale times zero: [group][16].
 inline void load_scales(const Matrix& m, size_t row, size_t first, size_t last, float* scales,
                         float* offsets) {

@@ -213,7 +213,7 @@ void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const voi
   for (size_t t = 0; t < tokens; t += 16) {
     const Inputs<kBits> inputs(m, tokens, t, operand);
     for (size_t i = 0; i < tiles; ++i) {
-      if (t == 0) integer::prefetch_rows(m, row + 16 * (tiles + i), 16);
+      if (t == 0) prefetch_rows(m, row + 16 * (tiles + i), 16);
       float* to = out + t * out_stride + 16 * i;
       if (kBits == 16 && inputs.count <= kHalfGroup) {
         dot_tokens<kBits, true>(units, pieces[i], inputs, begin != 0, to, out_stride);

@@ -204,6 +204,7 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
     for (size_t begin = 0; begin < k; begin += kPanelColumns) {
       const size_t columns = at_most(kPanelColumns, k - begin);
       with_planes(*weights, FillPanel{*weights, first_row + row, count, begin, columns, panel});
+      prefetch_rows(*weights, first_row + row + count, 32);
       for (size_t group = 0; group < groups; group += 2) {
         const size_t next = group + 1 < groups ? 1 : 0;
         const uint16_t* x = inputs + group * group_size + begin / kTileK * kTile;
