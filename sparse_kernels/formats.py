@@ -90,10 +90,16 @@ class DecoderFormats:
         return self.attention.quantized or self.gate_up.quantized or self.down.quantized
 
     def __str__(self) -> str:
-        """The feed-forward layers' format, and what differs: "int4 (LM head int8)"."""
+        """The feed-forward layers' format, and what differs: "int4 (attention g32, LM head int8)"."""
         main, low = str(self.gate_up), self.gate_up.low_bits
         others = {"attention": self.attention, "down": self.down, "LM head": self.lm_head}
-        notes = [f"{name} {format}" for name, format in others.items() if str(format) != main]
+        notes = [
+            f"{name} g{format.group_size}"
+            if format.bits == self.gate_up.bits
+            else f"{name} {format}"
+            for name, format in others.items()
+            if str(format) != main
+        ]
         if low:
             notes.insert(0, f"gate and up in planes of {self.gate_up.bits - low} + {low} bits")
         if self.quantized and self.activation_bits != 16:

@@ -76,10 +76,13 @@ class EngineSettings(BaseSettings):
         ),
     ] = "same"
     group_size: Annotated[
-        Literal[32, 64, 128],
+        Literal["auto", 32, 64, 128],
         BeforeValidator(_number),
-        Field(description="Columns of an integer matrix that share a scale and a zero."),
-    ] = 64
+        Field(
+            description="Columns of an integer matrix that share a scale and a zero; auto: 32 in the attention "
+            "projections, where rounding harms most, 64 elsewhere."
+        ),
+    ] = "auto"
     weight_planes: Annotated[
         Literal["whole", "4+4", "2+2", "3+1"],
         Field(

@@ -41,7 +41,9 @@ async def test_model_info_is_the_models_own(wire, tiny_folder):
     assert named == info
 
 
-@pytest.mark.parametrize(("dtype", "told"), [("auto", "bfloat16"), ("int4", "int4 (LM head int8)")])
+@pytest.mark.parametrize(
+    ("dtype", "told"), [("auto", "bfloat16"), ("int4", "int4 (attention g32, LM head int8)")]
+)
 async def test_server_info_names_instruction_set_and_formats_of_the_native_backend(
     serving, connect, tiny_bfloat16, dtype, told
 ):

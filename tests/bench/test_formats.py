@@ -33,7 +33,10 @@ def test_quantized_formats_are_made_of_the_checkpoints_own_weights(measured):
     report, loaded = measured(["int8", "int4"], [PeerSpec("transformers")])
     assert loaded == ["auto"]
     # transformers has neither
-    assert [row.format for row in report.rows] == ["int8", "int4 (LM head int8)"]
+    assert [row.format for row in report.rows] == [
+        "int8 (attention g32)",
+        "int4 (attention g32, LM head int8)",
+    ]
     assert report.ratios == []
 
 
@@ -42,7 +45,7 @@ def test_a_peer_runs_beside_the_formats_that_it_has(measured):
     assert loaded == ["auto", "bfloat16"]
     rows = [(row.system, row.format) for row in report.rows]
     assert rows == [
-        ("sparserve", "int8"),
+        ("sparserve", "int8 (attention g32)"),
         ("sparserve", "bfloat16"),
         ("transformers", "bfloat16"),
     ]

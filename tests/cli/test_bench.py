@@ -65,7 +65,7 @@ def test_decode_reports_every_system_at_every_point(bench, tmp_path):
 def test_integers_are_measured_beside_bfloat16(bench):
     flags = ["--batch", "1", "--context", "40", "--new-tokens", "4", "--peers", "none"]
     _, _, report = bench("decode", "--formats", "bfloat16,int4", "--activation-bits", "8", *flags)
-    integers = "int4 (LM head int8, 8-bit activations)"
+    integers = "int4 (attention g32, LM head int8, 8-bit activations)"
     assert [row["format"] for row in report["rows"]] == ["bfloat16", integers]
     assert report["backends"] == {"bfloat16": "cpu", integers: "cpu"}
 
@@ -110,9 +110,9 @@ def test_kernels_reports_every_phase_of_every_step(bench, tmp_path):
     assert report["read_ceiling_gb_s"] > 0.1
     assert report["plan"]["rounds"] == 2
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert report["format"] == "int8"
+    assert report["format"] == "int8 (attention g32)"
     for word in (
-        ", int8: decode, batch 3",
+        ", int8 (attention g32): decode, batch 3",
         "prompt of 64",
         "portable, ms",
         "% of ceiling",

@@ -153,7 +153,7 @@ def test_a_wrong_value_is_named_with_the_setting_and_its_three_ways(name, value,
 
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
-    [("group_size", "48", "32, 64 or 128"), ("activation_bits", "4", "16 or 8")],
+    [("group_size", "48", "'auto', 32, 64 or 128"), ("activation_bits", "4", "16 or 8")],
 )
 def test_a_number_that_is_no_choice_is_told_with_the_choices(name, value, allowed):
     for said in (value, int(value)):

@@ -12,8 +12,9 @@ from sparserve.engine.formats import weight_formats, with_dtype
 from sparserve.errors import ConfigError
 
 INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 64)
-ALL_INT8 = DecoderFormats(INT8, INT8, INT8, INT8)
-ALL_INT4 = DecoderFormats(INT4, INT4, INT4, INT8)
+# Attention has smaller groups unless told otherwise.
+ALL_INT8 = DecoderFormats(MatrixFormat(8, 32), INT8, INT8, INT8)
+ALL_INT4 = DecoderFormats(MatrixFormat(4, 32), INT4, INT4, INT8)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,8 @@ ALL_INT4 = DecoderFormats(INT4, INT4, INT4, INT8)
         ({"dtype": "float32"}, DecoderFormats()),
         ({"dtype": "int8"}, ALL_INT8),
         ({"dtype": "int4"}, ALL_INT4),
-        ({"dtype": "int4", "lm_head_dtype": "int4"}, DecoderFormats(*4 * [INT4])),
+        ({"dtype": "int4", "lm_head_dtype": "int4"}, replace(ALL_INT4, lm_head=INT4)),
+        ({"dtype": "int4", "group_size": 64}, replace(ALL_INT4, attention=INT4)),
         ({"dtype": "int4", "lm_head_dtype": "bfloat16"}, replace(ALL_INT4, lm_head=BFLOAT16)),
         ({"dtype": "int8", "attention_dtype": "bfloat16"}, replace(ALL_INT8, attention=BFLOAT16)),
         ({"dtype": "int8", "mlp_dtype": "int4"}, replace(ALL_INT8, gate_up=INT4, down=INT4)),
@@ -98,7 +100,7 @@ def test_details_of_integers_stay_where_there_are_integers():
 
 @pytest.mark.parametrize(
     ("fields", "name"),
-    [({"dtype": "int8"}, "int8"), ({"dtype": "int4", "group_size": 32}, "int4-g32 (LM head int8-g32)")],
+    [({"dtype": "int8"}, "int8 (attention g32)"), ({"dtype": "int4", "group_size": 32}, "int4-g32 (LM head int8-g32)")],
 )  # fmt: skip
 def test_backend_and_log_name_the_formats(tiny_bfloat16, fields, name, caplog):
     caplog.set_level(logging.INFO, "sparserve")

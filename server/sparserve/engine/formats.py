@@ -23,11 +23,13 @@ def weight_formats(settings: EngineSettings) -> DecoderFormats:
         _refuse_details(settings)
     _, low_bits = PLANES.get(settings.weight_planes, (0, 0))
 
-    def format_of(bits: int, low_bits: int = 0) -> MatrixFormat:
-        return BFLOAT16 if bits == 16 else MatrixFormat(bits, settings.group_size, low_bits)
+    def format_of(bits: int, low_bits: int = 0, group_size: int = 64) -> MatrixFormat:
+        if settings.group_size != "auto":
+            group_size = settings.group_size
+        return BFLOAT16 if bits == 16 else MatrixFormat(bits, group_size, low_bits)
 
     return DecoderFormats(
-        attention=format_of(attention),
+        attention=format_of(attention, group_size=32),
         gate_up=format_of(mlp, low_bits),
         down=format_of(mlp),
         lm_head=format_of(lm_head),
