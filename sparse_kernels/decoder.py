@@ -56,6 +56,7 @@ class Decoder:
     def __init__(self, packed: PackedDecoder, *, threads: int, isa: str = "auto") -> None:
         """Raises NativeCallError, of a CPU that lacks `isa` for example, or NativeLibraryError."""
         self.config = config = packed.config
+        self.formats = packed.formats
         self._library = native.load()
         self._arguments = native.new_struct(_abi.sk_forward_args)
         self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)
@@ -200,7 +201,7 @@ def model_arguments(
     arguments.rms_norm_eps, arguments.rope_scale = config.rms_norm_eps, config.rope_scale
     arguments.rope_frequencies = pointer(packed.rope_frequencies)
     arguments.rope_rows = len(packed.rope_frequencies)
-    arguments.activation_bits = 16
+    arguments.activation_bits = packed.formats.activation_bits
     arguments.layers = ctypes.cast(packed.layers, ctypes.POINTER(_abi.sk_layer))
     arguments.norm = pointer(packed.norm)
     arguments.embedding, arguments.lm_head = packed.embedding, packed.lm_head

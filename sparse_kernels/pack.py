@@ -1,25 +1,40 @@
 """Weights in the layout of the native decoder, all of a model in one arena.
 
-The layout is told in include/sparse_kernels.h: rows in whole tiles, heads, columns and neurons padded
-with zeros, a neuron's up row and down column side by side.
+The layout is told in include/sparse_kernels.h: rows in whole tiles, heads and neurons padded with
+zeros, what is read of a neuron after it was chosen side by side.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 
 from sparse_kernels import _abi
 from sparse_kernels.arena import Arena, aligned
+from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
+from sparse_kernels.matrix import (
+    fill_matrix,
+    matrix_bytes,
+    on_their_own,
+    planes_bytes,
+    scales_bytes,
+    side_by_side,
+)
 from sparse_kernels.native import new_struct
-from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
-
-
-class NonFiniteWeights(ValueError):
-    """A weight is NaN or infinite; the message names the tensor."""
+from sparse_kernels.weights import (
+    DecoderConfig,
+    EndTensors,
+    LayerShape,
+    LayerTensors,
+    Matrix,
+    NonFiniteWeights,
+    QuantizedMatrix,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +42,7 @@ class PackedDecoder:
     """What sk_model_create is told of the weights. The pointers hold as long as `arena` lives."""
 
     config: DecoderConfig
+    formats: DecoderFormats
     arena: Arena
     rope_frequencies: torch.Tensor  # [rows, head_dim / 2]
     layers: ctypes.Array[_abi.sk_layer]
@@ -35,32 +51,44 @@ class PackedDecoder:
     lm_head: _abi.sk_matrix
 
 
-def pack(config: DecoderConfig, ends: EndTensors, layers: Iterable[LayerTensors]) -> PackedDecoder:
-    """Copy all weights into an arena of their own.
+def pack(
+    config: DecoderConfig,
+    ends: EndTensors,
+    layers: Iterable[LayerTensors],
+    formats: DecoderFormats = DecoderFormats(),
+) -> PackedDecoder:
+    """Copy all weights, which are in `formats`, into an arena of their own.
 
     Layers are taken one at a time and none is kept, so that an iterator that reads them needs memory
-    for one. Raises NonFiniteWeights, ValueError where a tensor has another shape or dtype than `config`
-    asks for, MemoryError.
+    for one. Raises NonFiniteWeights, ValueError where a tensor has another shape or format than asked
+    for, MemoryError.
     """
     vocab = (config.vocab_size, config.hidden_size)
     frequencies = config.rope_frequencies.view(-1, config.head_dim // 2)
-    tables = _matrix_bytes(*vocab) * (1 if ends.lm_head is None else 2)
-    vectors = _vector_bytes(config.hidden_size) + _vector_bytes(frequencies.numel())
-    arena = Arena(tables + vectors + sum(_layer_bytes(config, s) for s in config.layers))
-    frequencies = _vector(arena, frequencies.numel()).view_as(frequencies).copy_(frequencies)
-    embedding = _fill_matrix(arena, "embedding", ends.embedding, *vocab)
-    lm_head = embedding
+    tables = matrix_bytes(*vocab, BFLOAT16)
     if ends.lm_head is not None:
-        lm_head = _fill_matrix(arena, "lm_head", ends.lm_head, *vocab)
-    norm = _vector(arena, config.hidden_size)
-    norm.copy_(_checked("norm", ends.norm, (config.hidden_size,)))
+        tables += matrix_bytes(*vocab, formats.lm_head)
+    vectors = _vector_bytes(config.hidden_size) + _vector_bytes(frequencies.numel())
+    arena = Arena(tables + vectors + sum(_layer_bytes(config, s, formats) for s in config.layers))
+    frequencies = _vector(arena, frequencies.numel()).view_as(frequencies).copy_(frequencies)
+    _check_matrix("embedding", ends.embedding, vocab, BFLOAT16)
+    embedding = lm_head = fill_matrix(arena, ends.embedding, *vocab, BFLOAT16)
+    if ends.lm_head is not None:
+        _check_matrix("lm_head", ends.lm_head, vocab, formats.lm_head)
+        lm_head = fill_matrix(arena, ends.lm_head, *vocab, formats.lm_head)
+    elif formats.lm_head.quantized:
+        raise ValueError("the LM head is quantized and the embedding is not; give it as lm_head")
+    _check_tensor("norm", ends.norm, (config.hidden_size,), torch.float32)
+    norm = _vector(arena, config.hidden_size).copy_(ends.norm)
     structs = (_abi.sk_layer * len(config.layers))()
     source = iter(layers)
     for index, shape in enumerate(
         config.layers
     ):  # zip would hold a layer while it asks for another
-        structs[index] = _pack_layer(arena, config, shape, next(source), f"layer {index}: ")
-    return PackedDecoder(config, arena, frequencies, structs, norm, embedding, lm_head)
+        structs[index] = _pack_layer(
+            arena, config, shape, formats, next(source), f"layer {index}: "
+        )
+    return PackedDecoder(config, formats, arena, frequencies, structs, norm, embedding, lm_head)
 
 
 def pointer(tensor: torch.Tensor) -> ctypes._Pointer[ctypes.c_float]:
@@ -68,34 +96,13 @@ def pointer(tensor: torch.Tensor) -> ctypes._Pointer[ctypes.c_float]:
     return ctypes.cast(tensor.data_ptr(), ctypes.POINTER(ctypes.c_float))
 
 
-def row_stride(columns: int) -> int:
-    """Bytes from a row to the next.
-
-    A dot product reads a tile of rows side by side. The L1 cache picks a line's place by the low 12
-    bits of its address, so rows a multiple of 2048 bytes apart would all compete for two of its 64 sets;
-    one line more in each row spreads them.
-    """
-    stride = 2 * aligned(columns, _abi.SK_COLUMN_TILE)
-    return stride if stride % 2048 else stride + _abi.SK_ALIGNMENT
-
-
-def _matrix_bytes(rows: int, columns: int) -> int:
-    return aligned(rows, _abi.SK_ROW_TILE) * row_stride(columns)
-
-
 def _vector_bytes(length: int) -> int:
     return aligned(4 * length)
 
 
-def _matrices(config: DecoderConfig, shape: LayerShape) -> dict[str, tuple[int, int]]:
-    """sk_layer field -> rows, columns."""
-    neurons = aligned(shape.intermediate_size, _abi.SK_NEURON_BLOCK)
-    return {
-        "qkv": (_padded_heads(config, shape), config.hidden_size),
-        "output": (config.hidden_size, shape.num_heads * config.head_dim),
-        "gate": (neurons, config.hidden_size),
-        "up_down": (neurons, 2 * aligned(config.hidden_size, _abi.SK_COLUMN_TILE)),
-    }
+def _vector(arena: Arena, length: int) -> torch.Tensor:
+    """[length] float32."""
+    return arena.take(4 * length, torch.float32)
 
 
 def _padded_heads(config: DecoderConfig, shape: LayerShape) -> int:
@@ -104,119 +111,160 @@ def _padded_heads(config: DecoderConfig, shape: LayerShape) -> int:
     return heads * aligned(config.head_dim, _abi.SK_ROW_TILE)
 
 
-def _layer_bytes(config: DecoderConfig, shape: LayerShape) -> int:
+def _padded_neurons(shape: LayerShape) -> int:
+    return aligned(shape.intermediate_size, _abi.SK_NEURON_BLOCK)
+
+
+def _up_planes(formats: DecoderFormats) -> tuple[list[int], list[int]]:
+    """Bits of up's planes on their own, and of those beside each other: what is read of a neuron once it
+    is chosen. That is the last plane of up, and down."""
+    *upper, last = formats.gate_up.planes
+    return upper, [last, *formats.down.planes]
+
+
+def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: DecoderFormats) -> int:
     """With room for all the vectors that a layer may have."""
-    lengths = [*3 * [config.hidden_size], _padded_heads(config, shape), *2 * [config.head_dim]]
-    matrices = sum(_matrix_bytes(*size) for size in _matrices(config, shape).values())
-    return matrices + sum(map(_vector_bytes, lengths))
+    hidden, heads = config.hidden_size, _padded_heads(config, shape)
+    neurons = (_padded_neurons(shape), hidden)
+    upper, beside = _up_planes(formats)
+    matrices = (
+        matrix_bytes(heads, hidden, formats.attention),
+        matrix_bytes(hidden, shape.num_heads * config.head_dim, formats.attention),
+        matrix_bytes(*neurons, formats.gate_up),
+        *(planes_bytes(*neurons, [bits]) for bits in upper),
+        planes_bytes(*neurons, beside),
+        scales_bytes(*neurons, formats.gate_up),
+        scales_bytes(*neurons, formats.down),
+    )
+    lengths = [*3 * [hidden], heads, *2 * [config.head_dim]]
+    return sum(matrices) + sum(map(_vector_bytes, lengths))
 
 
 def _pack_layer(
-    arena: Arena, config: DecoderConfig, shape: LayerShape, tensors: LayerTensors, where: str
+    arena: Arena,
+    config: DecoderConfig,
+    shape: LayerShape,
+    formats: DecoderFormats,
+    tensors: LayerTensors,
+    where: str,
 ) -> _abi.sk_layer:
-    _check_layer(config, shape, tensors, where)
-    hidden, head_dim, neurons = config.hidden_size, config.head_dim, shape.intermediate_size
-    matrices = _matrices(config, shape)
+    _check_layer(config, shape, formats, tensors, where)
     layer = new_struct(_abi.sk_layer)
     layer.num_heads, layer.num_kv_heads = shape.num_heads, shape.num_kv_heads
-    layer.intermediate_size, layer.window = neurons, shape.window
-    layer.qkv, qkv = _matrix(arena, *matrices["qkv"])
-    heads = qkv.view(-1, aligned(head_dim, _abi.SK_ROW_TILE), qkv.shape[1])
-    for place, weight in _heads(shape, tensors.q, tensors.k, tensors.v):
-        heads[place, :head_dim, :hidden] = weight.view(-1, head_dim, hidden)
-    layer.output, output = _matrix(arena, *matrices["output"])
-    output[:hidden, : tensors.output.shape[1]] = tensors.output
-    layer.gate, gate = _matrix(arena, *matrices["gate"])
-    gate[:neurons, :hidden] = tensors.gate
-    # A neuron's up row and down column are side by side.
-    both, up_down = _matrix(arena, *matrices["up_down"])
-    half = matrices["up_down"][1] // 2
-    up_down[:neurons, :hidden] = tensors.up
-    up_down[:neurons, half : half + hidden] = tensors.down.T
-    layer.up, layer.down = _part(both, 0, hidden), _part(both, half, hidden)
+    layer.intermediate_size, layer.window = shape.intermediate_size, shape.window
+    heads, hidden, head_dim = _padded_heads(config, shape), config.hidden_size, config.head_dim
+    qkv = _joined([tensors.q, tensors.k, tensors.v], head_dim)
+    layer.qkv = fill_matrix(arena, qkv, heads, hidden, formats.attention)
+    inputs = shape.num_heads * head_dim
+    layer.output = fill_matrix(arena, tensors.output, hidden, inputs, formats.attention)
+    _pack_feed_forward(arena, _padded_neurons(shape), hidden, formats, tensors, layer)
     if tensors.q_bias is not None and tensors.k_bias is not None and tensors.v_bias is not None:
-        bias = _vector(arena, _padded_heads(config, shape))
-        by_head = bias.view(-1, aligned(head_dim, _abi.SK_ROW_TILE))
-        for place, part in _heads(shape, tensors.q_bias, tensors.k_bias, tensors.v_bias):
-            by_head[place, :head_dim] = part.view(-1, head_dim)
-        layer.qkv_bias = pointer(bias)
+        bias = _by_head([tensors.q_bias, tensors.k_bias, tensors.v_bias], head_dim)
+        layer.qkv_bias = pointer(_vector(arena, heads).copy_(bias))
     for name in ("attention_norm", "mlp_norm", "output_bias", "q_norm", "k_norm"):
         if (values := getattr(tensors, name)) is not None:
             setattr(layer, name, pointer(_vector(arena, len(values)).copy_(values)))
     return layer
 
 
-def _heads(
-    shape: LayerShape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(which heads of the packed q | k | v, their tensor)."""
-    first = 0
-    for part, count in ((q, shape.num_heads), (k, shape.num_kv_heads), (v, shape.num_kv_heads)):
-        yield slice(first, first + count), part
-        first += count
+def _pack_feed_forward(
+    arena: Arena,
+    neurons: int,
+    hidden: int,
+    formats: DecoderFormats,
+    tensors: LayerTensors,
+    layer: _abi.sk_layer,
+) -> None:
+    """Sets gate, up and down of `layer`."""
+    upper, beside = _up_planes(formats)
+    high = on_their_own(arena, neurons, hidden, upper)
+    low, *rest = side_by_side(arena, neurons, hidden, beside)
+    down = tensors.down if isinstance(tensors.down, QuantizedMatrix) else tensors.down.T
+    layer.gate = fill_matrix(arena, tensors.gate, neurons, hidden, formats.gate_up)
+    layer.up = fill_matrix(arena, tensors.up, neurons, hidden, formats.gate_up, [*high, low])
+    layer.down = fill_matrix(arena, down, neurons, hidden, formats.down, rest)
 
 
-def _matrix(arena: Arena, rows: int, columns: int) -> tuple[_abi.sk_matrix, torch.Tensor]:
-    """A zeroed matrix, and its elements [rows in whole tiles, elements of a stride]."""
-    size, stride = _matrix_bytes(rows, columns), row_stride(columns)
-    elements = arena.take(size, torch.bfloat16).view(-1, stride // 2)
-    matrix = new_struct(_abi.sk_matrix)
-    matrix.rows, matrix.columns = rows, columns
-    matrix.codes, matrix.low = new_struct(_abi.sk_plane), new_struct(_abi.sk_plane)
-    matrix.codes.data, matrix.codes.bytes = elements.data_ptr(), size
-    matrix.codes.row_stride, matrix.codes.bits = stride, 16
-    return matrix, elements
+def _joined(parts: Sequence[Matrix], head_dim: int) -> Matrix:
+    """q, k and v as one matrix, each head padded to whole tiles of rows."""
+    first = parts[0]
+    if not isinstance(first, QuantizedMatrix):
+        return _by_head(cast(Sequence[torch.Tensor], parts), head_dim)
+    codes, scales, zeros = (
+        _by_head([getattr(part, name) for part in parts], head_dim)
+        for name in ("codes", "scales", "zeros")
+    )
+    return replace(first, codes=codes, scales=scales, zeros=zeros)
 
 
-def _part(matrix: _abi.sk_matrix, first: int, columns: int) -> _abi.sk_matrix:
-    """The columns of a matrix from `first` on."""
-    part = _abi.sk_matrix.from_buffer_copy(matrix)
-    part.columns = columns
-    part.codes.data += 2 * first
-    part.codes.bytes -= 2 * first
-    return part
-
-
-def _fill_matrix(
-    arena: Arena, name: str, tensor: torch.Tensor, rows: int, columns: int
-) -> _abi.sk_matrix:
-    matrix, elements = _matrix(arena, rows, columns)
-    elements[:rows, :columns] = _checked(name, tensor, (rows, columns))
-    return matrix
-
-
-def _vector(arena: Arena, length: int) -> torch.Tensor:
-    """[length] float32."""
-    return arena.take(4 * length, torch.float32)
+def _by_head(parts: Sequence[torch.Tensor], head_dim: int) -> torch.Tensor:
+    """[rows of heads, …], one after another, each head padded with zeros to whole tiles of rows."""
+    rows = torch.cat(list(parts))
+    heads = rows.view(-1, head_dim, *rows.shape[1:])
+    missing = -head_dim % _abi.SK_ROW_TILE
+    return F.pad(heads, (*(0, 0) * (heads.dim() - 2), 0, missing)).flatten(0, 1)
 
 
 def _check_layer(
-    config: DecoderConfig, shape: LayerShape, tensors: LayerTensors, where: str
+    config: DecoderConfig,
+    shape: LayerShape,
+    formats: DecoderFormats,
+    tensors: LayerTensors,
+    where: str,
 ) -> None:
     """Raises ValueError or NonFiniteWeights. Assignments would broadcast what is too small."""
     hidden, neurons = config.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * config.head_dim, shape.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "output": (hidden, q),
-        "gate": (neurons, hidden), "up": (neurons, hidden), "down": (hidden, neurons),
-        "attention_norm": (hidden,), "mlp_norm": (hidden,),
-        "q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,), "output_bias": (hidden,),
-        "q_norm": (config.head_dim,), "k_norm": (config.head_dim,),
+    attention, gate_up = formats.attention, formats.gate_up
+    matrices: dict[str, tuple[tuple[int, int], MatrixFormat]] = {
+        "q": ((q, hidden), attention), "k": ((kv, hidden), attention), "v": ((kv, hidden), attention),
+        "output": ((hidden, q), attention), "gate": ((neurons, hidden), gate_up),
+        "up": ((neurons, hidden), gate_up),
+        "down": ((neurons, hidden) if formats.down.quantized else (hidden, neurons), formats.down),
+    }  # fmt: skip
+    vectors = {
+        "attention_norm": hidden, "mlp_norm": hidden, "q_bias": q, "k_bias": kv, "v_bias": kv,
+        "output_bias": hidden, "q_norm": config.head_dim, "k_norm": config.head_dim,
     }  # fmt: skip
     for field in fields(tensors):
-        if (tensor := getattr(tensors, field.name)) is not None:
-            _checked(where + field.name, tensor, shapes[field.name])
+        name, value = where + field.name, getattr(tensors, field.name)
+        if field.name in matrices:
+            _check_matrix(name, value, *matrices[field.name])
+        elif value is not None:
+            _check_tensor(name, value, (vectors[field.name],), torch.float32)
     missing = [bias is None for bias in (tensors.q_bias, tensors.k_bias, tensors.v_bias)]
     if any(missing) and not all(missing):
         raise ValueError(f"{where}of q_bias, k_bias and v_bias some are missing; give all or none")
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    dtype = torch.float32 if len(shape) == 1 else torch.bfloat16
+def _check_matrix(name: str, matrix: Matrix, shape: tuple[int, int], format: MatrixFormat) -> None:
+    """Raises ValueError or NonFiniteWeights."""
+    quantized = isinstance(matrix, QuantizedMatrix)
+    if quantized != format.quantized or (
+        isinstance(matrix, QuantizedMatrix)
+        and (matrix.bits, matrix.group_size) != (format.bits, format.group_size)
+    ):
+        raise ValueError(f"{name} is not in the format {format}")
+    if not isinstance(matrix, QuantizedMatrix):
+        _check_tensor(name, matrix, shape, torch.bfloat16)
+        return
+    groups = (shape[0], format.groups(shape[1]))
+    _check_tensor(f"{name}'s codes", matrix.codes, shape, torch.uint8)
+    _check_tensor(f"{name}'s scales", matrix.scales, groups, torch.float16)
+    _check_tensor(f"{name}'s zeros", matrix.zeros, groups, torch.uint8)
+    for what, values in (("code", matrix.codes), ("zero", matrix.zeros)):
+        # A larger one would run into its neighbours' bits.
+        if int(values.max()) >= 1 << format.bits:
+            raise ValueError(f"{name} has the {what} {int(values.max())} in {format.bits} bits")
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Raises ValueError or NonFiniteWeights."""
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}"
         )
-    if not bool(tensor.isfinite().all()):
+    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
         raise NonFiniteWeights(f"{name} holds values that are not finite")
-    return tensor

@@ -1,6 +1,7 @@
 """What the kernels mean, in plain torch and float64: the oracle of their tests.
 
-Only the KV cache is rounded to bfloat16, as it is stored.
+Only the KV cache is rounded to bfloat16, as it is stored. Integer matrices are the numbers that they
+stand for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ import torch.nn.functional as F
 
 from sparse_kernels import _abi
 from sparse_kernels.arena import aligned
-from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+from sparse_kernels.weights import (
+    DecoderConfig,
+    EndTensors,
+    LayerShape,
+    LayerTensors,
+    Matrix,
+    QuantizedMatrix,
+)
 
 # Of each layer: keys, values [positions, num_kv_heads, head_dim] bfloat16.
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
@@ -38,11 +46,12 @@ def forward(
         q, k, v = project_heads(config, layer, x, start=len(cache[index][0]))
         keys, values = cache[index]
         cache[index] = torch.cat((keys, k.bfloat16())), torch.cat((values, v.bfloat16()))
-        out = attention(q, *cache[index], shape.window) @ layer.output.double().T
+        out = attention(q, *cache[index], shape.window) @ exact(layer.output).T
         x = x + (out if layer.output_bias is None else out + layer.output_bias.double())
         normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        activations = F.silu(normed @ layer.gate.double().T) * (normed @ layer.up.double().T)
-        x = x + activations @ layer.down.double().T
+        activations = F.silu(normed @ exact(layer.gate).T) * (normed @ exact(layer.up).T)
+        columns = exact(layer.down)  # quantized they are rows already
+        x = x + activations @ (columns if isinstance(layer.down, QuantizedMatrix) else columns.T)
         scores.append(activations.square() / activations.square().sum(1, keepdim=True))
     return x, scores
 
@@ -50,7 +59,14 @@ def forward(
 def logits(config: DecoderConfig, ends: EndTensors, hidden: torch.Tensor) -> torch.Tensor:
     """[rows, hidden] -> [rows, vocab]."""
     head = ends.embedding if ends.lm_head is None else ends.lm_head
-    return rms_norm(hidden.double(), ends.norm, config.rms_norm_eps) @ head.double().T
+    return rms_norm(hidden.double(), ends.norm, config.rms_norm_eps) @ exact(head).T
+
+
+def exact(matrix: Matrix) -> torch.Tensor:
+    """The numbers that a matrix stands for, float64."""
+    if isinstance(matrix, QuantizedMatrix):
+        return matrix.dequantize().double()
+    return matrix.double()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -67,7 +83,7 @@ def project_heads(
         (layer.k, layer.k_bias, layer.k_norm),
         (layer.v, layer.v_bias, None),
     ):
-        out = F.linear(normed, weight.double(), None if bias is None else bias.double())
+        out = F.linear(normed, exact(weight), None if bias is None else bias.double())
         out = out.view(len(x), -1, config.head_dim)
         heads.append(out if norm is None else rms_norm(out, norm, config.rms_norm_eps))
     q, k, v = heads

@@ -33,17 +33,46 @@ class DecoderConfig:
     rope_scale: float = 1.0  # of cos and sin: yarn's attention factor
 
 
+class NonFiniteWeights(ValueError):
+    """A weight is NaN or infinite; the message names the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """Integers with a scale and a zero for each group of columns of a row; the last group has the rest."""
+
+    codes: torch.Tensor  # uint8 [rows, columns], below 2^bits
+    scales: torch.Tensor  # float16 [rows, groups]; 0 for a group of zeros
+    zeros: torch.Tensor  # uint8 [rows, groups], below 2^bits
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> torch.Tensor:
+        """scale * (code - zero), float32 [rows, columns]; exact: 11 bits times 9."""
+        columns = self.codes.shape[1]
+        scales, zeros = (
+            t.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
+            for t in (self.scales, self.zeros)
+        )
+        return scales * (self.codes.float() - zeros)
+
+
+Matrix = torch.Tensor | QuantizedMatrix
+
+
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """One layer; matrices are bfloat16 [out, in], vectors float32, None where there is none."""
+    """One layer; matrices are [out, in] in bfloat16 or quantized, vectors float32, None where there is
+    none. A quantized `down` is [in, out]: its groups run within a neuron's column.
+    """
 
-    q: torch.Tensor  # [num_heads * head_dim, hidden]
-    k: torch.Tensor  # [num_kv_heads * head_dim, hidden]
-    v: torch.Tensor  # [num_kv_heads * head_dim, hidden]
-    output: torch.Tensor  # [hidden, num_heads * head_dim]
-    gate: torch.Tensor  # [intermediate, hidden]
-    up: torch.Tensor  # [intermediate, hidden]
-    down: torch.Tensor  # [hidden, intermediate]
+    q: Matrix  # [num_heads * head_dim, hidden]
+    k: Matrix  # [num_kv_heads * head_dim, hidden]
+    v: Matrix  # [num_kv_heads * head_dim, hidden]
+    output: Matrix  # [hidden, num_heads * head_dim]
+    gate: Matrix  # [intermediate, hidden]
+    up: Matrix  # [intermediate, hidden]
+    down: Matrix  # [hidden, intermediate], or [intermediate, hidden] quantized
     attention_norm: torch.Tensor  # [hidden]
     mlp_norm: torch.Tensor  # [hidden]
     q_bias: torch.Tensor | None = None  # [num_heads * head_dim]; of q, k and v all or none
@@ -60,4 +89,4 @@ class EndTensors:
 
     embedding: torch.Tensor  # bfloat16 [vocab, hidden]
     norm: torch.Tensor  # float32 [hidden]
-    lm_head: torch.Tensor | None = None  # bfloat16 [vocab, hidden]; None: the embedding
+    lm_head: Matrix | None = None  # [vocab, hidden]; None: the embedding

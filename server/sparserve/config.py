@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -22,8 +22,14 @@ from pydantic_settings import (
 
 from sparserve.errors import ConfigError
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
+PartDtype = Literal["same", "bfloat16", "int8", "int4"]
 BackendChoice = Literal["auto", "reference", "cpu"]
+
+
+def _number(value: object) -> object:
+    """A flag's or the environment's text of digits: a Literal of numbers takes numbers alone."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class EngineSettings(BaseSettings):
@@ -41,17 +47,52 @@ class EngineSettings(BaseSettings):
     backend: Annotated[
         BackendChoice,
         Field(
-            description="cpu: native kernels in bfloat16; reference: plain torch, slow, any dtype and device; "
-            "auto: cpu where dtype and device_map allow it."
+            description="cpu: native kernels, weights in bfloat16, int8 or int4; reference: plain torch, slow, "
+            "any floating-point dtype and device; auto: cpu where dtype and device_map allow it."
         ),
     ] = "auto"
     dtype: Annotated[
         Dtype,
         Field(
             description="Data type of weights and KV cache; auto: bfloat16 on the cpu backend, on the reference "
-            "backend the checkpoint's (float32 for quantized GGUF)."
+            "backend the checkpoint's (float32 for quantized GGUF). int8 and int4 round the matrices to integers "
+            "when they are loaded, for the cpu backend; embedding and KV cache are then bfloat16."
         ),
     ] = "auto"
+    attention_dtype: Annotated[
+        PartDtype,
+        Field(description="Data type of the attention projections; same: that of dtype."),
+    ] = "same"
+    mlp_dtype: Annotated[
+        PartDtype,
+        Field(description="Data type of the feed-forward matrices; same: that of dtype."),
+    ] = "same"
+    lm_head_dtype: Annotated[
+        PartDtype,
+        Field(
+            description="Data type of the LM head; same: that of dtype, but int8 where dtype is int4. One that "
+            "is tied to the embedding gets a copy."
+        ),
+    ] = "same"
+    group_size: Annotated[
+        Literal[32, 64, 128],
+        BeforeValidator(_number),
+        Field(description="Columns of an integer matrix that share a scale and a zero."),
+    ] = 64
+    weight_planes: Annotated[
+        Literal["whole", "4+4", "2+2", "3+1"],
+        Field(
+            description="How the bits of gate and up are laid out: whole, or the upper ones apart from the lower "
+            "ones, 4+4 of int8, 2+2 or 3+1 of int4."
+        ),
+    ] = "whole"
+    activation_bits: Annotated[
+        Literal[16, 8],
+        BeforeValidator(_number),
+        Field(
+            description="Bits of the inputs of integer matrices; 8 is faster, and a further loss."
+        ),
+    ] = 16
     device_map: Annotated[
         str,
         Field(

@@ -8,6 +8,7 @@ import torch
 
 from sparse_kernels import native
 from sparse_kernels.decoder import PHASES
+from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.weights import DecoderConfig, LayerShape
 from sparserve.bench import kernels
 from sparserve.bench.kernels import (
@@ -23,7 +24,8 @@ from sparserve.bench.kernels import (
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import make_decoders
 from sparserve.errors import ConfigError
-from sparserve.model.weights import layer_shapes, step_weight_bytes
+from sparserve.model.cpu import CpuBackend
+from sparserve.model.weights import layer_shapes
 
 CEILINGS = (20.0, 10.0, 40.0)  # GB/s
 
@@ -51,7 +53,7 @@ def ceilings(monkeypatch):
 class Made:
     """A decoder whose every phase takes so many seconds, per step."""
 
-    threads, kv_block_bytes = 2, 4096
+    threads, kv_block_bytes, formats = 2, 4096, DecoderFormats()
 
     def __init__(self, config, *seconds):
         self.config, self._seconds = config, iter(seconds)
@@ -66,14 +68,19 @@ class Made:
 
 def test_weights_of_all_phases_are_those_that_a_step_reads(tiny_bfloat16):
     config = tiny_bfloat16.config
-    (decoder,) = make_decoders(tiny_bfloat16, EngineSettings(threads=1), ["portable"])
-    found = phase_bytes(decoder.config, Point("decode", 3, 20))
     vectors = [s[0] for s in layer_shapes(config).values() if len(s) == 1] * config.num_layers
-    matrices = step_weight_bytes(config, torch.bfloat16) - 4 * (sum(vectors) + config.hidden_size)
-    assert sum(found.values()) - found["attention"] == matrices
-    assert found["attention"] == 3 * 21 * 2 * 2 * 2 * 2 * config.head_dim
-    assert found["head"] == config.vocab_size * config.hidden_size * 2
-    assert sorted(found) == sorted(PHASES)
+    head = config.vocab_size * config.hidden_size
+    for dtype, head_bytes in (("bfloat16", 2 * head), ("int4", head + 3 * config.vocab_size)):
+        own = EngineSettings(threads=1, dtype=dtype)
+        (decoder,) = make_decoders(tiny_bfloat16, own, ["portable"])
+        info = CpuBackend(config, decoder, num_blocks=1).info
+        found = phase_bytes(decoder.config, Point("decode", 3, 20), decoder.formats)
+        matrices = info.weight_bytes - 4 * (sum(vectors) + config.hidden_size)
+        assert sum(found.values()) - found["attention"] == matrices
+        assert found["attention"] == 3 * 21 * 2 * 2 * 2 * 2 * config.head_dim
+        assert found["mlp"] == info.mlp_bytes
+        assert found["head"] == head_bytes
+        assert sorted(found) == sorted(PHASES)
 
 
 @pytest.mark.parametrize(

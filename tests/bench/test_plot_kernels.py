@@ -16,7 +16,7 @@ def report() -> Report:
         for level, speed in (("portable", 3.0), ("amx", 1.0))
         for i, phase in enumerate((*PHASES, WHOLE), 1)
     ]
-    return Report("0", "now", "2 x CPU", "tiny", 2, 0.0, 30.0, plan, rows)
+    return Report("0", "now", "2 x CPU", "tiny", "int8", 2, 0.0, 30.0, plan, rows)
 
 
 def test_bars_and_labels_are_the_rows(report):

@@ -17,6 +17,12 @@ OTHER = {
     "model": ("folder", "folder"),
     "backend": ("reference", "reference"),
     "dtype": ("bfloat16", "bfloat16"),
+    "attention_dtype": ("bfloat16", "bfloat16"),
+    "mlp_dtype": ("int4", "int4"),
+    "lm_head_dtype": ("int8", "int8"),
+    "group_size": ("32", 32),
+    "weight_planes": ("3+1", "3+1"),
+    "activation_bits": ("8", 8),
     "device_map": ("auto", "auto"),
     "max_memory_gib": ("1.5", 1.5),
     "threads": ("3", 3),
@@ -104,6 +110,11 @@ def test_the_engine_alone_takes_its_part_of_the_environment(monkeypatch):
     [
         ("backend", "gpu"),
         ("dtype", "int7"),
+        ("mlp_dtype", "auto"),
+        ("lm_head_dtype", "float32"),
+        ("group_size", "many"),
+        ("weight_planes", "4+2"),
+        ("activation_bits", "16.0"),
         ("threads", "-1"),
         ("threads", "many"),
         ("max_context", "-1"),
@@ -137,6 +148,16 @@ def test_a_wrong_value_is_named_with_the_setting_and_its_three_ways(name, value,
     assert text.startswith(f"{name} is {value!r}: ")
     assert f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the" in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [("group_size", "48", "32, 64 or 128"), ("activation_bits", "4", "16 or 8")],
+)
+def test_a_number_that_is_no_choice_is_told_with_the_choices(name, value, allowed):
+    for said in (value, int(value)):
+        with pytest.raises(ConfigError, match=rf"^{name} is {value}: Input should be {allowed} \("):
+            load_settings(EngineSettings, {name: said})
 
 
 def test_every_wrong_value_is_told_at_once():

@@ -9,10 +9,13 @@ import torch
 from sparse_kernels import native
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows
+from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.pack import PackedDecoder, pack
 from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+from sparserve.compression.quantize import quantize, quantize_layer
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
+BFLOAT16_MODEL = DecoderFormats()
 TWO_LAYERS = (LayerShape(4, 2, 96), LayerShape(4, 2, 96))
 
 
@@ -21,9 +24,18 @@ class Tiny:
     config: DecoderConfig
     ends: EndTensors
     layers: list[LayerTensors]
+    formats: DecoderFormats = BFLOAT16_MODEL
 
     def packed(self) -> PackedDecoder:
-        return pack(self.config, self.ends, self.layers)
+        return pack(self.config, self.ends, self.layers, self.formats)
+
+    def quantized(self, formats: DecoderFormats) -> "Tiny":
+        ends = self.ends
+        if formats.lm_head.quantized:
+            head = ends.embedding if ends.lm_head is None else ends.lm_head
+            ends = replace(ends, lm_head=quantize(head, formats.lm_head, "lm_head"))
+        layers = [quantize_layer(layer, formats, "") for layer in self.layers]
+        return Tiny(self.config, ends, layers, formats)
 
 
 def make_tiny(
@@ -39,6 +51,7 @@ def make_tiny(
     rope_scale: float = 1.0,
     rms_norm_eps: float = 1e-5,
     seed: int = 0,
+    formats: DecoderFormats = BFLOAT16_MODEL,
 ) -> Tiny:
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,7 +99,7 @@ def make_tiny(
         vector(hidden_size),
         None if tied else matrix(vocab_size, hidden_size, 4.0),
     )
-    return Tiny(config, ends, [layer(shape) for shape in layers])
+    return Tiny(config, ends, [layer(shape) for shape in layers]).quantized(formats)
 
 
 @pytest.fixture(scope="session")

@@ -294,12 +294,12 @@ class TestCreate:
             ("layer.num_kv_heads", 0, SIZE, ("num_kv_heads is 0",)),
             ("layer.num_kv_heads", 5, SIZE, ("num_kv_heads is 5",)),
             ("layer.intermediate_size", 0, SIZE, ("intermediate_size is 0",)),
-            ("layer.intermediate_size", 97, SIZE, ("gate is 96 x 64", "128 x 64")),
+            ("layer.intermediate_size", 129, SIZE, ("gate is 128 x 64", "192 x 64")),
             ("layer.qkv.columns", 63, SIZE, ("qkv is 128 x 63",)),
             ("layer.qkv.codes.bytes", 128 * 128 - 1, SIZE, ("qkv has 16383 bytes",)),
             ("layer.qkv.codes.row_stride", 64, SIZE, ("row_stride is 64",)),
-            ("layer.qkv.codes.row_stride", 130, VALUE, ("qkv", "row_stride", "64")),
-            ("layer.output.codes.data", 64 + 2, VALUE, ("output", "64")),
+            ("layer.qkv.codes.row_stride", 130, VALUE, ("qkv", "row_stride", "tiles of 128")),
+            ("layer.output.codes.data", 64 + 2, VALUE, ("output", "tiles of 128")),
             ("layer.down.struct_size", 1, MISMATCH, ("down",)),
             ("layer.attention_norm", None, NULL, ("attention_norm",)),
             ("layer.mlp_norm", None, NULL, ("mlp_norm",)),
@@ -330,7 +330,11 @@ class TestCreate:
         packed = tiny_decoder().packed()
         matrices = [getattr(packed.layers[1], n) for n in ("qkv", "output", "gate", "up", "down")]
         for matrix in [*matrices, packed.embedding, packed.lm_head]:
-            last = matrix.codes.data + (matrix.rows - 1) * matrix.codes.row_stride + 2 * (matrix.columns - 1)
+            last = (
+                matrix.codes.data
+                + (matrix.rows - 1) * matrix.codes.row_stride
+                + 2 * (matrix.columns - 1)
+            )
             place = ctypes.c_uint16.from_address(last)
             before = place.value
             place.value = int(torch.tensor(value).bfloat16().view(torch.int16))

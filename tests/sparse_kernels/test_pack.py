@@ -7,86 +7,202 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from sparse_kernels import _abi, arena
+from sparse_kernels import _abi, arena, reference
 from sparse_kernels.arena import Arena, huge_pages
-from sparse_kernels.pack import NonFiniteWeights, PackedDecoder, pack, row_stride
-from sparse_kernels.weights import LayerShape, LayerTensors
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.matrix import row_layout
+from sparse_kernels.pack import PackedDecoder, pack
+from sparse_kernels.weights import LayerShape, LayerTensors, Matrix, NonFiniteWeights
 
-UNEVEN = (LayerShape(3, 1, 33, window=7), LayerShape(4, 2, 1))
+UNEVEN = (LayerShape(3, 1, 33, window=7), LayerShape(4, 2, 65))
+INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 64)
+INT8_SPLIT, INT4_HALVES, INT4_LOWEST = (
+    MatrixFormat(8, 32, low_bits=4),
+    MatrixFormat(4, 64, low_bits=2),
+    MatrixFormat(4, 128, low_bits=1),
+)
+PLANS = {
+    "bfloat16": DecoderFormats(),
+    "int8": DecoderFormats(INT8, INT8, INT8, INT8),
+    "int4, groups of 32": DecoderFormats(*4 * [MatrixFormat(4, 32)]),
+    "int4, groups of 128, head int8": DecoderFormats(*3 * [MatrixFormat(4, 128)], INT8),
+    "4 + 4": DecoderFormats(INT8, INT8_SPLIT, INT8, INT8_SPLIT),
+    "2 + 2": DecoderFormats(INT4, INT4_HALVES, INT4, INT8),
+    "3 + 1, down too": DecoderFormats(INT4_LOWEST, INT4_LOWEST, INT4_LOWEST, INT4_LOWEST),
+    "feed-forward alone": DecoderFormats(gate_up=INT4, down=INT8),
+    "down alone": DecoderFormats(down=INT8_SPLIT),
+    "attention and head": DecoderFormats(attention=INT4_HALVES, lm_head=INT8),
+}
 
 
-def elements(matrix: _abi.sk_matrix) -> torch.Tensor:
-    """All that belongs to a matrix, [rows in whole tiles, elements of a stride]."""
+def read_plane(plane: _abi.sk_plane, rows: int, columns: int) -> np.ndarray:
+    """Elements [rows, columns], bit by bit from what sk_plane tells; bfloat16 as its 16 bits."""
+    assert (plane.abi_version, plane.struct_size) == (
+        _abi.SK_ABI_VERSION,
+        ctypes.sizeof(_abi.sk_plane),
+    )
+    raw = np.ctypeslib.as_array((ctypes.c_uint8 * plane.bytes).from_address(plane.data))
+    row, column = np.indices((rows, columns))
+    tile, c = column // 64, column % 64
+
+    def bits(
+        first: int, of_tile: int, byte: np.ndarray, shift: np.ndarray | int, count: int
+    ) -> Any:
+        at = row * plane.row_stride + tile * of_tile + first + byte
+        return raw[at].astype(int) >> shift & (1 << count) - 1
+
+    match plane.bits:
+        case 16:
+            return bits(0, 128, 2 * c, 0, 8) | bits(0, 128, 2 * c + 1, 0, 8) << 8
+        case 8:
+            return bits(0, 64, c, 0, 8)
+        case 4:
+            return bits(0, 32, c % 32, 4 * (c // 32), 4)
+        case 3:
+            upper = bits(0, 24, c % 16, 2 * (c // 16), 2)
+            return upper << 1 | bits(16, 24, c // 8, c % 8, 1)
+        case 2:
+            return bits(0, 16, c % 16, 2 * (c // 16), 2)
+        case 1:
+            return bits(0, 8, c // 8, c % 8, 1)
+    raise AssertionError(f"a plane of {plane.bits} bits")
+
+
+def stored(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def read_matrix(matrix: _abi.sk_matrix) -> torch.Tensor:
+    """The numbers that a matrix holds, float64 [rows and columns in whole tiles]."""
     assert matrix.abi_version == _abi.SK_ABI_VERSION
     assert matrix.struct_size == ctypes.sizeof(_abi.sk_matrix)
-    raw = (ctypes.c_uint8 * matrix.bytes).from_address(matrix.data)
-    flat = torch.frombuffer(raw, dtype=torch.bfloat16)
-    return flat.view(-1, matrix.row_stride // 2)
+    rows, columns = stored(matrix.rows, 16), stored(matrix.columns, 64)
+    codes = read_plane(matrix.codes, rows, columns)
+    if matrix.codes.bits == 16:
+        assert not matrix.scales
+        assert not matrix.zeros
+        assert (matrix.group_size, matrix.scales_count, matrix.zeros_count) == (0, 0, 0)
+        return (
+            torch.from_numpy(codes.astype(np.uint16).view(np.int16)).view(torch.bfloat16).double()
+        )
+    if matrix.low.data:
+        codes = codes << matrix.low.bits | read_plane(matrix.low, rows, columns)
+    groups = -(-columns // matrix.group_size)
+    assert matrix.scales_count == matrix.zeros_count == rows * groups
+    scales = np.array(matrix.scales[: rows * groups], np.uint16).view(np.float16)
+    zeros = np.array(matrix.zeros[: rows * groups])
+    row, column = np.indices((rows, columns))
+    place = (row // 16 * groups + column // matrix.group_size) * 16 + row % 16
+    return torch.from_numpy(scales[place].astype(float) * (codes - zeros[place]))
 
 
 def numbers(pointer: "ctypes._Pointer[ctypes.c_float]", count: int) -> torch.Tensor:
     return torch.tensor(pointer[:count])
 
 
-def only(matrix: _abi.sk_matrix, places: list[tuple[slice, slice, torch.Tensor]]) -> None:
-    """`places` hold these weights, all else is zero."""
-    rest = elements(matrix).clone()
-    for rows, columns, expected in places:
-        assert torch.equal(rest[rows, columns], expected)
-        rest[rows, columns] = 0
-    assert not rest.any()
+def only(
+    matrix: _abi.sk_matrix, places: list[tuple[slice, Matrix]], rows: int, columns: int
+) -> None:
+    """`places` (rows, and what they hold) are these weights, all else that counts is zero."""
+    assert (matrix.rows, matrix.columns) == (rows, columns)
+    rest = read_matrix(matrix)
+    for at, expected in places:
+        assert torch.equal(rest[at, :columns], reference.exact(expected))
+        rest[at, :columns] = 0
+    # Integers beyond a row's end may be anything inside its last group.
+    assert not rest[:, : columns if matrix.group_size else None].any()
 
 
-@pytest.mark.parametrize("head_dim", [6, 16, 20])
-@pytest.mark.parametrize("hidden", [48, 64, 100])
-def test_every_weight_is_in_its_place_and_the_padding_is_zero(tiny_decoder, hidden, head_dim):
+@pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("hidden", "head_dim"), [(48, 6), (64, 16), (100, 20), (576, 16)])
+def test_every_weight_is_in_its_place_and_the_padding_is_zero(
+    tiny_decoder, hidden, head_dim, formats
+):
     tiny = tiny_decoder(
-        hidden_size=hidden, head_dim=head_dim, layers=UNEVEN, biases=True, head_norms=True
-    )
+        hidden_size=hidden, head_dim=head_dim, layers=UNEVEN, biases=True, head_norms=True,
+        formats=formats,
+    )  # fmt: skip
     packed = tiny.packed()
-    head, wide = -(-head_dim // 16) * 16, -(-hidden // 32) * 32
+    head = stored(head_dim, 16)
     for shape, tensors, layer in zip(UNEVEN, tiny.layers, packed.layers, strict=True):
         counts = (layer.num_heads, layer.num_kv_heads, layer.intermediate_size, layer.window)
         expected = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size, shape.window)
         assert counts == expected
-        joined = torch.cat((tensors.q, tensors.k, tensors.v))
+        joined = torch.cat([reference.exact(m) for m in (tensors.q, tensors.k, tensors.v)])
         bias = torch.cat((tensors.q_bias, tensors.k_bias, tensors.v_bias))
         heads = len(joined) // head_dim
         at = [slice(i * head_dim, (i + 1) * head_dim) for i in range(heads)]
         places = [slice(i * head, i * head + head_dim) for i in range(heads)]
-        columns = slice(0, hidden)
-        only(layer.qkv, [(p, columns, joined[a]) for p, a in zip(places, at, strict=True)])
+        wanted = [(place, joined[own]) for place, own in zip(places, at, strict=True)]
+        only(layer.qkv, wanted, heads * head, hidden)
         padded = torch.zeros(heads * head)
         for place, own in zip(places, at, strict=True):
             padded[place] = bias[own]
         assert torch.equal(numbers(layer.qkv_bias, heads * head), padded)
-        q, neurons = tensors.output.shape[1], slice(0, shape.intermediate_size)
-        only(layer.output, [(columns, slice(0, q), tensors.output)])
-        only(layer.gate, [(neurons, columns, tensors.gate)])
-        up, down = columns, slice(wide, wide + hidden)
-        only(layer.up_down, [(neurons, up, tensors.up), (neurons, down, tensors.down.T)])
-        sizes = [(m.rows, m.columns) for m in (layer.qkv, layer.output, layer.gate, layer.up_down)]
-        assert sizes[:2] == [(heads * head, hidden), (hidden, q)]
-        assert sizes[2:] == [
-            (-(-shape.intermediate_size // 32) * 32, n) for n in (hidden, 2 * wide)
-        ]
+        only(layer.output, [(slice(hidden), tensors.output)], hidden, shape.num_heads * head_dim)
+        neurons, rows = slice(shape.intermediate_size), stored(shape.intermediate_size, 64)
+        down = reference.exact(tensors.down)
+        down = down if formats.down.quantized else down.T
+        for matrix, weights in (
+            (layer.gate, tensors.gate),
+            (layer.up, tensors.up),
+            (layer.down, down),
+        ):
+            only(matrix, [(neurons, weights)], rows, hidden)
         for name in ("attention_norm", "mlp_norm", "output_bias", "q_norm", "k_norm"):
             values = getattr(tensors, name)
             assert torch.equal(numbers(getattr(layer, name), len(values)), values)
-    only(packed.embedding, [(slice(0, 50), slice(0, hidden), tiny.ends.embedding)])
-    only(packed.lm_head, [(slice(0, 50), slice(0, hidden), tiny.ends.lm_head)])
+    only(packed.embedding, [(slice(50), tiny.ends.embedding)], 50, hidden)
+    only(packed.lm_head, [(slice(50), tiny.ends.lm_head)], 50, hidden)
     assert torch.equal(packed.norm, tiny.ends.norm)
+
+
+@pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
+def test_planes_are_those_of_the_plan(tiny_decoder, formats):
+    packed = tiny_decoder(formats=formats).packed()
+    layer = packed.layers[0]
+    for matrix, format in (
+        (layer.qkv, formats.attention), (layer.output, formats.attention), (layer.gate, formats.gate_up),
+        (layer.up, formats.gate_up), (layer.down, formats.down), (packed.lm_head, formats.lm_head),
+    ):  # fmt: skip
+        low = (matrix.low.bits,) if matrix.low.data else ()
+        assert (matrix.codes.bits, *low) == format.planes
+        assert matrix.group_size == format.group_size
+    assert packed.embedding.codes.bits == 16
+
+
+@pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
+def test_what_is_read_of_a_chosen_neuron_is_side_by_side(tiny_decoder, formats):
+    layer = tiny_decoder(formats=formats, hidden_size=100).packed().layers[0]
+    last = layer.up.low if layer.up.low.data else layer.up.codes
+    assert layer.down.codes.row_stride == last.row_stride
+    end = last.data + 128 * last.bits // 8
+    assert 0 <= layer.down.codes.data - end < 64
+    alone = [layer.gate.codes, layer.up.codes] if layer.up.low.data else [layer.gate.codes]
+    for plane in alone:
+        assert plane.row_stride == 128 * plane.bits // 8, "nothing between its rows"
 
 
 def test_what_a_model_does_not_have_is_null_and_a_tied_head_is_the_embedding(tiny_decoder):
     packed: PackedDecoder = tiny_decoder(tied=True).packed()
     for name in ("qkv_bias", "output_bias", "q_norm", "k_norm"):
         assert not getattr(packed.layers[0], name)
-    assert packed.lm_head.data == packed.embedding.data
+    assert packed.lm_head.codes.data == packed.embedding.codes.data
+
+
+def test_a_quantized_head_has_a_table_of_its_own(tiny_decoder):
+    tiny = tiny_decoder(tied=True, formats=DecoderFormats(lm_head=INT8))
+    packed = tiny.packed()
+    only(packed.embedding, [(slice(50), tiny.ends.embedding)], 50, 64)
+    only(packed.lm_head, [(slice(50), tiny.ends.lm_head)], 50, 64)
+    with pytest.raises(ValueError, match="the LM head is quantized and the embedding is not"):
+        pack(tiny.config, replace(tiny.ends, lm_head=None), tiny.layers, tiny.formats)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -99,32 +215,80 @@ def test_frequencies_are_copied_whatever_memory_they_share(tiny_decoder, rows):
     assert torch.equal(packed.rope_frequencies, row.expand(rows, -1))
 
 
-def all_matrices(packed: PackedDecoder) -> list[_abi.sk_matrix]:
-    names = ("qkv", "output", "gate", "up_down")
+def all_planes(packed: PackedDecoder) -> list[tuple[_abi.sk_matrix, _abi.sk_plane]]:
+    names = ("qkv", "output", "gate", "up", "down")
     layers = [getattr(layer, name) for layer in packed.layers for name in names]
-    return [packed.embedding, packed.lm_head, *layers]
+    matrices = [packed.embedding, packed.lm_head, *layers]
+    return [(m, plane) for m in matrices for plane in (m.codes, m.low) if plane.data]
 
 
-@pytest.mark.parametrize("hidden", [32, 1000, 1024, 2048])
-def test_rows_are_aligned_in_whole_tiles_and_never_2048_bytes_apart(tiny_decoder, hidden):
-    packed = tiny_decoder(hidden_size=hidden, layers=UNEVEN, vocab_size=33).packed()
-    spans = []
-    for matrix in all_matrices(packed):
-        assert matrix.data % _abi.SK_ALIGNMENT == matrix.row_stride % _abi.SK_ALIGNMENT == 0
-        assert matrix.row_stride % 2048 != 0
-        room = -(-matrix.columns // _abi.SK_COLUMN_TILE) * _abi.SK_COLUMN_TILE * 2
-        assert room <= matrix.row_stride <= room + _abi.SK_ALIGNMENT
-        rows = -(-matrix.rows // _abi.SK_ROW_TILE) * _abi.SK_ROW_TILE
-        assert matrix.bytes == rows * matrix.row_stride
-        spans.append((matrix.data, matrix.data + matrix.bytes))
-    spans.sort()
-    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "pieces overlap"
+@pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("hidden", [32, 1000, 1024, 2048, 4096])
+def test_rows_are_aligned_and_never_2048_bytes_apart(tiny_decoder, hidden, formats):
+    tiny = tiny_decoder(
+        hidden_size=hidden, layers=[LayerShape(2, 1, 33)], vocab_size=33, formats=formats
+    )
+    packed = tiny.packed()
+    for matrix, plane in all_planes(packed):
+        tile = 64 * plane.bits // 8
+        alignment = next(unit for unit in (64, 32, 8) if tile % unit == 0)
+        assert plane.data % alignment == plane.row_stride % alignment == 0
+        assert plane.row_stride % 2048 != 0
+        rows, width = stored(matrix.rows, 16), stored(matrix.columns, 64) // 64 * tile
+        assert plane.bytes == (rows - 1) * plane.row_stride + width
 
 
-def test_the_line_more_is_only_where_rows_would_collide():
-    assert [row_stride(n) for n in (1, 32, 33, 992, 1024, 1536, 2048)] == [
-        64, 64, 128, 1984, 2112, 3072, 4160,
-    ]  # fmt: skip
+@pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
+def test_no_two_pieces_share_a_byte(tiny_decoder, formats):
+    tiny = tiny_decoder(hidden_size=100, layers=UNEVEN, formats=formats, biases=True)
+    packed = tiny.packed()
+    pieces = []
+    for matrix, plane in all_planes(packed):
+        width = stored(matrix.columns, 64) * plane.bits // 8
+        starts = range(plane.data, plane.data + plane.bytes, plane.row_stride)
+        pieces += [(start, start + width) for start in starts]
+    for matrix, _ in {ctypes.addressof(m): (m, p) for m, p in all_planes(packed)}.values():
+        for values, size in ((matrix.scales, 2), (matrix.zeros, 1)):
+            if values:
+                start = ctypes.addressof(values.contents)
+                pieces.append((start, start + size * matrix.scales_count))
+    pieces.sort()
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(pieces))
+
+
+@pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
+def test_the_arena_has_no_byte_too_many(tiny_decoder, formats):
+    shapes = {"layers": UNEVEN, "biases": True, "head_norms": True, "hidden_size": 100}
+    taken = tiny_decoder(**shapes, formats=formats).packed().arena
+    with pytest.raises(MemoryError, match="has no room"):
+        taken.take(1, torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("planes", "strides"),
+    [
+        ([16], [128, 128, 256, 2048 + 64, 4096 + 64]),
+        ([8], [64, 64, 128, 1024, 2048 + 64]),
+        ([4], [32, 32, 64, 512, 1024]),
+        ([3], [24, 24, 48, 384, 768]),
+        ([2], [16, 16, 32, 256, 512]),
+        ([1], [8, 8, 16, 128, 256]),
+        ([4, 4], [64, 64, 128, 1024, 2048 + 32]),
+        ([4, 8], [128, 128, 192, 1536 + 0, 3072]),
+        ([2, 4], [64, 64, 96, 768, 1536]),
+        ([1, 4], [64, 64, 96, 640, 1280]),
+    ],
+    ids=str,
+)
+def test_rows_have_no_bytes_that_they_need_not(planes, strides):
+    assert [row_layout(n, planes)[1] for n in (1, 64, 65, 1024, 2048)] == strides
+    begins, _ = row_layout(576, planes)
+    assert begins[0] == 0
+
+
+def test_576_columns_of_4_bits_are_288_bytes():
+    assert row_layout(576, [4]) == ([0], 288)
+    assert row_layout(576, [4, 4]) == ([0, 288], 576)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

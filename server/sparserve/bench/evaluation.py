@@ -19,6 +19,7 @@ from sparserve.bench.scored_peers import open_scored
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
+from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
 
@@ -60,7 +61,7 @@ def evaluate_formats(
     for name in plan.formats:
         model = load(settings.model, name)
         _check_vocabulary(model, reference)
-        systems.append(_served(model, settings, windows))
+        systems.append(_served(model, with_dtype(settings, name), windows))
     loaded = partial(load, settings.model)
     for name, format in wanted_peers(plan.peers, [system.format for system in systems]):
         systems.append(open_scored(name, format, loaded, windows, threads))
@@ -84,7 +85,9 @@ def evaluate_tasks(
     return [
         score
         for format in formats
-        for score in tasks.run(load(settings.model, format), settings, limit, on_progress)
+        for score in tasks.run(
+            load(settings.model, format), with_dtype(settings, format), limit, on_progress
+        )
     ]
 
 

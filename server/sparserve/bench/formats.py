@@ -12,6 +12,7 @@ from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
+from sparserve.engine.formats import weight_formats, with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.model.loader import LoadedModel
@@ -37,8 +38,9 @@ def measure_formats(
         return models[dtype]
 
     # "auto" may be one of the others.
-    unique = {loaded(name).weights.dtype: loaded(name) for name in formats}
-    engines = [_engine(model, settings, plan) for model in unique.values()]
+    asked = [(loaded(name), with_dtype(settings, name)) for name in formats]
+    unique = {(m.weights.dtype, weight_formats(own)): (m, own) for m, own in asked}
+    engines = [_engine(model, own, plan) for model, own in unique.values()]
     info = [engine.backend.info for engine in engines]
     ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
     first = models[formats[0]]

@@ -22,6 +22,7 @@ import torch
 from sparse_kernels._abi import SK_MAX_TOKENS, SK_READ_PROBE_BLOCK_BYTES, sk_isa
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import PHASES, Decoder
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.native import cpu_features, isa_name, read_probe
 from sparse_kernels.weights import DecoderConfig
 from sparserve import __version__
@@ -103,6 +104,7 @@ class Report:
     time: str
     machine: str
     model: str
+    format: str  # of the weights
     threads: int
     cpus_used_by_others: float  # on average while it was measured; see `machine.CpuWatch`
     read_ceiling_gb_s: float  # median over the rounds
@@ -154,7 +156,7 @@ def run_kernels(
     """Measure every step of `plan` at every level: `decoders`, in the order of `plan.levels`, are
     one model. Raises ConfigError where its KV does not fit into memory.
     """
-    config, threads = decoders[0].config, decoders[0].threads
+    config, formats, threads = decoders[0].config, decoders[0].formats, decoders[0].threads
     kv = _random_kv(decoders[0], plan)
     source, watch, done = random.Random(plan.seed), CpuWatch(), count(1)
     total = len(plan.points) * len(decoders) * (plan.rounds + 1)
@@ -162,11 +164,12 @@ def run_kernels(
     rows: list[Row] = []
     ceilings: list[float] = []
     for point in plan.points:
+        sizes = phase_bytes(config, point, formats)
         times: dict[str, list[list[float]]] = {level: [] for level in plan.levels}
         own_ceilings: list[float] = []
         for turn in range(-1, plan.rounds):  # the first warms up
             if turn >= 0:
-                own_ceilings.append(_read_ceiling(config, point, threads))
+                own_ceilings.append(_read_ceiling(sum(sizes.values()), threads))
             # Each round begins with another level, so that none always follows the same one.
             for place in range(len(decoders)):
                 index = (turn + place) % len(decoders)
@@ -178,12 +181,14 @@ def run_kernels(
                 on_progress("kernels", next(done), total)
         ceilings += own_ceilings
         for level in plan.levels:
-            rows += _rows(level, point, times[level], own_ceilings, config)
+            operations = phase_operations(config, point)
+            rows += _rows(level, point, times[level], own_ceilings, sizes, operations)
     return Report(
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
         model=model,
+        format=str(formats),
         threads=threads,
         cpus_used_by_others=round(watch.others(), 2),
         read_ceiling_gb_s=round(statistics.median(ceilings), 1),
@@ -192,9 +197,14 @@ def run_kernels(
     )
 
 
-def phase_bytes(config: DecoderConfig, point: Point) -> dict[str, int]:
+def phase_bytes(
+    config: DecoderConfig, point: Point, formats: DecoderFormats = DecoderFormats()
+) -> dict[str, int]:
     """Phase -> bytes that it must read from memory in one step."""
-    found = {name: size * DTYPE.itemsize for name, size in _elements(config).items()}
+    found = {
+        name: sum(format.bytes(rows, columns) for rows, columns, format in matrices)
+        for name, matrices in _matrices(config, formats).items()
+    }
     first, last = point.positions.start, point.positions.stop
     # The first new position looks back the furthest.
     seen = (
@@ -208,7 +218,10 @@ def phase_bytes(config: DecoderConfig, point: Point) -> dict[str, int]:
 def phase_operations(config: DecoderConfig, point: Point) -> dict[str, int]:
     """Phase -> multiplications and additions of its dot products in one step."""
     tokens = point.batch * point.new_tokens
-    found = {name: 2 * tokens * size for name, size in _elements(config).items()}
+    found = {
+        name: 2 * tokens * sum(rows * columns for rows, columns, _ in matrices)
+        for name, matrices in _matrices(config, DecoderFormats()).items()
+    }
     found["head"] = found["head"] // point.new_tokens  # of a prompt's last row alone
     pairs = sum(
         shape.num_heads * sum(_seen(position, shape.window) for position in point.positions)
@@ -218,15 +231,21 @@ def phase_operations(config: DecoderConfig, point: Point) -> dict[str, int]:
     return {**found, "attention": point.batch * pairs * 4 * config.head_dim, "candidates": 0}
 
 
-def _elements(config: DecoderConfig) -> dict[str, int]:
-    """Phase -> numbers in its matrices, in all layers."""
-    hidden, head = config.hidden_size, config.head_dim
-    layers = config.layers
+def _matrices(
+    config: DecoderConfig, formats: DecoderFormats
+) -> dict[str, list[tuple[int, int, MatrixFormat]]]:
+    """Phase -> (rows, columns, format) of its matrices, in all layers."""
+    hidden, head, layers = config.hidden_size, config.head_dim, config.layers
+    attention, gate_up, down = formats.attention, formats.gate_up, formats.down
     return {
-        "qkv": sum((s.num_heads + 2 * s.num_kv_heads) * head * hidden for s in layers),
-        "output": sum(s.num_heads * head * hidden for s in layers),
-        "mlp": sum(3 * s.intermediate_size * hidden for s in layers),
-        "head": config.vocab_size * hidden,
+        "qkv": [((s.num_heads + 2 * s.num_kv_heads) * head, hidden, attention) for s in layers],
+        "output": [(hidden, s.num_heads * head, attention) for s in layers],
+        "mlp": [
+            (s.intermediate_size, hidden, format)
+            for s in layers
+            for format in (gate_up, gate_up, down)
+        ],
+        "head": [(config.vocab_size, hidden, formats.lm_head)],
     }
 
 
@@ -244,9 +263,9 @@ def _random_kv(decoder: Decoder, plan: Plan) -> torch.Tensor:
         raise ConfigError(f"KV does not fit: {error}; lower --batch or --context") from error
 
 
-def _read_ceiling(config: DecoderConfig, point: Point, threads: int) -> float:
+def _read_ceiling(step_bytes: int, threads: int) -> float:
     """GB/s over a buffer as large as what the step reads."""
-    size = max(sum(phase_bytes(config, point).values()), threads * SK_READ_PROBE_BLOCK_BYTES)
+    size = max(step_bytes, threads * SK_READ_PROBE_BLOCK_BYTES)
     wait_until_idle()
     return read_probe(buffer_bytes=size, threads=threads, seconds=PROBE_SECONDS).gb_per_s
 
@@ -286,10 +305,11 @@ def _rows(
     point: Point,
     times: Sequence[Sequence[float]],  # [rounds][PHASES and WHOLE], seconds
     ceilings: Sequence[float],  # of each round
-    config: DecoderConfig,
+    sizes: dict[str, int],
+    operations: dict[str, int],
 ) -> Iterator[Row]:
-    sizes, operations = phase_bytes(config, point), phase_operations(config, point)
-    sizes[WHOLE], operations[WHOLE] = sum(sizes.values()), sum(operations.values())
+    sizes = {**sizes, WHOLE: sum(sizes.values())}
+    operations = {**operations, WHOLE: sum(operations.values())}
     for name, seconds in zip((*PHASES, WHOLE), zip(*times, strict=True), strict=True):
         rates = [sizes[name] / 1e9 / s for s in seconds]
         shares = [rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)]

@@ -35,7 +35,7 @@ def draw(report: Report) -> Any:
         handles, labels, loc="outside lower center", ncols=len(PHASES), frameon=False, fontsize=9
     )
     figure.suptitle(
-        f"{report.model}: phases of a step on {report.threads} threads of {report.machine}\n"
+        f"{report.model}, {report.format}: phases of a step on {report.threads} threads of {report.machine}\n"
         f"medians of {report.plan.rounds} alternated rounds; "
         f"memory reads at {report.read_ceiling_gb_s:.0f} GB/s",
         fontsize=10,

@@ -142,7 +142,7 @@ def engine(
     """Measure whole generations: TTFT and tokens/s alone, at once, in sequence, in a conversation."""
     from sparserve.bench.machine import check_threads
     from sparserve.bench.offline import Plan, run_offline
-    from sparserve.bench.peers import open_peer, parse_peers
+    from sparserve.bench.peers import open_peer, parse_peers, wanted_peers
     from sparserve.bench.served import Served
     from sparserve.bench.systems import Sparserve
     from sparserve.engine.factory import assemble_engine
@@ -155,7 +155,8 @@ def engine(
         model = load(settings.dtype)
         built = assemble_engine(model, settings)
         info = built.engine.backend.info
-        rivals = [open_peer(s.name, s.format or info.dtype, load, info.threads) for s in specs]
+        wanted = wanted_peers(specs, [info.dtype])
+        rivals = [open_peer(name, format, load, info.threads) for name, format in wanted]
         concurrency = min(concurrency, settings.max_running)
         plan = Plan(prompt_tokens, new_tokens, rounds, concurrency, conversation_tokens)
         measure = partial(
@@ -255,10 +256,11 @@ def _refuse_own_limits(settings: EngineSettings) -> None:
 def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str], LoadedModel]:
     """Loads `settings.model` in a data type."""
     from sparserve.engine.factory import load_by_settings
+    from sparserve.engine.formats import with_dtype
 
     def load(dtype: str) -> LoadedModel:
         return load_by_settings(
-            settings.model_copy(update={"dtype": dtype}),
+            with_dtype(settings, dtype),
             on_tensor=lambda done, total: show(f"loading {dtype}", done, total),
             on_download=show,
         )
@@ -363,7 +365,7 @@ def _print_step(report: KernelReport, point: Point) -> None:
     what = f"decode, batch {point.batch}, after" if decode else "prompt of"
     table = Table(
         Column("", no_wrap=True), *[Column(row.phase, justify="right") for row in first],
-        title=f"{report.model}: {what} {point.context} tokens", box=box.SIMPLE, pad_edge=False,
+        title=f"{report.model}, {report.format}: {what} {point.context} tokens", box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     table.add_row("MB to read", *[f"{r.bytes / 1e6:.1f}" for r in first], end_section=True)
     for level, own in by_level.items():

@@ -83,6 +83,7 @@ def evaluate(
     from sparserve.bench.evaluation import Plan, evaluate_formats, evaluate_tasks
     from sparserve.bench.peers import parse_peers
     from sparserve.engine.factory import load_by_settings
+    from sparserve.engine.formats import with_dtype
 
     names = [name.strip() for name in formats.split(",")] if formats else [settings.dtype]
     if unknown := [name for name in names if name not in FORMATS]:
@@ -100,7 +101,7 @@ def evaluate(
     with progress_bars() as bars:  # one display for loading and scoring
 
         def load(name: str, dtype: str) -> LoadedModel:
-            own = settings.model_copy(update={"model": name, "dtype": dtype})
+            own = with_dtype(settings, dtype).model_copy(update={"model": name})
             return load_by_settings(own, on_tensor=bars.on_tensor, on_download=bars.on_download)
 
         if text is None:

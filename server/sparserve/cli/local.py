@@ -40,7 +40,9 @@ def build_with_bars(settings: EngineSettings) -> BuiltEngine:
     from sparserve.engine.factory import build_engine
 
     with progress_bars() as bars:
-        return build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
+        return build_engine(
+            settings, on_tensor=bars.on_tensor, on_layer=bars.on_layer, on_download=bars.on_download
+        )
 
 
 @asynccontextmanager

@@ -78,7 +78,7 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     kind: Any = field.annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     help_text = " ".join(
         [
             *([f"One of {', '.join(choices)}."] if choices else []),

@@ -27,6 +27,7 @@ from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
 
 if TYPE_CHECKING:
+    from sparserve.model.cpu import QuantizeProgress
     from sparserve.model.loader import LoadProgress
 
 out = Console(highlight=False)
@@ -47,6 +48,7 @@ def warn(text: str) -> None:
 class ProgressBars:
     on_download: DownloadProgress
     on_tensor: LoadProgress
+    on_layer: QuantizeProgress
 
 
 @contextmanager
@@ -82,9 +84,13 @@ def counting_bar(*, own_thread: bool = True) -> Iterator[DownloadProgress]:
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressBars]:
-    """Bars for downloading and loading a model."""
+    """Bars for downloading, loading and quantizing a model."""
     with counting_bar() as show:
-        yield ProgressBars(show, lambda done, total: show("loading weights", done, total))
+        yield ProgressBars(
+            show,
+            lambda done, total: show("loading weights", done, total),
+            lambda done, total: show(f"quantizing {total} layers", done, total),
+        )
 
 
 def print_text(text: str) -> None:

@@ -29,7 +29,9 @@ def serve(settings: ServerSettings) -> None:
             settings.host,
         )
     with progress_bars() as bars:
-        built = build_engine(settings, on_tensor=bars.on_tensor, on_download=bars.on_download)
+        built = build_engine(
+            settings, on_tensor=bars.on_tensor, on_layer=bars.on_layer, on_download=bars.on_download
+        )
 
     async def run() -> None:
         server = Server(built.engine, built.model_name, settings)

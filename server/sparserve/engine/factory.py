@@ -18,13 +18,14 @@ from sparse_kernels.native import (
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
+from sparserve.engine.formats import native_only, weight_formats
 from sparserve.engine.limits import EngineLimits
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import ConfigError
 from sparserve.metrics import Metrics
 from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.cpu import CpuBackend, make_decoder, pack_model
+from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
 from sparserve.model.placement import Placement
@@ -45,11 +46,12 @@ def build_engine(
     settings: EngineSettings,
     *,
     on_tensor: LoadProgress = lambda done, total: None,
+    on_layer: QuantizeProgress = lambda done, total: None,
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> BuiltEngine:
     """Load the model and size the KV cache. Raises ModelError or ConfigError."""
     model = load_by_settings(settings, on_tensor=on_tensor, on_download=on_download)
-    return assemble_engine(model, settings)
+    return assemble_engine(model, settings, on_layer=on_layer)
 
 
 def load_by_settings(
@@ -75,11 +77,22 @@ def load_by_settings(
 
 def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
     """(name of the backend for weights of `dtype`, why it is not the cpu backend). Raises ConfigError."""
+    weight_formats(settings)  # what contradicts itself is told whatever the backend
+    wanted = native_only(settings)
     if settings.backend == "reference":
+        if wanted is not None:
+            raise ConfigError(
+                f"{wanted}, which the reference backend cannot compute; take --backend cpu, or --dtype "
+                "float32, bfloat16 or float16"
+            )
         return "reference", "the settings ask for it"
     obstacle = _cpu_obstacle(settings, dtype)
     if obstacle is None:
         return "cpu", ""
+    if wanted is not None:
+        raise ConfigError(
+            f"{wanted}, which only the cpu backend computes, and it cannot be used: {obstacle}"
+        )
     if settings.backend == "cpu":
         raise ConfigError(
             f"the cpu backend cannot be used: {obstacle}; or take --backend reference"
@@ -92,8 +105,8 @@ def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
     set that SPARSE_KERNELS_ISA asks for cannot be had."""
     if settings.device_map != "cpu":
         return f"device_map is {settings.device_map!r} and it needs cpu"
-    if dtype not in ("auto", "bfloat16"):
-        return f"dtype is {dtype} and it needs bfloat16"
+    if dtype not in ("auto", "bfloat16", "int8", "int4"):
+        return f"dtype is {dtype} and it needs bfloat16, int8 or int4"
     try:
         cpu_features()
     except NativeLibraryError as error:
@@ -103,11 +116,16 @@ def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
     return None
 
 
-def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine:
-    """An engine over a model in memory. Raises ConfigError or, of layers that are read only now,
-    CorruptCheckpoint."""
+def assemble_engine(
+    model: LoadedModel,
+    settings: EngineSettings,
+    *,
+    on_layer: QuantizeProgress = lambda done, total: None,
+) -> BuiltEngine:
+    """An engine over a model in memory; `on_layer` is told of layers that are quantized for it. Raises
+    ConfigError or, of layers that are read only now, CorruptCheckpoint or UnsupportedModel."""
     max_context = _max_context(settings, model.config.max_position_embeddings)
-    backend, max_context = _make_backend(model, settings, max_context)
+    backend, max_context = _make_backend(model, settings, max_context, on_layer)
     log.info(
         "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
@@ -138,15 +156,18 @@ def assemble_engine(model: LoadedModel, settings: EngineSettings) -> BuiltEngine
 
 
 def _make_backend(
-    model: LoadedModel, settings: EngineSettings, max_context: int
+    model: LoadedModel, settings: EngineSettings, max_context: int, on_layer: QuantizeProgress
 ) -> tuple[Backend, int]:
-    """-> (backend, context that fits its KV cache). Raises ConfigError or CorruptCheckpoint."""
+    """-> (backend, context that fits its KV cache). Raises ConfigError or ModelError."""
     config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
     name, reason = choose_backend(settings, str(dtype).removeprefix("torch."))
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
-            decoder = make_decoder(config, model.weights, threads=threads)
+            formats = weight_formats(settings)
+            decoder = make_decoder(
+                config, model.weights, formats, threads=threads, on_layer=on_layer
+            )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
         return CpuBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
@@ -160,10 +181,10 @@ def make_decoders(
 ) -> list[Decoder]:
     """One for each level of the instruction set, all over one copy of the weights.
 
-    Raises ConfigError or CorruptCheckpoint.
+    Raises ConfigError or ModelError.
     """
     with _told_as_config_error(model.name):
-        packed = pack_model(model.config, model.weights)
+        packed = pack_model(model.config, model.weights, weight_formats(settings))
         return [Decoder(packed, threads=_threads(settings), isa=level) for level in levels]
 
 

@@ -1,19 +1,29 @@
-"""The native CPU backend: weights and KV in bfloat16, one call of the library for a step.
+"""The native CPU backend: weights in bfloat16 or integers, KV in bfloat16, one call of the library for a
+step.
 
 Its kernels give a row the same bits in prompts and decode, in any batch, on any number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows
-from sparse_kernels.pack import NonFiniteWeights, PackedDecoder, pack
-from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
-from sparserve.errors import CorruptCheckpoint
+from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.pack import PackedDecoder, pack
+from sparse_kernels.weights import (
+    DecoderConfig,
+    EndTensors,
+    LayerShape,
+    LayerTensors,
+    NonFiniteWeights,
+)
+from sparserve.compression.quantize import ScaleOverflow, quantize, quantize_layer
+from sparserve.errors import CorruptCheckpoint, UnsupportedModel
 from sparserve.model import llama
 from sparserve.model.backend import (
     BLOCK_SIZE,
@@ -27,7 +37,7 @@ from sparserve.model.backend import (
 from sparserve.model.candidates import concatenate_scores, target_scores
 from sparserve.model.config import ModelConfig
 from sparserve.model.kv_cache import bytes_per_block
-from sparserve.model.weights import LayerWeights, ModelWeights, step_weight_bytes
+from sparserve.model.weights import LayerWeights, ModelWeights, layer_shapes
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
@@ -36,17 +46,36 @@ DTYPE = torch.bfloat16
 SCORED_ROWS = 64
 
 
-def make_decoder(config: ModelConfig, weights: ModelWeights, *, threads: int) -> Decoder:
+# (layers quantized, layers in all)
+QuantizeProgress = Callable[[int, int], None]
+
+
+def make_decoder(
+    config: ModelConfig,
+    weights: ModelWeights,
+    formats: DecoderFormats = DecoderFormats(),
+    *,
+    threads: int,
+    on_layer: QuantizeProgress = lambda done, total: None,
+) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
     library refuses.
     """
-    return Decoder(pack_model(config, weights), threads=threads)
+    return Decoder(pack_model(config, weights, formats, on_layer=on_layer), threads=threads)
 
 
-def pack_model(config: ModelConfig, weights: ModelWeights) -> PackedDecoder:
-    """The library's own copy of `weights`, in DTYPE in main memory; each layer is asked for once.
+def pack_model(
+    config: ModelConfig,
+    weights: ModelWeights,
+    formats: DecoderFormats = DecoderFormats(),
+    *,
+    on_layer: QuantizeProgress = lambda done, total: None,
+) -> PackedDecoder:
+    """The library's own copy of `weights`, which are in DTYPE in main memory; each layer is asked for
+    once, quantized as `formats` says (then `on_layer` is told) and packed before the next is.
 
-    Raises CorruptCheckpoint of weights that are not finite, and MemoryError.
+    Raises CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
+    quantized, and MemoryError.
     """
     shapes = [
         LayerShape(
@@ -65,14 +94,42 @@ def pack_model(config: ModelConfig, weights: ModelWeights) -> PackedDecoder:
         layers=shapes,
         rope_scale=config.rope.attention_factor,
     )
-    tied = weights.lm_head is weights.embedding
-    ends = EndTensors(weights.embedding, weights.norm, None if tied else weights.lm_head)
-    # By index: a sequence's iterator would hold one layer while it reads the next.
-    layers = (_tensors(weights.layers[i]) for i in range(config.num_layers))
+    with _told_as_model_errors():
+        ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
+        return pack(decoder_config, ends, layers, formats)
+
+
+@contextmanager
+def _told_as_model_errors() -> Iterator[None]:
     try:
-        return pack(decoder_config, ends, layers)
+        yield
     except NonFiniteWeights as error:
         raise CorruptCheckpoint(f"the weights are damaged: {error}") from error
+    except ScaleOverflow as error:
+        raise UnsupportedModel(f"the weights cannot be quantized: {error}") from error
+
+
+def _ends(weights: ModelWeights, formats: DecoderFormats) -> EndTensors:
+    if formats.lm_head.quantized:
+        lm_head = quantize(weights.lm_head, formats.lm_head, "lm_head")
+        return EndTensors(weights.embedding, weights.norm, lm_head)
+    tied = weights.lm_head is weights.embedding
+    return EndTensors(weights.embedding, weights.norm, None if tied else weights.lm_head)
+
+
+def _layers(
+    weights: ModelWeights, formats: DecoderFormats, on_layer: QuantizeProgress
+) -> Iterator[LayerTensors]:
+    total = len(weights.layers)
+
+    def layer(index: int) -> LayerTensors:
+        made = quantize_layer(_tensors(weights.layers[index]), formats, f"layer {index}: ")
+        if formats.quantized:
+            on_layer(index + 1, total)
+        return made
+
+    # By index: a sequence's iterator would hold one layer while it reads the next.
+    return map(layer, range(total))
 
 
 def _tensors(layer: LayerWeights) -> LayerTensors:
@@ -95,6 +152,20 @@ def _tensors(layer: LayerWeights) -> LayerTensors:
     )
 
 
+def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int, int]:
+    """Bytes of weights that a dense decode step reads, and of these the feed-forward layers': codes,
+    scales and zeros without padding, vectors in float32, and all but the embedding, of which a step takes
+    one row.
+    """
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    shapes = layer_shapes(config)
+    attention = sum(formats.attention.bytes(*shapes[name]) for name in ("wq", "wk", "wv", "wo"))
+    vectors = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    mlp = 2 * formats.gate_up.bytes(neurons, hidden) + formats.down.bytes(neurons, hidden)
+    ends = formats.lm_head.bytes(config.vocab_size, hidden) + 4 * hidden
+    return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
+
+
 class CpuBackend:
     """See `sparserve.model.backend.Backend`."""
 
@@ -109,14 +180,15 @@ class CpuBackend:
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
         torch.set_num_threads(1)
+        weight_bytes, mlp_bytes = _bytes_of_a_step(config, decoder.formats)
         self.info = BackendInfo(
             "cpu",
             "cpu",
-            str(DTYPE).removeprefix("torch."),
+            str(decoder.formats),
             decoder.threads,
             policies=(PolicyKind.DENSE,),
-            weight_bytes=step_weight_bytes(config, DTYPE),
-            mlp_bytes=config.mlp_parameters * DTYPE.itemsize,
+            weight_bytes=weight_bytes,
+            mlp_bytes=mlp_bytes,
             kv_bytes_per_token=bytes_per_block(config, DTYPE) // BLOCK_SIZE,
             isa=decoder.isa,
         )

@@ -34,12 +34,14 @@ class PeerSpec:
 
 
 def wanted_peers(specs: Sequence[PeerSpec], formats: Sequence[str]) -> list[tuple[str, str]]:
-    """(peer, format), each once; a spec without a format stands for each of `formats`."""
+    """(peer, format), each once; a spec without a format stands for each of `formats`, of which the part
+    before a space counts: peers have an int4, but no "int4 (LM head int8)"."""
+    own = [format.split()[0] for format in formats]
     return list(
         dict.fromkeys(
             (spec.name, format)
             for spec in specs
-            for format in ([spec.format] if spec.format else formats)
+            for format in ([spec.format] if spec.format else own)
         )
     )
 

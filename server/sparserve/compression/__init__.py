@@ -1,0 +1,1 @@
+"""What is done to weights before they are packed: pure functions over one layer."""

@@ -1,0 +1,89 @@
+"""From settings to the formats of a model's matrices."""
+
+from __future__ import annotations
+
+from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
+from sparserve.config import EngineSettings
+from sparserve.errors import ConfigError
+
+BITS = {"int8": 8, "int4": 4}
+# weight_planes -> (bits of a code, bits of its lower plane)
+PLANES = {"4+4": (8, 4), "2+2": (4, 2), "3+1": (4, 1)}
+PARTS = ("attention_dtype", "mlp_dtype", "lm_head_dtype")
+# Settings that say how integers are stored and used.
+DETAILS = ("group_size", "weight_planes", "activation_bits")
+
+
+def weight_formats(settings: EngineSettings) -> DecoderFormats:
+    """What the cpu backend makes of the weights. Raises ConfigError of settings that contradict each
+    other."""
+    attention, mlp, lm_head = (_bits(settings, part) for part in PARTS)
+    _check_planes(settings, mlp)
+    if attention == mlp == lm_head == 16:
+        _refuse_details(settings)
+    _, low_bits = PLANES.get(settings.weight_planes, (0, 0))
+
+    def format_of(bits: int, low_bits: int = 0) -> MatrixFormat:
+        return BFLOAT16 if bits == 16 else MatrixFormat(bits, settings.group_size, low_bits)
+
+    return DecoderFormats(
+        attention=format_of(attention),
+        gate_up=format_of(mlp, low_bits),
+        down=format_of(mlp),
+        lm_head=format_of(lm_head),
+        activation_bits=settings.activation_bits,
+    )
+
+
+def native_only(settings: EngineSettings) -> str | None:
+    """A setting of data types that only the cpu backend can follow, in words."""
+    if settings.dtype in BITS:
+        return f"dtype is {settings.dtype}"
+    given = (f"{part} is {getattr(settings, part)}" for part in PARTS if _own(settings, part))
+    return next(given, None)
+
+
+def with_dtype(settings: EngineSettings, dtype: str) -> EngineSettings:
+    """The same settings for weights of `dtype`, without those that only integers have where there would
+    be none."""
+    update: dict[str, object] = {"dtype": dtype}
+    fields = type(settings).model_fields
+    if dtype in ("float32", "float16"):
+        update |= {part: fields[part].default for part in PARTS}
+    changed = settings.model_copy(update=update)
+    if all(_bits(changed, part) == 16 for part in PARTS):
+        update |= {name: fields[name].default for name in DETAILS}
+    return settings.model_copy(update=update)
+
+
+def _own(settings: EngineSettings, part: str) -> bool:
+    return bool(getattr(settings, part) != "same")
+
+
+def _bits(settings: EngineSettings, part: str) -> int:
+    """Of an element; 16 for whatever is not quantized."""
+    dtype = getattr(settings, part) if _own(settings, part) else settings.dtype
+    if part == "lm_head_dtype" and not _own(settings, part) and dtype == "int4":
+        dtype = "int8"  # the head is the most sensitive to rounding, and every token reads it once
+    return BITS.get(dtype, 16)
+
+
+def _check_planes(settings: EngineSettings, bits: int) -> None:
+    if settings.weight_planes == "whole":
+        return
+    needed, _ = PLANES[settings.weight_planes]
+    if bits != needed:
+        found = "bfloat16" if bits == 16 else f"int{bits}"
+        raise ConfigError(
+            f"weight_planes is {settings.weight_planes}, which int{needed} can have, and the feed-forward "
+            f"matrices are {found}; take --weight-planes whole or --mlp-dtype int{needed}"
+        )
+
+
+def _refuse_details(settings: EngineSettings) -> None:
+    for name in DETAILS:
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            raise ConfigError(
+                f"{name} is {value}, and no matrix is of integers; take --dtype int8 or int4"
+            )

@@ -1,0 +1,96 @@
+"""In which numbers the matrices of a decoder are stored: the plan that quantizing and packing follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP_SIZES = (32, 64, 128)
+# Bits of a code -> bits of it that can be in a plane of their own.
+LOW_BITS = {8: (0, 4), 4: (0, 1, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixFormat:
+    """bfloat16, or integers with a scale and a zero for each group of columns of a row:
+
+    element = scale * (code - zero), the scale in float16, the zero an integer of as many bits as the code.
+
+    A plane of the lower bits lets the upper ones be read alone. Raises ValueError of what cannot be.
+    """
+
+    bits: int = 16  # of an element: 16 (bfloat16), 8 or 4
+    group_size: int = 0  # columns, of GROUP_SIZES; 0 with bfloat16
+    low_bits: int = 0  # of a code, in a plane of their own; 0: all bits are in one plane
+
+    def __post_init__(self) -> None:
+        if self.bits == 16:
+            if self.group_size or self.low_bits:
+                raise ValueError(
+                    f"bfloat16 has group_size {self.group_size} and low_bits {self.low_bits}; both must be 0"
+                )
+            return
+        for name, value, allowed in (
+            ("bits", self.bits, (16, *LOW_BITS)),
+            ("group_size", self.group_size, GROUP_SIZES),
+            ("low_bits", self.low_bits, LOW_BITS.get(self.bits, ())),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} of a matrix of {self.bits} bits is {value}; it can be {', '.join(map(str, allowed))}"
+                )
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits != 16
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """The bits of each, the upper ones first."""
+        return (self.bits - self.low_bits, self.low_bits) if self.low_bits else (self.bits,)
+
+    def groups(self, columns: int) -> int:
+        """Of a row; the last one may be smaller."""
+        return -(-columns // self.group_size) if self.quantized else 0
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Of all that must be read of a matrix: codes, scales and zeros, without padding."""
+        return rows * columns * self.bits // 8 + 3 * rows * self.groups(columns)
+
+    def __str__(self) -> str:
+        if not self.quantized:
+            return "bfloat16"
+        return f"int{self.bits}" + ("" if self.group_size == 64 else f"-g{self.group_size}")
+
+
+BFLOAT16 = MatrixFormat()
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderFormats:
+    """Of each kind of matrix; the embedding is always bfloat16. Raises ValueError of what cannot be."""
+
+    attention: MatrixFormat = BFLOAT16  # q, k, v and output
+    gate_up: MatrixFormat = BFLOAT16
+    down: MatrixFormat = BFLOAT16
+    lm_head: MatrixFormat = BFLOAT16
+    activation_bits: int = 16  # of the inputs of integer matrices: 16, or 8
+
+    def __post_init__(self) -> None:
+        if self.activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits is {self.activation_bits}; it can be 8 or 16")
+
+    @property
+    def quantized(self) -> bool:
+        every = (self.attention, self.gate_up, self.down, self.lm_head)
+        return any(matrix.quantized for matrix in every)
+
+    def __str__(self) -> str:
+        """The feed-forward layers' format, and what differs: "int4 (LM head int8)"."""
+        main, low = str(self.gate_up), self.gate_up.low_bits
+        others = {"attention": self.attention, "down": self.down, "LM head": self.lm_head}
+        notes = [f"{name} {format}" for name, format in others.items() if str(format) != main]
+        if low:
+            notes.insert(0, f"gate and up in planes of {self.gate_up.bits - low} + {low} bits")
+        if self.quantized and self.activation_bits != 16:
+            notes.append(f"{self.activation_bits}-bit activations")
+        return f"{main} ({', '.join(notes)})" if notes else main

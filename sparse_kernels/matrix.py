@@ -1,0 +1,188 @@
+"""Matrices in the layout of the library: planes of bits, and scales and zeros by tiles of rows.
+
+The layout is told in include/sparse_kernels.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sparse_kernels import _abi
+from sparse_kernels.arena import Arena, aligned
+from sparse_kernels.formats import MatrixFormat
+from sparse_kernels.native import new_struct
+from sparse_kernels.weights import Matrix, QuantizedMatrix
+
+# Elements whose bits are put into place at once: their temporaries stay in a cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Zeroed memory for some bits of each element of a matrix."""
+
+    bits: int
+    rows: torch.Tensor  # uint8 [rows in whole tiles, bytes of whole tiles of columns]
+
+    def describe(self) -> _abi.sk_plane:
+        plane = new_struct(_abi.sk_plane)
+        count, width = self.rows.shape
+        plane.data, plane.row_stride, plane.bits = (
+            self.rows.data_ptr(),
+            self.rows.stride(0),
+            self.bits,
+        )
+        plane.bytes = (count - 1) * plane.row_stride + width
+        return plane
+
+
+def row_layout(columns: int, planes: Sequence[int]) -> tuple[list[int], int]:
+    """Of planes of these bits side by side in each row: bytes at which each begins, and the row stride.
+
+    A dot product reads a tile of rows side by side. The L1 cache picks a line's place by the low 12
+    bits of its address, so rows a multiple of 2048 bytes apart would all compete for two of its 64 sets;
+    half a line or more in each row spreads them.
+    """
+    begins, end = [], 0
+    for bits in planes:
+        begins.append(aligned(end, _unit(bits)))
+        end = begins[-1] + _row_bytes(columns, bits)
+    step = max(map(_unit, planes))
+    stride = aligned(end, step)
+    return begins, stride if stride % 2048 else stride + max(step, _abi.SK_ALIGNMENT // 2)
+
+
+def planes_bytes(rows: int, columns: int, planes: Sequence[int]) -> int:
+    """What `side_by_side` takes from an arena."""
+    return aligned(_stored_rows(rows) * row_layout(columns, planes)[1])
+
+
+def side_by_side(arena: Arena, rows: int, columns: int, planes: Sequence[int]) -> list[Plane]:
+    """Room for the elements of several planes, those of a row one after another."""
+    begins, stride = row_layout(columns, planes)
+    records = arena.take(_stored_rows(rows) * stride, torch.uint8).view(-1, stride)
+    return [
+        Plane(bits, records[:, begin : begin + _row_bytes(columns, bits)])
+        for bits, begin in zip(planes, begins, strict=True)
+    ]
+
+
+def on_their_own(arena: Arena, rows: int, columns: int, planes: Sequence[int]) -> list[Plane]:
+    """Room for the elements of several planes, each in one piece."""
+    return [plane for bits in planes for plane in side_by_side(arena, rows, columns, [bits])]
+
+
+def matrix_bytes(rows: int, columns: int, format: MatrixFormat) -> int:
+    """Of a matrix whose planes are on their own, with its scales and zeros."""
+    planes = sum(planes_bytes(rows, columns, [bits]) for bits in format.planes)
+    return planes + scales_bytes(rows, columns, format)
+
+
+def scales_bytes(rows: int, columns: int, format: MatrixFormat) -> int:
+    """Of scales and zeros; 0 with bfloat16."""
+    count = math.prod(_scales_shape(rows, columns, format))
+    return aligned(2 * count) + aligned(count)
+
+
+def fill_matrix(
+    arena: Arena,
+    source: Matrix,
+    rows: int,
+    columns: int,
+    format: MatrixFormat,
+    planes: Sequence[Plane] | None = None,
+) -> _abi.sk_matrix:
+    """Copy `source` into the library's layout; it is of `format` and has at most `rows` rows, the
+    others are zero. Without `planes` they are on their own.
+    """
+    planes = planes or on_their_own(arena, rows, columns, format.planes)
+    matrix = new_struct(_abi.sk_matrix)
+    matrix.rows, matrix.columns, matrix.group_size = rows, columns, format.group_size
+    matrix.codes, matrix.low = planes[0].describe(), new_struct(_abi.sk_plane)
+    if len(planes) > 1:
+        matrix.low = planes[1].describe()
+    if isinstance(source, QuantizedMatrix):
+        _fill_codes(source.codes, planes)
+        shape = _scales_shape(rows, columns, format)
+        count = math.prod(shape)
+        scales = _fill_by_tiles(arena.take(2 * count, torch.float16).view(shape), source.scales)
+        zeros = _fill_by_tiles(arena.take(count, torch.uint8).view(shape), source.zeros)
+        matrix.scales = ctypes.cast(scales.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
+        matrix.zeros = ctypes.cast(zeros.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+        matrix.scales_count = matrix.zeros_count = count
+    else:
+        numbers = planes[0].rows.view(torch.bfloat16)
+        numbers[: len(source), : source.shape[1]] = source
+    return matrix
+
+
+def _fill_codes(codes: torch.Tensor, planes: Sequence[Plane]) -> None:
+    """codes [rows, columns] uint8, the upper bits for the first plane."""
+    missing = -codes.shape[1] % _abi.SK_COLUMN_TILE
+    step = max(1, BLOCK_ELEMENTS // (codes.shape[1] + missing))
+    for begin in range(0, len(codes), step):
+        block = F.pad(codes[begin : begin + step], (0, missing))
+        below = 0  # bits in the planes after this one
+        for plane in reversed(planes):
+            own = block >> below & ((1 << plane.bits) - 1)
+            plane.rows[begin : begin + len(block)] = _in_tiles(own, plane.bits)
+            below += plane.bits
+
+
+def _in_tiles(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """values [rows, columns in whole tiles] uint8 below 2^bits -> [rows, bytes] as sk_plane tells."""
+    return _tile(values.view(len(values), -1, _abi.SK_COLUMN_TILE), bits).flatten(1)
+
+
+def _tile(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """[rows, tiles, SK_COLUMN_TILE] -> [rows, tiles, bytes of a tile]."""
+    match bits:
+        case 8:
+            return values
+        case 4:
+            first, second = values.chunk(2, dim=2)
+            return first | second << 4
+        case 3:
+            return torch.cat((_tile(values >> 1, 2), _tile(values & 1, 1)), dim=2)
+        case 2:
+            a, b, c, d = values.chunk(4, dim=2)
+            return a | b << 2 | c << 4 | d << 6
+        case 1:
+            a, b, c, d, e, f, g, h = values.view(*values.shape[:2], -1, 8).unbind(3)
+            return a | b << 1 | c << 2 | d << 3 | e << 4 | f << 5 | g << 6 | h << 7
+    raise ValueError(f"there are no planes of {bits} bits")
+
+
+def _fill_by_tiles(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """values [rows, groups] into out [row tiles, groups, SK_ROW_TILE], both sizes at most."""
+    _, groups, tile = out.shape
+    padded = F.pad(values, (0, groups - values.shape[1], 0, -len(values) % tile))
+    by_tile = padded.view(-1, tile, groups).transpose(1, 2)
+    out[: len(by_tile)] = by_tile
+    return out
+
+
+def _scales_shape(rows: int, columns: int, format: MatrixFormat) -> tuple[int, int, int]:
+    """Row tiles, groups, rows of a tile."""
+    groups = format.groups(aligned(columns, _abi.SK_COLUMN_TILE))
+    return _stored_rows(rows) // _abi.SK_ROW_TILE, groups, _abi.SK_ROW_TILE
+
+
+def _stored_rows(rows: int) -> int:
+    return aligned(rows, _abi.SK_ROW_TILE)
+
+
+def _row_bytes(columns: int, bits: int) -> int:
+    """Of whole tiles of columns."""
+    return aligned(columns, _abi.SK_COLUMN_TILE) * bits // 8
+
+
+def _unit(bits: int) -> int:
+    """Alignment that the library asks for in a plane of these bits: a tile's, at most a line."""
+    return math.gcd(_abi.SK_COLUMN_TILE * bits // 8, _abi.SK_ALIGNMENT)

@@ -1,0 +1,62 @@
+"""The plan of formats: what can be, its size and its name."""
+
+import pytest
+
+from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
+
+INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((5, 64), "bits of a matrix of 5 bits is 5; it can be 16, 8, 4"),
+        ((8, 0), "group_size of a matrix of 8 bits is 0; it can be 32, 64, 128"),
+        ((4, 48), "group_size of a matrix of 4 bits is 48"),
+        ((8, 64, 2), "low_bits of a matrix of 8 bits is 2; it can be 0, 4"),
+        ((4, 64, 3), "low_bits of a matrix of 4 bits is 3; it can be 0, 1, 2"),
+        ((16, 64), "bfloat16 has group_size 64 and low_bits 0; both must be 0"),
+        ((16, 0, 4), "bfloat16 has group_size 0 and low_bits 4"),
+    ],
+)
+def test_a_format_that_cannot_be(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        MatrixFormat(*arguments)
+
+
+def test_activations_have_8_or_16_bits():
+    with pytest.raises(ValueError, match="activation_bits is 12; it can be 8 or 16"):
+        DecoderFormats(activation_bits=12)
+
+
+@pytest.mark.parametrize(
+    ("format", "planes"),
+    [
+        (BFLOAT16, (16,)), (INT8, (8,)), (INT4, (4,)),
+        (MatrixFormat(8, 64, 4), (4, 4)), (MatrixFormat(4, 64, 2), (2, 2)), (MatrixFormat(4, 64, 1), (3, 1)),
+    ],
+)  # fmt: skip
+def test_planes_of_a_code(format, planes):
+    assert format.planes == planes
+
+
+def test_bytes_are_those_of_codes_scales_and_zeros():
+    assert BFLOAT16.bytes(10, 100) == 2000
+    assert INT8.bytes(10, 100) == 1000 + 10 * 2 * 3
+    assert MatrixFormat(4, 32, 1).bytes(10, 100) == 500 + 10 * 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("formats", "name"),
+    [
+        (DecoderFormats(), "bfloat16"),
+        (DecoderFormats(activation_bits=8), "bfloat16"),
+        (DecoderFormats(INT8, INT8, INT8, INT8), "int8"),
+        (DecoderFormats(INT4, INT4, INT4, INT8), "int4 (LM head int8)"),
+        (DecoderFormats(*4 * [MatrixFormat(4, 32)]), "int4-g32"),
+        (DecoderFormats(gate_up=INT4, down=INT8), "int4 (attention bfloat16, down int8, LM head bfloat16)"),
+        (DecoderFormats(INT8, MatrixFormat(8, 64, 4), INT8, INT8, 8), "int8 (gate and up in planes of 4 + 4 bits, 8-bit activations)"),
+    ],
+)  # fmt: skip
+def test_names_tell_what_differs(formats, name):
+    assert str(formats) == name
