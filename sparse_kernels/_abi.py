@@ -20,6 +20,8 @@ SK_PARTITIONS = 16
 SK_ROW_TILE = 16
 SK_COLUMN_TILE = 64
 SK_ALIGNMENT = 64
+SK_SCAN_DIRECTIONS = 128
+SK_SCAN_NEEDED = 48
 SK_MAX_LAYERS = 4096
 SK_MAX_HEADS = 4096
 SK_MAX_HEAD_DIM = 1024
@@ -264,6 +266,9 @@ class sk_model_args(ctypes.Structure):
     embedding: sk_matrix
     lm_head: sk_matrix
     reduce: sk_reduce
+    scan: sk_matrix
+    scan_basis: sk_matrix
+    scan_errors: "ctypes._Pointer[ctypes.c_float]"
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -286,6 +291,9 @@ class sk_model_args(ctypes.Structure):
         ("embedding", sk_matrix),
         ("lm_head", sk_matrix),
         ("reduce", sk_reduce),
+        ("scan", sk_matrix),
+        ("scan_basis", sk_matrix),
+        ("scan_errors", ctypes.POINTER(ctypes.c_float)),
     )
 
 
@@ -356,6 +364,8 @@ class sk_forward_args(ctypes.Structure):
     log_normalizers_1: "ctypes._Pointer[ctypes.c_float]"
     hidden: "ctypes._Pointer[ctypes.c_float]"
     phase_seconds: "ctypes._Pointer[ctypes.c_double]"
+    needed: "ctypes._Pointer[ctypes.c_uint32]"
+    rescored: "ctypes._Pointer[ctypes.c_uint32]"
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -382,6 +392,8 @@ class sk_forward_args(ctypes.Structure):
         ("log_normalizers_1", ctypes.POINTER(ctypes.c_float)),
         ("hidden", ctypes.POINTER(ctypes.c_float)),
         ("phase_seconds", ctypes.POINTER(ctypes.c_double)),
+        ("needed", ctypes.POINTER(ctypes.c_uint32)),
+        ("rescored", ctypes.POINTER(ctypes.c_uint32)),
     )
 
 

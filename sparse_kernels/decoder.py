@@ -62,6 +62,7 @@ class Decoder:
         """
         self.config = config = packed.config
         self.formats = packed.formats
+        self.has_scan = packed.scan is not None
         self._library = native.load()
         self._arguments = native.new_struct(_abi.sk_forward_args)
         self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)
@@ -93,6 +94,8 @@ class Decoder:
         prompts: bool = False,
         statistics: Sequence[torch.Tensor | None] | None = None,
         phase_seconds: array[float] | None = None,
+        needed: Sequence[int] | None = None,
+        rescored: array[int] | None = None,
     ) -> Rows:
         """Compute a batch and write its KV.
 
@@ -107,6 +110,10 @@ class Decoder:
                 layers, widest intermediate_size]: norm scores of all tokens but position 0, in
                 units of 2^-32, are added.
             phase_seconds: doubles, one for each of PHASES, set to the wall time of each.
+            needed: of each output row, how many of its candidates matter; 0: the whole row. Where none is
+                0, a scan may leave out all else: candidates are -1 then, normalizers NaN, logits rough.
+            rescored: with `needed`, a number of type "I" for each output row, set to how many of its
+                logits were computed from the LM head itself: vocab_size where nothing is left out.
 
         Raises NativeCallError where the library refuses a value, ValueError where it could not know.
         """
@@ -117,6 +124,7 @@ class Decoder:
             numbers += array("i", sequence.token_ids)  # `extend` of a list takes twice as long
             numbers += array("i", sequence.block_table)
         self._check_lengths(rows, temps, kv, statistics or ())
+        wanted, found = _scan_arrays(len(rows), needed, rescored)
         times = 0 if phase_seconds is None else _address_of_times(phase_seconds)
         records = _records(sequences, numbers, statistics)
         outputs, vocab, hidden_size = len(rows), self.config.vocab_size, self.config.hidden_size
@@ -136,6 +144,7 @@ class Decoder:
             outputs * vocab, outputs * self._candidates, hidden.numel(),
             whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),
             normalizers.data_ptr() + 4 * outputs, hidden.data_ptr(), times,
+            wanted.buffer_info()[0] if needed else 0, found.buffer_info()[0] if needed else 0,
         )  # fmt: skip
         status = self._library.sk_forward(self._model, ctypes.byref(self._arguments))
         native.check(self._library, status)
@@ -217,6 +226,10 @@ def model_arguments(
     arguments.norm = pointer(packed.norm)
     arguments.embedding, arguments.lm_head = packed.embedding, packed.lm_head
     arguments.reduce = native.new_struct(_abi.sk_reduce)
+    arguments.scan = arguments.scan_basis = native.new_struct(_abi.sk_matrix)
+    if packed.scan is not None:
+        arguments.scan, arguments.scan_basis = packed.scan.matrix, packed.scan.basis
+        arguments.scan_errors = pointer(packed.scan.errors)
     return arguments
 
 
@@ -228,6 +241,21 @@ def _address_of_times(phase_seconds: array[float]) -> int:
             f"expected {len(PHASES)} of type 'd'"
         )
     return phase_seconds.buffer_info()[0]
+
+
+def _scan_arrays(
+    outputs: int, needed: Sequence[int] | None, rescored: array[int] | None
+) -> tuple[array[int], array[int]]:
+    """Raises ValueError: the library cannot measure them."""
+    wanted = array("I", needed or ())
+    found = array("I") if rescored is None else rescored
+    count = outputs if needed else 0
+    if len(wanted) != count or len(found) != count or found.typecode != "I":
+        raise ValueError(
+            f"{outputs} output rows have {len(wanted)} numbers in `needed` and {len(found)} of type "
+            f"{found.typecode!r} in `rescored`; expected as many of type 'I', or none"
+        )
+    return wanted, found
 
 
 def _records(

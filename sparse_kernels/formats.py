@@ -63,6 +63,7 @@ class MatrixFormat:
 
 
 BFLOAT16 = MatrixFormat()
+SCAN = MatrixFormat(4, 64)  # of the coarse copy of an LM head
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,13 @@ class DecoderFormats:
     down: MatrixFormat = BFLOAT16
     lm_head: MatrixFormat = BFLOAT16
     activation_bits: int = 16  # of the inputs of integer matrices: 16, or 8
+    lm_head_scan: bool = False  # a coarse copy in SCAN beside an LM head in bfloat16
 
     def __post_init__(self) -> None:
         if self.activation_bits not in (8, 16):
             raise ValueError(f"activation_bits is {self.activation_bits}; it can be 8 or 16")
+        if self.lm_head_scan and self.lm_head.quantized:
+            raise ValueError(f"lm_head is {self.lm_head}; beside a scan it can be bfloat16")
 
     @property
     def quantized(self) -> bool:
@@ -93,6 +97,8 @@ class DecoderFormats:
         """The feed-forward layers' format, and what differs: "int4 (attention g32, LM head int8)"."""
         main, low = str(self.gate_up), self.gate_up.low_bits
         others = {"attention": self.attention, "down": self.down, "LM head": self.lm_head}
+        if self.lm_head_scan:
+            del others["LM head"]
         notes = [
             f"{name} g{format.group_size}"
             if format.bits == self.gate_up.bits
@@ -100,6 +106,8 @@ class DecoderFormats:
             for name, format in others.items()
             if str(format) != main
         ]
+        if self.lm_head_scan:
+            notes.append("LM head int4+exact")
         if low:
             notes.insert(0, f"gate and up in planes of {self.gate_up.bits - low} + {low} bits")
         if self.quantized and self.activation_bits != 16:

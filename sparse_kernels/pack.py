@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from sparse_kernels import _abi
 from sparse_kernels.arena import Arena, aligned
-from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
+from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, MatrixFormat
 from sparse_kernels.matrix import (
     fill_matrix,
     matrix_bytes,
@@ -34,6 +34,7 @@ from sparse_kernels.weights import (
     Matrix,
     NonFiniteWeights,
     QuantizedMatrix,
+    ScanTensors,
 )
 
 
@@ -49,6 +50,17 @@ class PackedDecoder:
     norm: torch.Tensor
     embedding: _abi.sk_matrix
     lm_head: _abi.sk_matrix
+    scan: PackedScan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedScan:
+    """A coarse copy of the LM head, in an arena of its own."""
+
+    arena: Arena
+    matrix: _abi.sk_matrix
+    basis: _abi.sk_matrix
+    errors: torch.Tensor  # [2, vocab]
 
 
 def pack(
@@ -88,6 +100,27 @@ def pack(
             arena, config, shape, formats, next(source), f"layer {index}: "
         )
     return PackedDecoder(config, formats, arena, frequencies, structs, norm, embedding, lm_head)
+
+
+def with_scan(packed: PackedDecoder, tensors: ScanTensors) -> PackedDecoder:
+    """The same decoder with a coarse copy of its LM head. Raises as `pack`."""
+    vocab, hidden = packed.config.vocab_size, packed.config.hidden_size
+    columns = scan_columns(hidden)
+    _check_matrix("scan", tensors.matrix, (vocab, columns), SCAN)
+    _check_tensor("scan basis", tensors.basis, (_abi.SK_SCAN_DIRECTIONS, hidden), torch.bfloat16)
+    _check_tensor("scan errors", tensors.errors, (2, vocab), torch.float32)
+    directions = (_abi.SK_SCAN_DIRECTIONS, hidden)
+    size = matrix_bytes(vocab, columns, SCAN) + matrix_bytes(*directions, BFLOAT16)
+    arena = Arena(size + _vector_bytes(2 * vocab))
+    matrix = fill_matrix(arena, tensors.matrix, vocab, columns, SCAN)
+    basis = fill_matrix(arena, tensors.basis, *directions, BFLOAT16)
+    errors = _vector(arena, 2 * vocab).view(2, vocab).copy_(tensors.errors)
+    return replace(packed, scan=PackedScan(arena, matrix, basis, errors))
+
+
+def scan_columns(hidden_size: int) -> int:
+    """Of a scan: what multiplies the input, and its directions."""
+    return aligned(hidden_size, _abi.SK_COLUMN_TILE) + _abi.SK_SCAN_DIRECTIONS
 
 
 def pointer(tensor: torch.Tensor) -> ctypes._Pointer[ctypes.c_float]:

@@ -84,6 +84,15 @@ class LayerTensors:
 
 
 @dataclass(frozen=True, slots=True)
+class ScanTensors:
+    """A coarse copy of an LM head and how far off its products can be: `scan` of sk_model_args."""
+
+    matrix: QuantizedMatrix  # [vocab, hidden in whole tiles of columns + directions]
+    basis: torch.Tensor  # bfloat16 [directions, hidden]
+    errors: torch.Tensor  # float32 [2, vocab]
+
+
+@dataclass(frozen=True, slots=True)
 class EndTensors:
     """What stands before the first layer and after the last."""
 

@@ -25,6 +25,7 @@ from sparserve.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 PartDtype = Literal["same", "bfloat16", "int8", "int4"]
 KvDtype = Literal["same", "bfloat16", "int8"]
+HeadDtype = Literal["same", "bfloat16", "int8", "int4", "int4+exact"]
 BackendChoice = Literal["auto", "reference", "cpu"]
 
 
@@ -69,10 +70,12 @@ class EngineSettings(BaseSettings):
         Field(description="Data type of the feed-forward matrices; same: that of dtype."),
     ] = "same"
     lm_head_dtype: Annotated[
-        PartDtype,
+        HeadDtype,
         Field(
             description="Data type of the LM head; same: that of dtype, but int8 where dtype is int4. One that "
-            "is tied to the embedding gets a copy."
+            "is tied to the embedding gets a copy. int4+exact: bfloat16 and an int4 copy, which is read first; "
+            "where few likeliest tokens decide (greedy and small top_k, without logprobs or penalties, in all requests of "
+            "a step) only their rows are then read in bfloat16. The results are those of bfloat16."
         ),
     ] = "same"
     group_size: Annotated[

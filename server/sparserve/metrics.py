@@ -143,6 +143,12 @@ TABLE = (
     Spec("constraint_compilation", Histogram, "constraint_compilation_seconds",
          "Compiling a constraint of structured output, by kind; those found compiled are not counted.",
          label="kind", values=("json_schema", "regex", "grammar", "choice", "json_object"), buckets=TTFT_BUCKETS),
+    Spec("head_rows", Counter, "lm_head_rows",
+         "With lm_head_dtype int4+exact, tokens chosen, by how the LM head was computed: scan, only what mattered; "
+         "widened, all of it after a scan; whole, all of it because a request of the step needs it, or all of them too many tokens.",
+         label="kind", values=("scan", "widened", "whole")),
+    Spec("head_rescored", Counter, "lm_head_rescored",
+         "With lm_head_dtype int4+exact, logits computed from the exact LM head for tokens of kind scan."),
 )  # fmt: skip
 
 
@@ -184,6 +190,8 @@ class Metrics:
     request_longest: Histogram
     request_prefill_computed: Histogram
     constraint_compilation: Histogram
+    head_rows: Counter
+    head_rescored: Counter
 
     def __init__(self, model_name: str, max_context: int) -> None:
         self.model_name = model_name
@@ -257,6 +265,12 @@ class Metrics:
         self.request_longest.observe(longest)
         if longest:
             self.request_prefill_computed.observe(prompt_tokens - cached_tokens)
+
+    def observe_head(self, *, scanned: int, widened: int, whole: int, rescored: int) -> None:
+        """One forward of an LM head with a scan: tokens by how they were computed, and `rescored` logits."""
+        for kind, tokens in (("scan", scanned), ("widened", widened), ("whole", whole)):
+            self.head_rows.labels(kind=kind).inc(tokens)
+        self.head_rescored.inc(rescored)
 
     def observe_step(
         self,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 namespace sk {
@@ -24,7 +25,7 @@ uint64_t rank(float logit, size_t id) {
   return (uint64_t{bits} << 32) | (0xffffffffu - static_cast<uint32_t>(id));
 }
 
-size_t id_of(uint64_t rank) { return 0xffffffffu - static_cast<uint32_t>(rank); }
+uint32_t id_of(uint64_t rank) { return 0xffffffffu - static_cast<uint32_t>(rank); }
 
 }  // namespace
 
@@ -63,6 +64,19 @@ void choose_candidates(const Kernels& kernels, const float* logits, size_t vocab
   for (size_t i = 0; i < kept; ++i) {
     ids[i] = static_cast<int32_t>(id_of(ranks[i]));
     values[i] = logits[ids[i]];
+  }
+}
+
+void choose_among(const uint32_t* from, const float* logits, size_t count, size_t kept,
+                  int32_t* ids, float* values) {
+  std::vector<std::pair<uint64_t, float>> ranks(count);
+  for (size_t i = 0; i < count; ++i) ranks[i] = {rank(logits[i], from[i]), logits[i]};
+  const auto better = [](const auto& a, const auto& b) { return a.first > b.first; };
+  std::partial_sort(ranks.begin(), ranks.begin() + static_cast<ptrdiff_t>(kept), ranks.end(),
+                    better);
+  for (size_t i = 0; i < kept; ++i) {
+    ids[i] = static_cast<int32_t>(id_of(ranks[i].first));
+    values[i] = ranks[i].second;
   }
 }
 

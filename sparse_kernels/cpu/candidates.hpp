@@ -12,4 +12,8 @@ namespace sk {
 void choose_candidates(const Kernels& kernels, const float* logits, size_t vocab, size_t kept,
                        int32_t* ids, float* values);
 
+// The `kept` largest of `count` logits whose ids are given, in the same order.
+void choose_among(const uint32_t* from, const float* logits, size_t count, size_t kept,
+                  int32_t* ids, float* values);
+
 }  // namespace sk

@@ -29,7 +29,7 @@ void Forward::run() {
     mark_ = Clock::now();
   }
   m_.pool.run([](void* self, uint32_t index) { static_cast<Forward*>(self)->work(index); }, this);
-  if (out_of_memory_) throw std::bad_alloc();
+  if (out_of_memory_ || (scan_ && scan_->out_of_memory())) throw std::bad_alloc();
 }
 
 void Forward::lay_out() {
@@ -108,12 +108,14 @@ void Forward::allocate() {
     output_operand_ =
         m_.output_operand.get(m_.lm_head.products->operand_bytes(&m_.lm_head, args_.num_outputs));
   }
+  if (Scan::wanted(m_, args_)) scan_.emplace(m_, args_);
   const size_t rows = std::max<size_t>(t, args_.num_outputs);
   const size_t per_token = std::max<size_t>(
       std::max<size_t>(2 * SK_NEURON_BLOCK * (fused_ ? most_blocks : 1), m_.dim), kOutputRows);
   const size_t floats = std::max(rows * per_token, args_.num_outputs * kHeadRows) + columns +
                         mixed_columns + kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
-  for (Scratch& scratch : m_.scratch) scratch.get<float>(floats);
+  const size_t most = std::max(floats, columns + Scan::scratch_floats(m_));
+  for (Scratch& scratch : m_.scratch) scratch.get<float>(most);
 }
 
 void Forward::split_attention() {
@@ -142,7 +144,9 @@ Upcoming Forward::share_of(const Matrix& matrix, size_t rows, const Own& own) co
 }
 
 Upcoming Forward::next_share(size_t layer, const Own& own) const {
-  if (layer + 1 == m_.layers.size()) return share_of(m_.lm_head, m_.vocab, own);
+  if (layer + 1 == m_.layers.size()) {
+    return share_of(scan_ ? m_.scan.matrix : m_.lm_head, m_.vocab, own);
+  }
   const Layer& next = m_.layers[layer + 1];
   return share_of(next.qkv, (next.heads + 2 * next.kv_heads) * m_.dim, own);
 }
@@ -175,9 +179,10 @@ void Forward::work(uint32_t index) {
     feed_forward(layer, i, own);
     tick(SK_PHASE_MLP, index);
   }
-  head(own);
+  const bool scanned = scan(own);
+  if (!scanned) head(own);
   tick(SK_PHASE_HEAD, index);
-  phase(own, args_.num_outputs, [&](size_t i) { choose(i); });
+  phase(own, args_.num_outputs, [&](size_t i) { scanned ? scan_->finish(i) : choose(i); });
   tick(SK_PHASE_CANDIDATES, index);
   k_.end_thread();
 }
@@ -303,6 +308,32 @@ void Forward::take(size_t token, size_t column, const float* values, size_t n) {
   for (size_t i = 0; i < n; ++i) x[i] += values[i];
 }
 
+void Forward::copy_hidden() {
+  for (size_t i = 0; i < args_.num_hidden; ++i) {
+    std::copy_n(x_ + size_t{args_.hidden_rows[i]} * m_.columns, m_.hidden,
+                args_.hidden + i * m_.hidden);
+  }
+}
+
+bool Forward::scan(const Own& own) {
+  if (!scan_) return false;
+  phase(
+      own, args_.num_outputs,
+      [&](size_t i) {
+        const float* x = x_ + size_t{args_.output_rows[i]} * m_.columns;
+        k_.rms_norm(x, m_.norm, m_.hidden, m_.eps, own.normed);
+        scan_->prepare(i, own.normed, own.scratch);
+      },
+      [&] { copy_hidden(); });
+  phase(own, head_units(m_), [&](size_t unit) { scan_->multiply(unit, own.scratch); });
+  phase(own, args_.num_outputs, [&](size_t i) { scan_->pick(i); }, [&] { scan_->plan(); });
+  phase(own, scan_->tiles(), [&](size_t tile) { scan_->rescore(tile, own.scratch); });
+  phase(own, args_.num_outputs, [&](size_t i) { scan_->collect(i); }, [&] { scan_->plan(); });
+  if (!scan_->worthwhile()) return false;
+  phase(own, scan_->tiles(), [&](size_t tile) { scan_->rescore(tile, own.scratch); });
+  return true;
+}
+
 void Forward::head(const Own& own) {
   phase(
       own, args_.num_outputs,
@@ -312,19 +343,15 @@ void Forward::head(const Own& own) {
         m_.lm_head.products->store_operand(&m_.lm_head, own.normed, m_.hidden, i, args_.num_outputs,
                                            output_operand_);
       },
-      [&] {
-        for (size_t i = 0; i < args_.num_hidden; ++i) {
-          std::copy_n(x_ + size_t{args_.hidden_rows[i]} * m_.columns, m_.hidden,
-                      args_.hidden + i * m_.hidden);
-        }
-      });
+      [&] { copy_hidden(); });
   if (args_.num_outputs == 0) return;
   phase(own, head_units(m_), [&](size_t i) {
-    head_rows(m_, output_operand_, args_.num_outputs, i, own.scratch, args_.logits);
+    head_rows(m_, m_.lm_head, output_operand_, args_.num_outputs, i, own.scratch, args_.logits);
   });
 }
 
 void Forward::choose(size_t i) noexcept {
+  if (args_.needed != nullptr) args_.rescored[i] = m_.vocab;
   const size_t kept = std::min<size_t>(SK_NUM_CANDIDATES, m_.vocab);
   const float* logits = args_.logits + i * m_.vocab;
   try {

@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <vector>
 
 #include "model.hpp"
+#include "scan.hpp"
 
 namespace sk {
 
@@ -153,6 +155,9 @@ class Forward {
   void reduce_all();
   // Where the outputs of a sublayer are added up: the residual itself if there is one rank.
   void take(size_t token, size_t column, const float* values, size_t n);
+  // The outputs by the scan; false where the whole LM head must be computed.
+  bool scan(const Own& own);
+  void copy_hidden();
   void head(const Own& own);
   void choose(size_t i) noexcept;
 
@@ -203,6 +208,7 @@ class Forward {
   void* output_operand_ = nullptr;
 
   std::vector<Range> ranges_;  // of each thread
+  std::optional<Scan> scan_;   // where the candidates that matter are enough
   std::atomic<bool> out_of_memory_{false};
   Clock::time_point mark_;
 };

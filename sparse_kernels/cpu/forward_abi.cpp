@@ -102,6 +102,16 @@ int32_t check_outputs(const Model& model, const sk_forward_args& args, uint64_t 
       args.temperatures == nullptr) {
     return fail(SK_STATUS_NULL_POINTER, "temperatures or a result of num_outputs rows is null");
   }
+  if (args.needed != nullptr && args.rescored == nullptr) {
+    return fail(SK_STATUS_NULL_POINTER, "rescored is null, and needed is not");
+  }
+  for (uint32_t i = 0; args.needed != nullptr && i < args.num_outputs; ++i) {
+    if (args.needed[i] > kept) {
+      return fail(SK_STATUS_BAD_SIZE,
+                  "needed is %" PRIu32 " for row %" PRIu32 "; a row has %" PRIu64 " candidates",
+                  args.needed[i], i, kept);
+    }
+  }
   for (uint32_t i = 0; i < args.num_outputs; ++i) {
     if (!(args.temperatures[i] > 0 && std::isfinite(args.temperatures[i]))) {
       return fail(SK_STATUS_BAD_VALUE, "temperature %g of row %" PRIu32 " must be finite and > 0",

@@ -5,15 +5,14 @@
 
 namespace sk {
 
-// Rows [kHeadRows unit, ...) of the LM head for `count` inputs -> logits [count, vocab].
-void head_rows(const Model& m, const void* operand, size_t count, size_t unit, float* scratch,
-               float* logits) {
+void head_rows(const Model& m, const Matrix& matrix, const void* operand, size_t count, size_t unit,
+               float* scratch, float* logits) {
   const size_t first = unit * kHeadRows;
   const size_t rows = std::min<size_t>(kHeadRows, round_up(m.vocab - first, SK_ROW_TILE));
   const bool whole = first + rows <= m.vocab;  // nothing beyond a row of logits may be written
   float* out = whole ? logits + first : scratch;
   const size_t stride = whole ? m.vocab : kHeadRows;
-  m.lm_head.products->dot(&m.lm_head, first, rows, operand, count, out, stride);
+  matrix.products->dot(&matrix, first, rows, operand, count, out, stride);
   if (whole) return;
   for (size_t i = 0; i < count; ++i) {
     std::copy_n(scratch + i * stride, m.vocab - first, logits + i * m.vocab + first);
@@ -47,7 +46,7 @@ class Head {
     for (;;) {
       const size_t unit = next_unit_.fetch_add(1, std::memory_order_relaxed);
       if (unit >= head_units(m_)) break;
-      head_rows(m_, operand_, args_.rows, unit, normed + m_.columns, args_.logits);
+      head_rows(m_, m_.lm_head, operand_, args_.rows, unit, normed + m_.columns, args_.logits);
     }
     kernels.end_thread();
   }

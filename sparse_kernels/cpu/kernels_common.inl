@@ -100,6 +100,35 @@ float largest(const float* x, size_t n) {
   return result;
 }
 
+size_t within_reach(const float* values, const float* along, const float* across, size_t n, float a,
+                    float b, float bound, uint32_t* places) {
+  const F factor_a = Simd::set(a), factor_b = Simd::set(b);
+  size_t found = 0;
+  for (size_t i = 0; i < n; i += kLanes) {
+    alignas(64) float most[kLanes] = {};
+    const size_t lanes = n - i < kLanes ? n - i : kLanes;
+    if (lanes == kLanes) {
+      const F error =
+          Simd::fma(factor_b, Simd::load(across + i), factor_a * Simd::load(along + i));
+      const F v = Simd::load(values + i) + error;
+      // Not a number if one of them is not: then they are looked at one by one.
+      if (Simd::largest(v) < bound && Simd::sum(Simd::fma(v, Simd::zero(), Simd::zero())) == 0.0f) {
+        continue;
+      }
+      Simd::store(most, v);
+    } else {
+      for (size_t j = 0; j < lanes; ++j) {
+        most[j] = values[i + j] + (b * across[i + j] + a * along[i + j]);
+      }
+    }
+    for (size_t j = 0; j < lanes; ++j) {
+      places[found] = static_cast<uint32_t>(i + j);
+      found += !(most[j] < bound);
+    }
+  }
+  return found;
+}
+
 double sum_of_exp(const float* x, size_t n, float largest, float factor) {
   double total = 0;
   for (size_t begin = 0; begin < n; begin += 4096) {
@@ -130,6 +159,7 @@ void set_common(Kernels* kernels) {
   kernels->embed = embed;
   kernels->largest = largest;
   kernels->sum_of_exp = sum_of_exp;
+  kernels->within_reach = within_reach;
   kernels->all_finite = all_finite;
 }
 

@@ -13,6 +13,7 @@
 #include "guard.hpp"
 #include "isa.hpp"
 #include "matrix.hpp"
+#include "scan.hpp"
 
 namespace sk {
 
@@ -201,6 +202,7 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
     SK_TRY(take_matrix("lm_head", args.lm_head, args.vocab_size, args.hidden_size, kinds,
                        &model->lm_head));
   }
+  SK_TRY(take_scan(args, kinds, model.get()));
   const std::lock_guard<std::mutex> lock(registry_mutex);
   static uint64_t last_handle = 0;
   registry()[++last_handle] = model;

@@ -48,6 +48,16 @@ struct Layer {
   }
 };
 
+// A coarse copy of the LM head, and how far off its products can be. See sk_model_args.
+struct ScanHead {
+  bool used = false;
+  Matrix matrix, basis;
+  std::vector<double> gram;  // [SK_SCAN_DIRECTIONS, SK_SCAN_DIRECTIONS]: U U^T
+  double basis_error;        // |U x - z| <= this |x|, for the z that is computed
+  std::vector<float> along,
+      across;  // [vocab] a row's error per |z| + basis_error |x|, per |x - U^T z|
+};
+
 struct Model {
   Model(uint32_t thread_count) : pool(thread_count), barrier(thread_count), scratch(thread_count) {}
 
@@ -59,6 +69,7 @@ struct Model {
   std::vector<Layer> layers;
   const float* norm;
   Matrix embedding, lm_head;
+  ScanHead scan;
   sk_reduce reduce;
   const Kernels* kernels;
   sk_isa isa;
@@ -74,7 +85,7 @@ struct Model {
   SpinBarrier barrier;  // of the threads inside a forward
   // Buffers of a forward, see forward.cpp.
   Scratch x, operand, attention_operand, queries, mixed, partial, activations, plain, cos, sin,
-      chunk_state, output_operand, reduced;
+      chunk_state, output_operand, reduced, scan_operand, scan_inputs;
   std::vector<Scratch> scratch;  // of each thread
 };
 

@@ -40,6 +40,8 @@
 #define SK_ROW_TILE 16        /* rows of a matrix are stored in whole tiles */
 #define SK_COLUMN_TILE 64     /* and its columns */
 #define SK_ALIGNMENT 64       /* of the first byte and of the row stride of a matrix, and of KV */
+#define SK_SCAN_DIRECTIONS 128 /* of inputs, along which a scan's errors are made small */
+#define SK_SCAN_NEEDED 48      /* candidates of all rows together that a scan is tried for */
 #define SK_MAX_LAYERS 4096
 #define SK_MAX_HEADS 4096
 #define SK_MAX_HEAD_DIM 1024
@@ -230,6 +232,18 @@ struct sk_model_args {
   struct sk_matrix embedding;    /* [vocab_size, hidden_size] in bfloat16 */
   struct sk_matrix lm_head;      /* [vocab_size, hidden_size]; may be the embedding */
   struct sk_reduce reduce;
+  /* A coarse copy of the LM head: sk_forward multiplies it instead and computes only the rows that
+   * may matter from lm_head, which is then bfloat16; see `needed` there. With x the input of the LM
+   * head, U = scan_basis and z = U x, row i of the LM head is off by
+   *
+   *   |<lm_head_i, x> - <scan_i, (x, z)>| <= scan_errors[0][i] |z| + scan_errors[1][i] |x - U^T z|
+   *
+   * in exact arithmetic; the library adds what its own rounding makes of it. */
+  struct sk_matrix scan;       /* [vocab_size, hidden_size rounded up to SK_COLUMN_TILE +
+                                  SK_SCAN_DIRECTIONS] in integers of 4 bits with groups of 64;
+                                  codes.data null: none, and the next two are not read */
+  struct sk_matrix scan_basis; /* [SK_SCAN_DIRECTIONS, hidden_size] in bfloat16 */
+  const float* scan_errors;    /* [2, vocab_size], >= 0 */
 };
 
 struct sk_model_info {
@@ -286,6 +300,12 @@ struct sk_forward_args {
   float* log_normalizers_1;    /* [num_outputs] the same at temperature 1 */
   float* hidden;               /* [num_hidden, hidden_size] after the last layer, before the norm */
   double* phase_seconds;       /* null, or [SK_NUM_PHASES] by sk_phase: wall time, set */
+  /* Null, or [num_outputs] how many of a row's candidates matter; 0: all, and the whole row. Where
+   * the model has a scan, none is 0 and the sum at most SK_SCAN_NEEDED, the candidates beyond these
+   * may be -1, the row's normalizers NaN and its logits approximations; what matters has the bits
+   * that it has without. Then rescored is below vocab_size, and of all rows or of none. */
+  const uint32_t* needed;
+  uint32_t* rescored; /* with `needed`, [num_outputs]: logits of the row computed from lm_head; set */
 };
 
 /* Of a forward's time. */

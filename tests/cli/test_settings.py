@@ -19,7 +19,7 @@ OTHER = {
     "dtype": ("bfloat16", "bfloat16"),
     "attention_dtype": ("bfloat16", "bfloat16"),
     "mlp_dtype": ("int4", "int4"),
-    "lm_head_dtype": ("int8", "int8"),
+    "lm_head_dtype": ("int4+exact", "int4+exact"),
     "group_size": ("32", 32),
     "weight_planes": ("3+1", "3+1"),
     "activation_bits": ("8", 8),

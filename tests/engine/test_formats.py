@@ -27,6 +27,11 @@ ALL_INT4 = DecoderFormats(MatrixFormat(4, 32), INT4, INT4, INT8)
         ({"dtype": "int4", "lm_head_dtype": "int4"}, replace(ALL_INT4, lm_head=INT4)),
         ({"dtype": "int4", "group_size": 64}, replace(ALL_INT4, attention=INT4)),
         ({"dtype": "int4", "lm_head_dtype": "bfloat16"}, replace(ALL_INT4, lm_head=BFLOAT16)),
+        ({"lm_head_dtype": "int4+exact"}, DecoderFormats(lm_head_scan=True)),
+        (
+            {"dtype": "int4", "lm_head_dtype": "int4+exact"},
+            replace(ALL_INT4, lm_head=BFLOAT16, lm_head_scan=True),
+        ),
         ({"dtype": "int8", "attention_dtype": "bfloat16"}, replace(ALL_INT8, attention=BFLOAT16)),
         ({"dtype": "int8", "mlp_dtype": "int4"}, replace(ALL_INT8, gate_up=INT4, down=INT4)),
         ({"mlp_dtype": "int4"}, DecoderFormats(gate_up=INT4, down=INT4)),

@@ -13,6 +13,7 @@ from sparserve.engine.sampler import (
     Row,
     _truncate_whole,
     adjusted_row,
+    candidates_for,
     generated_token,
     rows_of,
     sample,
@@ -91,6 +92,51 @@ def test_draws_follow_the_plain_definition(params: SamplingParams) -> None:
         np.abs(counts / draws - expected).sum() / 2
         < 1.5 * np.sqrt(kept / (2 * np.pi * draws)) + 0.01
     )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.just(0.0) | st.floats(0.05, 2.0),
+    top_k=st.integers(1, 256),
+    top_p=st.floats(0.01, 1.0),
+    min_p=st.floats(0.0, 1.0),
+    typical_p=st.floats(0.01, 1.0),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
+)
+def test_as_few_candidates_as_are_needed_give_the_token_of_the_whole_row(
+    seed, temperature, top_k, top_p, min_p, typical_p, scale
+):
+    logits = scale * torch.randn(1000, generator=torch.Generator().manual_seed(seed))
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p
+    )
+    needed = candidates_for(params, 1000)
+    assert needed == (top_k if temperature else 1)
+    whole = top_candidates(logits[None], torch.tensor([params.softmax_temperature]))
+    nothing = torch.tensor([torch.nan])
+    head = replace(whole, log_normalizer=nothing, log_normalizer_1=nothing, known=[needed])
+    (row,) = rows_of(head, 1000)
+    assert len(row.ids) == len(row.logits) == needed
+    assert sample(row, params, seed, 0, 7) == sample(rows_of(whole, 1000)[0], params, seed, 0, 7)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(top_p=0.5),
+        SamplingParams(min_p=0.5),
+        SamplingParams(typical_p=0.5),
+        SamplingParams(top_k=257),
+        SamplingParams(top_k=1000),
+    ],
+    ids=str,
+)
+def test_what_needs_the_whole_row(params):
+    assert candidates_for(params, 1000) == 0
+    assert candidates_for(SamplingParams(top_k=49), 50) == 49
+    assert candidates_for(SamplingParams(top_k=50), 50) == 0
 
 
 @settings(max_examples=200, deadline=None)

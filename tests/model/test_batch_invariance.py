@@ -81,7 +81,7 @@ def written_kv(backend: Backend, run: Run) -> torch.Tensor:
     if backend.info.name == "cpu":  # [blocks, layers, elements of the native layout]
         config = backend.config
         shape = LayerShape(config.num_heads, config.num_kv_heads, config.intermediate_size)
-        parts = [[block_of(shape, config.head_dim, p) for p in block] for block in blocks]
+        parts = [[block_of(shape, config.head_dim, 16, p) for p in block] for block in blocks]
         blocks = torch.stack([torch.stack([torch.stack(kv) for kv in part]) for part in parts])
     # [blocks, layers, 2, BLOCK_SIZE, kv_heads, head_dim]
     return blocks.movedim(3, 1).flatten(0, 1)[: run.done]

@@ -116,6 +116,7 @@ class TestForward:
             ("logits_count", 99, SIZE, ("logits_count is 99, it must be 100",)),
             ("candidates_count", 512, SIZE, ("candidates_count is 512, it must be 100",)),
             ("hidden_count", 0, SIZE, ("hidden_count is 0, it must be 64",)),
+            ("needed", (ctypes.c_uint32 * 2)(1, 51), NULL, ("rescored is null",)),
             *((name, None, NULL, ()) for name in ("output_rows", "temperatures", "hidden_rows")),
             *((name, None, NULL, ()) for name in ("logits", "candidate_ids", "candidate_logits")),
             *((name, None, NULL, ()) for name in ("log_normalizers", "log_normalizers_1")),

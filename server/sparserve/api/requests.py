@@ -158,6 +158,7 @@ def _stopping(message: pb.Stopping) -> StoppingParams:
 def _output(message: pb.ResponseOptions) -> OutputParams:
     asks_prompt = message.HasField("prompt_logprobs")
     return OutputParams(
+        logprobs=message.logprobs,
         top_logprobs=message.top_logprobs,
         prompt_logprobs=message.prompt_logprobs if asks_prompt else None,
         skip_special_tokens=_given(message, "skip_special_tokens", True),

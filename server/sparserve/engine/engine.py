@@ -6,12 +6,12 @@ import logging
 import secrets
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
-from sparserve.engine.next_token import continue_text, draw
+from sparserve.engine.next_token import continue_text, draw, needed_candidates
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -198,8 +198,12 @@ class Engine:
             assert swap.sequence.host_blocks is not None
             self.backend.write_blocks(swap.blocks, swap.sequence.host_blocks)
             swap.sequence.host_blocks = None
-        output = self.backend.forward(ForwardBatch([_input(item) for item in plan.scheduled]))
-        rows = iter(rows_of(output.candidates, self.backend.config.vocab_size))
+        vocab_size = self.backend.config.vocab_size
+        inputs = [_input(item, vocab_size) for item in plan.scheduled]
+        output = self.backend.forward(ForwardBatch(inputs))
+        if output.head is not None:
+            self.metrics.observe_head(**asdict(output.head))
+        rows = iter(rows_of(output.candidates, vocab_size))
         parts = zip(plan.scheduled, output.statistics, output.scores, strict=True)
         for item, statistics, scores in parts:
             self._note_first_schedule(item.sequence, now)
@@ -380,7 +384,7 @@ class Engine:
         )
 
 
-def _input(item: Scheduled) -> SequenceInput:
+def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
     sequence = item.sequence
     start, count = sequence.num_computed, item.count
     in_prompt = item.phase is Phase.PREFILL
@@ -395,6 +399,7 @@ def _input(item: Scheduled) -> SequenceInput:
         policy=sequence.request.policy,
         output_offsets=(count - 1,) if item.wants_token else (),
         temperature=sequence.request.sampling.softmax_temperature,
+        needed=needed_candidates(sequence, vocab_size) if item.wants_token else 0,
         collect_statistics=in_prompt and sequence.wants_statistics,
         targets=targets,
         num_top=sequence.request.output.prompt_logprobs or 0,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sparse_kernels.decoder import Decoder
+from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import (
     NativeCallError,
     NativeLibraryError,
@@ -24,6 +25,7 @@ from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import ConfigError
 from sparserve.metrics import Metrics
 from sparserve.model.backend import BLOCK_SIZE, Backend
+from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
 from sparserve.model.kv_cache import bytes_per_block
@@ -173,6 +175,7 @@ def _make_backend(
                 formats,
                 threads=threads,
                 kv_bits=_kv_bits(settings),
+                calibration=_calibration(model, formats),
                 on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
@@ -196,9 +199,21 @@ def make_decoders(
     Raises ConfigError or ModelError.
     """
     with _told_as_config_error(model.name):
-        packed = pack_model(model.config, model.weights, weight_formats(settings))
-        threads, kv_bits = _threads(settings), _kv_bits(settings)
+        formats, threads = weight_formats(settings), _threads(settings)
+        tokens = _calibration(model, formats)
+        packed = pack_model(
+            model.config, model.weights, formats, threads=threads, calibration=tokens
+        )
+        kv_bits = _kv_bits(settings)
         return [Decoder(packed, threads=threads, isa=level, kv_bits=kv_bits) for level in levels]
+
+
+def _calibration(model: LoadedModel, formats: DecoderFormats) -> Sequence[int]:
+    """Tokens of a text, where packing wants one."""
+    if not formats.lm_head_scan:
+        return ()
+    ids = model.tokenizer.encode(CALIBRATION_TEXT).ids
+    return [token_id for token_id in ids if token_id < model.config.vocab_size]
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def weight_formats(settings: EngineSettings) -> DecoderFormats:
         down=format_of(mlp),
         lm_head=format_of(lm_head),
         activation_bits=settings.activation_bits,
+        lm_head_scan=settings.lm_head_dtype == "int4+exact",
     )
 
 

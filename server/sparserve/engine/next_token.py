@@ -6,16 +6,24 @@ import math
 from collections.abc import Set
 
 from sparserve.engine.request import Finish, FinishReason, GeneratedToken
-from sparserve.engine.sampler import Row, adjusted_row, generated_token, sample
+from sparserve.engine.sampler import Row, adjusted_row, candidates_for, generated_token, sample
 from sparserve.engine.sequence import Sequence
 from sparserve.errors import InvalidRequest
+
+
+def needed_candidates(sequence: Sequence, vocab_size: int) -> int:
+    """Candidates that `draw` depends on for the next token; 0: the whole row."""
+    request = sequence.request
+    if request.output.wants_logprobs or not sequence.adjuster.is_idle:
+        return 0
+    return candidates_for(request.sampling, vocab_size)
 
 
 def draw(sequence: Sequence, row: Row) -> GeneratedToken:
     """The next token of a sequence. Raises InvalidRequest where its request forbids every token, and
     FloatingPointError where the model's output is not finite (float16 overflows, damaged weights).
     """
-    if not math.isfinite(row.log_normalizer_1):
+    if not row.head_only and not math.isfinite(row.log_normalizer_1):
         raise FloatingPointError("the model's logits are not finite")
     sampling, adjuster = sequence.request.sampling, sequence.adjuster
     step, chosen_from = len(sequence.output_token_ids), row
@@ -29,7 +37,10 @@ def draw(sequence: Sequence, row: Row) -> GeneratedToken:
             )
     token_id = sample(chosen_from, sampling, sequence.seed, sequence.choice, step)
     adjuster.accept(token_id)
-    return generated_token(row, token_id, sequence.request.output.top_logprobs)
+    output = sequence.request.output
+    if not output.wants_logprobs:
+        return GeneratedToken(token_id)
+    return generated_token(row, token_id, output.top_logprobs)
 
 
 def continue_text(

@@ -108,6 +108,7 @@ class StoppingParams:
 class OutputParams:
     """What comes back beside the text. Raises InvalidRequest on values out of range."""
 
+    logprobs: bool = False  # of the generated tokens
     top_logprobs: int = 0  # likeliest tokens told beside each generated one
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; None: nothing of them
     skip_special_tokens: bool = True
@@ -120,6 +121,10 @@ class OutputParams:
         ):
             if value is not None:
                 _check(0 <= value <= MAX_TOP_LOGPROBS, name, value, allowed)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs or self.top_logprobs > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,8 @@ class TopToken:
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
     id: int
-    logprob: float  # under the model at temperature 1, before penalties, bias and truncation
+    # Under the model at temperature 1, before penalties, bias and truncation; None where not asked for.
+    logprob: float | None = None
     top: tuple[TopToken, ...] = ()  # the likeliest, best first
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from sparserve.engine.request import GeneratedToken, SamplingParams, TopToken
-from sparserve.model.backend import Candidates
+from sparserve.model.backend import NUM_CANDIDATES, Candidates
 from sparserve.model.candidates import top_candidates
 
 Array = npt.NDArray[np.float64]
@@ -36,6 +36,9 @@ class Row:
     log_normalizer_1: float  # at temperature 1
     full_logits: Callable[[], npt.NDArray[np.float32]]  # [vocab]
     vocab_size: int
+    head_only: bool = (
+        False  # as many tokens as are needed, and neither normalizers nor other logits
+    )
 
 
 def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
@@ -48,8 +51,16 @@ def rows_of(candidates: Candidates, vocab_size: int) -> list[Row]:
         return lambda: candidates.full_logits(row).cpu().numpy()
 
     return [
-        Row(ids[i], logits[i], normalizers[i], normalizers_1[i], full(i), vocab_size)
-        for i in range(len(ids))
+        Row(
+            ids[i, : count or None],
+            logits[i, : count or None],
+            normalizers[i],
+            normalizers_1[i],
+            full(i),
+            vocab_size,
+            head_only=count > 0,
+        )
+        for i, count in enumerate(candidates.known or [0] * len(ids))
     ]
 
 
@@ -59,13 +70,20 @@ def adjusted_row(logits: npt.NDArray[np.float32], temperature: float) -> Row:
     return rows_of(candidates, len(logits))[0]
 
 
+def candidates_for(params: SamplingParams, vocab_size: int) -> int:
+    """Candidates of a row that `sample` depends on; 0: the whole row, for its normalizer at least."""
+    if params.temperature == 0:
+        return 1
+    return params.top_k if 0 < params.top_k <= min(NUM_CANDIDATES, vocab_size - 1) else 0
+
+
 def sample(row: Row, params: SamplingParams, seed: int, choice: int, step: int) -> int:
     """Id of the `step`-th token of a choice; equal arguments give the equal token.
 
     Raises FloatingPointError where no token has a finite probability: the model's output overflowed,
     or all of its tokens are forbidden.
     """
-    if not math.isfinite(row.log_normalizer):
+    if not row.head_only and not math.isfinite(row.log_normalizer):
         raise FloatingPointError("no token has a finite probability")
     if params.temperature == 0:
         return int(row.ids[0])
@@ -74,6 +92,10 @@ def sample(row: Row, params: SamplingParams, seed: int, choice: int, step: int) 
     top_k = params.top_k if 0 < params.top_k < row.vocab_size else row.vocab_size
     if top_k == row.vocab_size and params.top_p == params.typical_p == 1 and params.min_p == 0:
         return _sample_whole(row, params.softmax_temperature, uniform)
+    if top_k <= len(row.ids):
+        # The others do not count, nor what all of them sum up to.
+        weights = np.exp((row.logits[:top_k] - row.logits[0]) / params.softmax_temperature)
+        return int(row.ids[_draw(_truncate_known(weights, params), uniform)])
     probabilities = _probabilities(row, row.logits, params.softmax_temperature)
     kept = _truncate_head(probabilities, top_k, params, row.vocab_size)
     if kept is not None:
@@ -118,29 +140,36 @@ def _probabilities(row: Row, logits: Array, temperature: float) -> Array:
     return np.exp(exponents)
 
 
-def _truncate_head(
-    probabilities: Array, top_k: int, params: SamplingParams, vocab_size: int
-) -> Array | None:
-    """What is kept of a row's sorted head; None where more than the head may be kept.
+def _truncate_known(weights: Array, params: SamplingParams) -> Array:
+    """What is kept of the tokens that top_k keeps, sorted; in proportion to their probabilities.
 
     All but typical_p keep the likeliest so many, so the fewest of these wins.
     """
-    size = len(probabilities)
-    known = size == vocab_size or top_k <= size  # nothing outside the head can be kept by top_k
-    count = min(top_k, size) if known else vocab_size
+    count = len(weights)
     if params.top_p < 1:
-        if not known and top_k < vocab_size:
+        share = params.top_p * float(weights.sum())
+        count = min(count, int(np.searchsorted(np.cumsum(weights), share)) + 1)
+    if params.min_p > 0:
+        count = min(count, int((weights >= params.min_p * weights[0]).sum()))
+    kept = weights[:count]
+    return kept if params.typical_p == 1 else kept * _typical(kept, params.typical_p)
+
+
+def _truncate_head(
+    probabilities: Array, top_k: int, params: SamplingParams, vocab_size: int
+) -> Array | None:
+    """What is kept of a row's sorted head where top_k keeps more; None where more may be kept in all."""
+    size = len(probabilities)
+    count = vocab_size
+    if params.top_p < 1:
+        if top_k < vocab_size:
             return None  # a share of what top_k keeps, which is not known here
-        total = float(probabilities[:top_k].sum()) if known else 1.0
-        holding = int(np.searchsorted(np.cumsum(probabilities), params.top_p * total)) + 1
-        count = min(count, holding if holding <= size else vocab_size)
+        count = int(np.searchsorted(np.cumsum(probabilities), params.top_p)) + 1
     if params.min_p > 0:
         likely = int((probabilities >= params.min_p * probabilities[0]).sum())
         count = min(count, likely if likely < size else vocab_size)
     if count > size:
-        if not known:
-            return None
-        count = size
+        return None
     kept = probabilities[:count]
     return kept if params.typical_p == 1 else kept * _typical(kept, params.typical_p)
 

@@ -46,6 +46,8 @@ class SequenceInput:
     policy: Policy = DENSE
     output_offsets: Sequence[int] = ()
     temperature: float = 1.0
+    # Candidates of those rows that a choice depends on, as few as may be known; 0: the whole rows.
+    needed: int = 0
     collect_statistics: bool = False
     # Tokens that follow the first of `token_ids`, whose log-probabilities are wanted, each with those of
     # the `num_top` likeliest tokens in its place.
@@ -73,6 +75,8 @@ class Candidates:
     log_normalizer: torch.Tensor
     log_normalizer_1: torch.Tensor  # [rows] float32: the same at temperature 1, for logprobs
     full_logits: Callable[[int], torch.Tensor]
+    # [rows] how many of its candidates are known, and no normalizer or logits; 0: all of it. (): of all rows 0.
+    known: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +89,23 @@ class TargetScores:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadCounts:
+    """Output rows of a forward by how the LM head with a scan computed them."""
+
+    scanned: int = 0
+    widened: int = 0  # whole, because too many tokens were near the best
+    whole: int = 0  # because the forward's rows ask for it, or for too many candidates together
+    rescored: int = 0  # logits that scanned rows got from the LM head itself
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardOutput:
     candidates: Candidates
     # Per sequence one for each KV block that its tokens touch, None where not asked for; position 0
     # (the attention sink) is left out.
     statistics: Sequence[Sequence[NeuronStatistics] | None]
     scores: Sequence[TargetScores | None]  # per sequence, None where it has no targets
+    head: HeadCounts | None = None  # where the LM head has a scan
 
 
 @dataclass(frozen=True, slots=True)

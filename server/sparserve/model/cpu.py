@@ -7,16 +7,18 @@ with bfloat16 weights in prompts and decode alike, with integers in each of them
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
+from sparse_kernels._abi import SK_SCAN_NEEDED
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows
-from sparse_kernels.formats import DecoderFormats
-from sparse_kernels.pack import PackedDecoder, pack
+from sparse_kernels.formats import SCAN, DecoderFormats
+from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_scan
 from sparse_kernels.weights import (
     DecoderConfig,
     EndTensors,
@@ -25,6 +27,7 @@ from sparse_kernels.weights import (
     NonFiniteWeights,
 )
 from sparserve.compression.quantize import ScaleOverflow, quantize, quantize_layer
+from sparserve.compression.scan import make_scan
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
 from sparserve.model import llama
 from sparserve.model.backend import (
@@ -33,6 +36,7 @@ from sparserve.model.backend import (
     Candidates,
     ForwardBatch,
     ForwardOutput,
+    HeadCounts,
     Phase,
     SequenceInput,
     TargetScores,
@@ -49,6 +53,8 @@ KV_DTYPES = {16: "bfloat16", 8: "int8"}
 KV_SCALE_BYTES = {16: 0, 8: 2}
 # Rows of prompt log-probabilities whose logits are in memory at once.
 SCORED_ROWS = 64
+# Tokens of a calibration text that are read as one sequence.
+CALIBRATION_TOKENS = 256
 
 
 # (layers quantized, layers in all)
@@ -62,12 +68,15 @@ def make_decoder(
     *,
     threads: int,
     kv_bits: int = 16,
+    calibration: Sequence[int] = (),
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
     library refuses.
     """
-    packed = pack_model(config, weights, formats, on_layer=on_layer)
+    packed = pack_model(
+        config, weights, formats, threads=threads, calibration=calibration, on_layer=on_layer
+    )
     return Decoder(packed, threads=threads, kv_bits=kv_bits)
 
 
@@ -76,12 +85,15 @@ def pack_model(
     weights: ModelWeights,
     formats: DecoderFormats = DecoderFormats(),
     *,
+    threads: int = 1,
+    calibration: Sequence[int] = (),
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> PackedDecoder:
     """The library's own copy of `weights`, which are in DTYPE in main memory; each layer is asked for
-    once, quantized as `formats` says (then `on_layer` is told) and packed before the next is.
+    once, quantized as `formats` says (then `on_layer` is told) and packed before the next is. A scan of the
+    LM head is made for what the model computes of the tokens `calibration`, on so many `threads`.
 
-    Raises CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
+    Raises NativeCallError of what the library refuses, CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
     quantized, and MemoryError.
     """
     shapes = [
@@ -103,7 +115,11 @@ def pack_model(
     )
     with _told_as_model_errors():
         ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
-        return pack(decoder_config, ends, layers, formats)
+        packed = pack(decoder_config, ends, layers, formats)
+        if not formats.lm_head_scan:
+            return packed
+        inputs = _head_inputs(packed, calibration or range(min(config.vocab_size, 256)), threads)
+        return with_scan(packed, make_scan(weights.lm_head, inputs))
 
 
 @contextmanager
@@ -114,6 +130,20 @@ def _told_as_model_errors() -> Iterator[None]:
         raise CorruptCheckpoint(f"the weights are damaged: {error}") from error
     except ScaleOverflow as error:
         raise UnsupportedModel(f"the weights cannot be quantized: {error}") from error
+
+
+def _head_inputs(packed: PackedDecoder, token_ids: Sequence[int], threads: int) -> torch.Tensor:
+    """What the LM head gets after each of these tokens, [tokens, hidden]. But for the first of a sequence:
+    there all models have something of its own kind."""
+    parts = []
+    with Decoder(packed, threads=threads) as decoder:
+        table = range(-(-CALIBRATION_TOKENS // BLOCK_SIZE))
+        kv = huge_pages(len(table) * decoder.kv_block_bytes)
+        for begin in range(0, len(token_ids), CALIBRATION_TOKENS):
+            piece = token_ids[begin : begin + CALIBRATION_TOKENS]
+            sequence = SequenceInput(piece, 0, table, Phase.PREFILL)
+            parts.append(decoder.forward([sequence], kv, hidden_rows=range(1, len(piece))).hidden)
+    return llama.rms_norm(torch.cat(parts), packed.norm, packed.config.rms_norm_eps)
 
 
 def _ends(weights: ModelWeights, formats: DecoderFormats) -> EndTensors:
@@ -169,7 +199,12 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     attention = sum(formats.attention.bytes(*shapes[name]) for name in ("wq", "wk", "wv", "wo"))
     vectors = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
     mlp = 2 * formats.gate_up.bytes(neurons, hidden) + formats.down.bytes(neurons, hidden)
-    ends = formats.lm_head.bytes(config.vocab_size, hidden) + 4 * hidden
+    head = formats.lm_head.bytes(config.vocab_size, hidden)
+    if (
+        formats.lm_head_scan
+    ):  # with two bounds of each row's error; a few rows of the LM head are beside it
+        head = SCAN.bytes(config.vocab_size, scan_columns(hidden)) + 8 * config.vocab_size
+    ends = head + 4 * hidden
     return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
 
 
@@ -229,12 +264,16 @@ class CpuBackend:
         output_rows: list[int] = []
         temperatures: list[float] = []
         hidden_rows: list[int] = []
+        needed: list[int] = []
         first = 0  # row of the sequence's first token
         for sequence in sequences:
             output_rows += [first + offset for offset in sequence.output_offsets]
             temperatures += [sequence.temperature] * len(sequence.output_offsets)
+            needed += [sequence.needed] * len(sequence.output_offsets)
             hidden_rows += range(first, first + len(sequence.targets))
             first += len(sequence.token_ids)
+        with_scan = self._decoder.has_scan
+        rescored = array("I", bytes(4 * len(needed) * with_scan))
         sums = [self._new_sums(s) if s.collect_statistics else None for s in sequences]
         rows = self._decoder.forward(
             sequences,
@@ -244,14 +283,22 @@ class CpuBackend:
             hidden_rows=hidden_rows,
             prompts=prompts,
             statistics=sums,
+            needed=needed if with_scan else None,
+            rescored=rescored if with_scan else None,
         )
         statistics = [
             None if part is None else _by_block(sequence, part)
             for sequence, part in zip(sequences, sums, strict=True)
         ]
-        return ForwardOutput(
-            _candidates(rows), statistics, list(self._scores(sequences, rows.hidden))
-        )
+        known: list[int] = []
+        if with_scan:
+            whole = self.config.vocab_size
+            known = [
+                0 if count == whole else own for own, count in zip(needed, rescored, strict=True)
+            ]
+        scores = list(self._scores(sequences, rows.hidden))
+        counts = _head_counts(needed, known, rescored)
+        return ForwardOutput(_candidates(rows, known), statistics, scores, counts)
 
     def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:
         """[KV blocks that the tokens touch, num_layers, intermediate] int64 zeros."""
@@ -306,23 +353,46 @@ def _in_order(
         phase, own = rows[row]
         return outputs[phase].candidates.full_logits(own)
 
+    known = {
+        phase: output.candidates.known or [0] * len(output.candidates.logits)
+        for phase, output in outputs.items()
+    }
     candidates = Candidates(
         token_ids=joined("token_ids"),
         logits=joined("logits"),
         log_normalizer=joined("log_normalizer"),
         log_normalizer_1=joined("log_normalizer_1"),
         full_logits=full_logits,
+        known=[known[phase][own] for phase, own in rows] if prefill.head or decode.head else (),
     )
-    return ForwardOutput(candidates, statistics, scores)
+    return ForwardOutput(candidates, statistics, scores, _added(prefill.head, decode.head))
 
 
-def _candidates(rows: Rows) -> Candidates:
+def _added(a: HeadCounts | None, b: HeadCounts | None) -> HeadCounts | None:
+    if a is None or b is None:
+        return a or b
+    return HeadCounts(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(HeadCounts)))
+
+
+def _head_counts(
+    needed: Sequence[int], known: Sequence[int], rescored: Sequence[int]
+) -> HeadCounts | None:
+    if not known:
+        return None
+    if 0 in known:
+        tried = 0 not in needed and sum(needed) <= SK_SCAN_NEEDED
+        return HeadCounts(widened=len(known)) if tried else HeadCounts(whole=len(known))
+    return HeadCounts(scanned=len(known), rescored=sum(rescored))
+
+
+def _candidates(rows: Rows, known: Sequence[int]) -> Candidates:
     return Candidates(
         token_ids=rows.candidate_ids,
         logits=rows.candidate_logits,
         log_normalizer=rows.log_normalizers,
         log_normalizer_1=rows.log_normalizers_1,
         full_logits=lambda row: rows.logits[row],
+        known=known,
     )
 
 
