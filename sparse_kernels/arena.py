@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 
 import torch
@@ -57,3 +58,12 @@ class Arena:
 def aligned(size: int, unit: int = SK_ALIGNMENT) -> int:
     """`size` rounded up to a multiple of `unit`."""
     return -(-size // unit) * unit
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, where the C library (glibc) would keep it: after a
+    model was loaded, that can be as much as its weights.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import itertools
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sparse_kernels import _abi, arena, reference
-from sparse_kernels.arena import Arena, huge_pages
+from sparse_kernels.arena import Arena, huge_pages, trim_heap
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.matrix import row_layout
 from sparse_kernels.pack import PackedDecoder, pack
@@ -427,3 +428,18 @@ def vm_flags(address: int) -> list[str]:
         elif inside and head == "VmFlags:":
             return line.split()[1:]
     return []
+
+    def test_memory_that_was_freed_goes_back_to_the_system(self):
+        def resident() -> int:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            return pages * os.sysconf("SC_PAGE_SIZE")
+
+        pieces = [bytearray(100_000) for _ in range(1000)]  # too small for maps of their own
+        for piece in pieces:
+            piece[::4096] = b"x" * len(piece[::4096])
+        last = bytearray(100_000)  # the heap cannot simply end earlier
+        full = resident()
+        del pieces, piece
+        trim_heap()
+        assert resident() < full - 50e6
+        assert last

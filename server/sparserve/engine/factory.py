@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sparse_kernels.arena import trim_heap
 from sparse_kernels.decoder import Decoder
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import (
@@ -53,7 +54,10 @@ def build_engine(
 ) -> BuiltEngine:
     """Load the model and size the KV cache. Raises ModelError or ConfigError."""
     model = load_by_settings(settings, on_tensor=on_tensor, on_download=on_download)
-    return assemble_engine(model, settings, on_layer=on_layer)
+    built = assemble_engine(model, settings, on_layer=on_layer)
+    del model  # of which the engine keeps what it needs
+    trim_heap()
+    return built
 
 
 def load_by_settings(
@@ -67,7 +71,7 @@ def load_by_settings(
     For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own.
     """
     name, _ = choose_backend(settings, settings.dtype)
-    return load_model(
+    model = load_model(
         settings.model,
         dtype="bfloat16" if name == "cpu" else settings.dtype,
         placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
@@ -75,6 +79,8 @@ def load_by_settings(
         on_tensor=on_tensor,
         on_download=on_download,
     )
+    trim_heap()  # what reading the checkpoint left behind
+    return model
 
 
 def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
