@@ -80,6 +80,8 @@ inline Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, 
   return {out, columns};
 }
 
+constexpr size_t kAheadNeurons = 16;  // between what is read and what is fetched
+
 // Codes of 64 neurons, four neurons side by side: [columns / 16][16 fours of neurons][16
 // columns][4]. Vector j of a block of 64 columns has columns 4 j ... 4 j + 3 of each 16.
 template <Planes kPlanes>
@@ -93,6 +95,9 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
     }
     uint8_t* to = out;
     for (size_t j = 0; j < columns; j += 64, to += 4096) {
+      for (size_t i = 0; i < 4; ++i) {
+        __builtin_prefetch(codes[i] + kAheadNeurons * m.stride + (column + j) * m.bits / 8, 0, 2);
+      }
       __m512i row[4];
       for (size_t i = 0; i < 4; ++i)
         row[i] = load_codes<kPlanes>(codes[i], low[i], (column + j) / 64);

@@ -77,7 +77,7 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
 struct Piece {
   const uint8_t* codes;
   size_t stride;
-  size_t first, last;
+  size_t first, last, group;  // columns of one
   const float *scales, *offsets;
 };
 
@@ -149,8 +149,8 @@ inline void multiply_group(const Units& units, const Piece& piece, size_t g, con
 
 // out[token * out_stride + row] of 16 rows and up to 16 tokens; with `add`, to what is there.
 template <int kBits, bool kHalf>
-void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inputs, bool add,
-                float* out, size_t out_stride) {
+void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inputs,
+                const integer::Ahead& ahead, bool add, float* out, size_t out_stride) {
   constexpr bool kLower = kBits == 16 && !kHalf;  // in a tile of their own
   alignas(64) int32_t c[2][2][256];
   alignas(64) float transposed[16][16];
@@ -168,10 +168,12 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
   const auto add_sums = [&](size_t g, const int32_t (*sums)[256]) {
     add_group<kBits, kHalf>(sums, piece, g, inputs.scales + g * 16, inputs.sums + g * 16, rows);
   };
-  const size_t end = piece.last;
+  const size_t end = piece.last, group = piece.group;
   multiply_group<false, kLower>(units, piece, piece.first, inputs.bytes, inputs.unit_bytes);
   store_sums<false, kLower>(c[0]);
   for (size_t g = piece.first; g < end; g += 2) {
+    ahead.prefetch((g - piece.first) * group);
+    if (g + 1 < end) ahead.prefetch((g + 1 - piece.first) * group);
     if (g + 1 < end) {
       multiply_group<true, kLower>(units, piece, g + 1, inputs.bytes, inputs.unit_bytes);
     }
@@ -208,17 +210,17 @@ void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const voi
   for (size_t i = 0; i < tiles; ++i) {
     const Codes codes = unpack(m, row + 16 * i, begin, columns, unpacked[i]);
     integer::load_scales(m, row + 16 * i, first, last, scales[i], offsets[i]);
-    pieces[i] = {codes.at, codes.stride, first, last, scales[i], offsets[i]};
+    pieces[i] = {codes.at, codes.stride, first, last, m.group, scales[i], offsets[i]};
   }
   for (size_t t = 0; t < tokens; t += 16) {
     const Inputs<kBits> inputs(m, tokens, t, operand);
     for (size_t i = 0; i < tiles; ++i) {
-      if (t == 0) prefetch_rows(m, row + 16 * (tiles + i), 16);
+      const integer::Ahead ahead(m, row + 16 * (tiles + i), begin, t == 0);
       float* to = out + t * out_stride + 16 * i;
       if (kBits == 16 && inputs.count <= kHalfGroup) {
-        dot_tokens<kBits, true>(units, pieces[i], inputs, begin != 0, to, out_stride);
+        dot_tokens<kBits, true>(units, pieces[i], inputs, ahead, begin != 0, to, out_stride);
       } else {
-        dot_tokens<kBits, false>(units, pieces[i], inputs, begin != 0, to, out_stride);
+        dot_tokens<kBits, false>(units, pieces[i], inputs, ahead, begin != 0, to, out_stride);
       }
     }
   }

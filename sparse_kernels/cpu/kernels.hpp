@@ -139,8 +139,8 @@ struct Kernels {
   float (*largest)(const float* x, size_t n);
   // Sum of exp((x - largest) * factor), in double.
   double (*sum_of_exp)(const float* x, size_t n, float largest, float factor);
-  // The places i of values[i] + a along[i] + b across[i] >= bound, or not a number, in order -> their
-  // count.
+  // The places i of values[i] + a along[i] + b across[i] >= bound, or not a number, in order ->
+  // their count.
   size_t (*within_reach)(const float* values, const float* along, const float* across, size_t n,
                          float a, float b, float bound, uint32_t* places);
   bool (*all_finite)(const uint16_t* row, size_t n);

@@ -108,8 +108,7 @@ size_t within_reach(const float* values, const float* along, const float* across
     alignas(64) float most[kLanes] = {};
     const size_t lanes = n - i < kLanes ? n - i : kLanes;
     if (lanes == kLanes) {
-      const F error =
-          Simd::fma(factor_b, Simd::load(across + i), factor_a * Simd::load(along + i));
+      const F error = Simd::fma(factor_b, Simd::load(across + i), factor_a * Simd::load(along + i));
       const F v = Simd::load(values + i) + error;
       // Not a number if one of them is not: then they are looked at one by one.
       if (Simd::largest(v) < bound && Simd::sum(Simd::fma(v, Simd::zero(), Simd::zero())) == 0.0f) {

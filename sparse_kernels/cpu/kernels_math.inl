@@ -62,8 +62,9 @@ inline const uint16_t* bf16_row(const Matrix& matrix, size_t row) {
   return reinterpret_cast<const uint16_t*>(matrix.codes + row * matrix.stride);
 }
 
-// Rows that will be read after others: some at a time are multiplied side by side, which is no order
-// that the CPU would foresee. Beyond the last row a prefetch does nothing. Always inline: GCC drops calls of a function that does nothing but prefetch.
+// Rows that will be read after others: some at a time are multiplied side by side, which is no
+// order that the CPU would foresee. Beyond the last row a prefetch does nothing. Always inline: GCC
+// drops calls of a function that does nothing but prefetch.
 __attribute__((always_inline)) inline void prefetch_rows(const Matrix& m, size_t row, size_t rows) {
   const uint8_t* codes = m.codes + row * m.stride;
   for (size_t i = 0; i < rows * m.stride; i += 64) __builtin_prefetch(codes + i, 0, 3);
