@@ -33,13 +33,13 @@
 #define SK_READ_PROBE_MAX_PASSES 1048576
 #define SK_READ_PROBE_MAX_SECONDS 600
 
-#define SK_BLOCK_SIZE 16      /* positions in a KV block */
-#define SK_NUM_CANDIDATES 256 /* likeliest tokens of a row, or the whole vocabulary if smaller */
-#define SK_NEURON_BLOCK 64    /* neurons that are added up together in the down product */
-#define SK_PARTITIONS 16      /* of the neurons, at least; their sums are added in order */
-#define SK_ROW_TILE 16        /* rows of a matrix are stored in whole tiles */
-#define SK_COLUMN_TILE 64     /* and its columns */
-#define SK_ALIGNMENT 64       /* of the first byte and of the row stride of a matrix, and of KV */
+#define SK_BLOCK_SIZE 16       /* positions in a KV block */
+#define SK_NUM_CANDIDATES 256  /* likeliest tokens of a row, or the whole vocabulary if smaller */
+#define SK_NEURON_BLOCK 64     /* neurons that are added up together in the down product */
+#define SK_PARTITIONS 16       /* of the neurons, at least; their sums are added in order */
+#define SK_ROW_TILE 16         /* rows of a matrix are stored in whole tiles */
+#define SK_COLUMN_TILE 64      /* and its columns */
+#define SK_ALIGNMENT 64        /* of the first byte and of the row stride of a matrix, and of KV */
 #define SK_SCAN_DIRECTIONS 128 /* of inputs, along which a scan's errors are made small */
 #define SK_SCAN_NEEDED 48      /* candidates of all rows together that a scan is tried for */
 #define SK_MAX_LAYERS 4096
@@ -305,7 +305,8 @@ struct sk_forward_args {
    * may be -1, the row's normalizers NaN and its logits approximations; what matters has the bits
    * that it has without. Then rescored is below vocab_size, and of all rows or of none. */
   const uint32_t* needed;
-  uint32_t* rescored; /* with `needed`, [num_outputs]: logits of the row computed from lm_head; set */
+  uint32_t*
+      rescored; /* with `needed`, [num_outputs]: logits of the row computed from lm_head; set */
 };
 
 /* Of a forward's time. */
