@@ -18,6 +18,28 @@ inline Planes planes_of(const Matrix& m) {
   return m.low_bits == 4 ? Planes::k44 : m.low_bits == 1 ? Planes::k31 : Planes::k22;
 }
 
+template <Planes kPlanes>
+struct PlanesTag {
+  static constexpr Planes value = kPlanes;
+};
+
+// body(PlanesTag) for the planes of a matrix.
+template <typename Body>
+inline void with_planes(const Matrix& m, Body&& body) {
+  switch (planes_of(m)) {
+    case Planes::k8:
+      return body(PlanesTag<Planes::k8>());
+    case Planes::k44:
+      return body(PlanesTag<Planes::k44>());
+    case Planes::k4:
+      return body(PlanesTag<Planes::k4>());
+    case Planes::k31:
+      return body(PlanesTag<Planes::k31>());
+    case Planes::k22:
+      return body(PlanesTag<Planes::k22>());
+  }
+}
+
 inline __m512i words(uint16_t a, uint16_t b, uint16_t c, uint16_t d) {
   const auto all = [](uint16_t x) { return _mm_set1_epi16(static_cast<int16_t>(x)); };
   const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(all(a)), all(b), 1);
@@ -71,12 +93,9 @@ inline void unpack_rows(const Matrix& m, size_t row, size_t column, size_t colum
 }
 
 inline Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
-  const Planes planes = planes_of(m);
-  if (planes == Planes::k8) return {m.codes + row * m.stride + column, m.stride};
-  if (planes == Planes::k4) unpack_rows<Planes::k4>(m, row, column, columns, out);
-  if (planes == Planes::k44) unpack_rows<Planes::k44>(m, row, column, columns, out);
-  if (planes == Planes::k31) unpack_rows<Planes::k31>(m, row, column, columns, out);
-  if (planes == Planes::k22) unpack_rows<Planes::k22>(m, row, column, columns, out);
+  if (planes_of(m) == Planes::k8) return {m.codes + row * m.stride + column, m.stride};
+  with_planes(
+      m, [&](auto planes) { unpack_rows<decltype(planes)::value>(m, row, column, columns, out); });
   return {out, columns};
 }
 
@@ -115,12 +134,9 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
 
 inline void gather_fours(const Matrix& m, size_t neuron, size_t column, size_t columns,
                          uint8_t* out) {
-  const Planes planes = planes_of(m);
-  if (planes == Planes::k8) gather_rows<Planes::k8>(m, neuron, column, columns, out);
-  if (planes == Planes::k4) gather_rows<Planes::k4>(m, neuron, column, columns, out);
-  if (planes == Planes::k44) gather_rows<Planes::k44>(m, neuron, column, columns, out);
-  if (planes == Planes::k31) gather_rows<Planes::k31>(m, neuron, column, columns, out);
-  if (planes == Planes::k22) gather_rows<Planes::k22>(m, neuron, column, columns, out);
+  with_planes(m, [&](auto planes) {
+    gather_rows<decltype(planes)::value>(m, neuron, column, columns, out);
+  });
 }
 
 // 64 columns in the order of their vectors above -> in their own.

@@ -27,8 +27,6 @@ constexpr size_t kMostGroup = 128;  // columns
 template <int kBits>
 constexpr float kLimit = kBits == 16 ? 32512.0f : 127.0f;
 
-inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
-
 inline float largest_magnitude(const float* x, size_t n) {
   F top = Simd::zero(), others = Simd::zero();
   for (size_t i = 0; i < n; i += kLanes) {

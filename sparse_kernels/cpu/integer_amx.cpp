@@ -201,7 +201,7 @@ template <int kBits>
 void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const void* operand,
               size_t tokens, float* out, size_t out_stride) {
   const Units units(m);
-  const size_t columns = integer::at_most(kChunkColumns, m.columns - begin);
+  const size_t columns = at_most(kChunkColumns, m.columns - begin);
   const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
   alignas(64) uint8_t unpacked[kRowTiles][16 * kChunkColumns];
   alignas(64) float scales[kRowTiles][kMostChunkGroups * 16];
@@ -232,7 +232,7 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   if (tokens == 1)
     return integer::dot<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
   for (size_t row = 0; row < rows; row += 16 * kRowTiles) {
-    const size_t tiles = integer::at_most(kRowTiles, (rows - row) / 16);
+    const size_t tiles = at_most(kRowTiles, (rows - row) / 16);
     for (size_t begin = 0; begin < weights->columns; begin += kChunkColumns) {
       dot_rows<kBits>(*weights, first_row + row, tiles, begin, operand, tokens, out + row,
                       out_stride);

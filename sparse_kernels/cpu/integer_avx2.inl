@@ -1,26 +1,9 @@
-// Integer sums by products of 16-bit pairs; inputs are 16-bit integers whatever their bits.
+// Integer sums by products of 16-bit pairs.
 #include "integer_codes.inl"
 
 namespace {
 
-struct Integers {
-  static constexpr size_t kUnitBytes = 64 * sizeof(int16_t);
-
-  template <int>
-  static void store_unit(const int16_t* integers, uint8_t* out) {
-    memcpy(out, integers, kUnitBytes);
-  }
-
-  static Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
-    if (m.bits == 8) return {m.codes + row * m.stride + column, m.stride};
-    for (size_t i = 0; i < 16; ++i) {
-      for (size_t j = 0; j < columns; j += 64) {
-        unpack_block(m, row + i, (column + j) / 64, out + i * columns + j);
-      }
-    }
-    return {out, columns};
-  }
-
+struct Integers : WordIntegers {
   static __m256i widened(const uint8_t* p) {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -51,24 +34,6 @@ struct Integers {
     for (size_t i = 0; i < 2; ++i) quads[i] = _mm256_hadd_epi32(pairs[2 * i], pairs[2 * i + 1]);
     return _mm256_add_epi32(_mm256_permute2x128_si256(quads[0], quads[1], 0x20),
                             _mm256_permute2x128_si256(quads[0], quads[1], 0x31));
-  }
-
-  // Of a block of neurons.
-  struct Activations {
-    alignas(64) int16_t values[16 * 64];  // [token][neuron]
-    template <int>
-    void put(size_t token, size_t, const int16_t* integers) {
-      memcpy(values + token * 64, integers, 64 * sizeof(int16_t));
-    }
-  };
-
-  // Codes of 64 neurons, [neuron][columns].
-  static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
-    for (size_t i = 0; i < 64; ++i) {
-      for (size_t j = 0; j < columns; j += 64) {
-        unpack_block(m, neuron + i, (column + j) / 64, out + i * columns + j);
-      }
-    }
   }
 
   // sums[token, first ... first + n) += factor * the sum of codes and activations.
@@ -103,9 +68,6 @@ struct Integers {
       }
     }
   }
-
-  // A block of columns of `sums`.
-  static void in_order(const float* sums, float* out) { memcpy(out, sums, 64 * sizeof(float)); }
 };
 
 }  // namespace

@@ -43,4 +43,46 @@ inline void unpack_block(const Matrix& m, size_t row, size_t block, uint8_t* out
   for (size_t i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>((out[i] << m.low_bits) | low[i]);
 }
 
+// What levels without products of bytes have in common: inputs are 16-bit integers whatever their
+// bits, codes of neurons stand row after row.
+struct WordIntegers {
+  static constexpr size_t kUnitBytes = 64 * sizeof(int16_t);
+
+  template <int>
+  static void store_unit(const int16_t* integers, uint8_t* out) {
+    memcpy(out, integers, kUnitBytes);
+  }
+
+  static Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
+    if (m.bits == 8) return {m.codes + row * m.stride + column, m.stride};
+    for (size_t i = 0; i < 16; ++i) {
+      for (size_t j = 0; j < columns; j += 64) {
+        unpack_block(m, row + i, (column + j) / 64, out + i * columns + j);
+      }
+    }
+    return {out, columns};
+  }
+
+  // Of a block of neurons.
+  struct Activations {
+    alignas(64) int16_t values[16 * 64];  // [token][neuron]
+    template <int>
+    void put(size_t token, size_t, const int16_t* integers) {
+      memcpy(values + token * 64, integers, 64 * sizeof(int16_t));
+    }
+  };
+
+  // Codes of 64 neurons, [neuron][columns].
+  static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
+    for (size_t i = 0; i < 64; ++i) {
+      for (size_t j = 0; j < columns; j += 64) {
+        unpack_block(m, neuron + i, (column + j) / 64, out + i * columns + j);
+      }
+    }
+  }
+
+  // A block of columns of `sums`.
+  static void in_order(const float* sums, float* out) { memcpy(out, sums, 64 * sizeof(float)); }
+};
+
 }  // namespace

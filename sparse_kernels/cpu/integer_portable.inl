@@ -1,25 +1,9 @@
-// Integer sums in plain C++; inputs are 16-bit integers whatever their bits.
+// Integer sums in plain C++.
 #include "integer_codes.inl"
 
 namespace {
 
-struct Integers {
-  static constexpr size_t kUnitBytes = 64 * sizeof(int16_t);
-
-  template <int>
-  static void store_unit(const int16_t* integers, uint8_t* out) {
-    memcpy(out, integers, kUnitBytes);
-  }
-
-  static Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
-    for (size_t i = 0; i < 16; ++i) {
-      for (size_t j = 0; j < columns; j += 64) {
-        unpack_block(m, row + i, (column + j) / 64, out + i * columns + j);
-      }
-    }
-    return {out, columns};
-  }
-
+struct Integers : WordIntegers {
   // Of 16 rows with some units of an input.
   template <int>
   static void sums(const uint8_t* codes, size_t stride, const uint8_t* input, size_t units,
@@ -29,24 +13,6 @@ struct Integers {
       int32_t sum = 0;
       for (size_t i = 0; i < units * 64; ++i) sum += codes[row * stride + i] * x[i];
       out[row] = sum;
-    }
-  }
-
-  // Of a block of neurons.
-  struct Activations {
-    alignas(64) int16_t values[16 * 64];  // [token][neuron]
-    template <int>
-    void put(size_t token, size_t, const int16_t* integers) {
-      memcpy(values + token * 64, integers, 64 * sizeof(int16_t));
-    }
-  };
-
-  // Codes of 64 neurons, [neuron][columns].
-  static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
-    for (size_t i = 0; i < 64; ++i) {
-      for (size_t j = 0; j < columns; j += 64) {
-        unpack_block(m, neuron + i, (column + j) / 64, out + i * columns + j);
-      }
     }
   }
 
@@ -69,9 +35,6 @@ struct Integers {
       }
     }
   }
-
-  // A block of columns of `sums`.
-  static void in_order(const float* sums, float* out) { memcpy(out, sums, 64 * sizeof(float)); }
 };
 
 }  // namespace

@@ -57,7 +57,7 @@ struct Ahead {
     }
     if (low_stride != 0) {
       for (size_t i = 0; i < kRowTile; ++i) {
-        __builtin_prefetch(low + i * low_stride + column * low_bits / 8, 0, 3);
+        __builtin_prefetch(low + i * low_stride + column * low_bits / 8, 0, 2);
       }
     }
   }

@@ -31,13 +31,8 @@ inline size_t groups_of(size_t tokens) { return (tokens + kGroup - 1) / kGroup; 
 
 // 16 pairs of bfloat16 from 32 floats, and what is left of the floats.
 inline __m512i to_bf16(__m512 low, __m512 high, __m512* low_rest, __m512* high_rest) {
-  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
   const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
-  const auto rounded = [&](__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    return _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(odd, half)), mask);
-  };
+  const auto rounded = [&](__m512 x) { return _mm512_and_si512(round_to_bf16(x), mask); };
   const __m512i a = rounded(low), b = rounded(high);
   *low_rest = low - _mm512_castsi512_ps(a);
   *high_rest = high - _mm512_castsi512_ps(b);
@@ -65,11 +60,7 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
                     token % kGroup;
   for (size_t begin = 0; begin < k; begin += kTileK, pairs += kTile / 2) {
     alignas(64) float padded[kTileK];
-    const float* from = x + begin;
-    if (begin + kTileK > n) {
-      for (size_t i = 0; i < kTileK; ++i) padded[i] = begin + i < n ? from[i] : 0.0f;
-      from = padded;
-    }
+    const float* from = tile_inputs(x, begin, n, padded);
     __m512i high, low;
     split(from, &high, &low);
     alignas(64) uint32_t high_pairs[16], low_pairs[16];
@@ -126,8 +117,6 @@ inline void store_sums(float (*c)[kTileFloats]) {
   if constexpr (kTiles > 2) _tile_stored(2, c[2], 64);
   if constexpr (kTiles > 3) _tile_stored(3, c[3], 64);
 }
-
-inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
 
 // Two tiles of rows and two groups of tokens.
 void dot_2x2(const uint16_t* w, size_t stride, size_t k, const uint16_t* x, float* out,
@@ -248,21 +237,10 @@ inline void pair_up(const uint16_t* first, const uint16_t* second, uint16_t* low
 // c low, c high [8 high | 8 low, 16]: columns in pair_up's order -> out[token, 32 columns].
 inline void store_downs(const float* low, const float* high, size_t tokens, float* out,
                         size_t out_stride, bool add) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second =
-      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
   for (size_t token = 0; token < tokens; ++token) {
     const __m512 a = _mm512_load_ps(low + token * 16) + _mm512_load_ps(low + (token + 8) * 16);
     const __m512 b = _mm512_load_ps(high + token * 16) + _mm512_load_ps(high + (token + 8) * 16);
-    __m512 left = _mm512_permutex2var_ps(a, first, b);
-    __m512 right = _mm512_permutex2var_ps(a, second, b);
-    float* to = out + token * out_stride;
-    if (add) {
-      left = _mm512_loadu_ps(to) + left;
-      right = _mm512_loadu_ps(to + 16) + right;
-    }
-    _mm512_storeu_ps(to, left);
-    _mm512_storeu_ps(to + 16, right);
+    put_columns(a, b, add, out + token * out_stride);
   }
 }
 

@@ -41,6 +41,8 @@ inline F exp_of(F x) {
   return Simd::scale_by_power(p, n);
 }
 
+inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
+
 inline F silu(F gate) { return gate / (Simd::set(1.0f) + exp_of(Simd::zero() - gate)); }
 
 inline uint16_t bf16_of(float x) {

@@ -18,17 +18,11 @@ constexpr size_t kTile = 512;           // bfloat16 numbers, 1 KiB
 constexpr size_t kPanelColumns = 1024;  // of 32 rows of weights in numbers
 constexpr size_t kStripColumns = 256;   // of kMaxDownNeurons neurons
 
-inline size_t at_most(size_t value, size_t limit) { return value < limit ? value : limit; }
 inline size_t groups_of(size_t tokens) { return (tokens + kTokens - 1) / kTokens; }
 
 // 32 numbers in their order.
 inline __m512i to_bf16(__m512 low, __m512 high) {
-  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
-  const auto rounded = [&](__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, half)), 16);
-  };
+  const auto rounded = [](__m512 x) { return _mm512_srli_epi32(round_to_bf16(x), 16); };
   // The pack takes lanes of both by turns.
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
   return _mm512_permutexvar_epi64(order, _mm512_packus_epi32(rounded(low), rounded(high)));
@@ -67,70 +61,42 @@ inline void numbers(const Row& row, size_t group_shift, size_t block, __m512i* f
 
 inline size_t shift_of(const Matrix& m) { return m.group == 32 ? 5 : m.group == 64 ? 6 : 7; }
 
-// Calls body.template operator()<planes>() for the planes of a matrix.
-template <typename Body>
-inline void with_planes(const Matrix& m, Body&& body) {
-  switch (planes_of(m)) {
-    case Planes::k8:
-      return body.template run<Planes::k8>();
-    case Planes::k44:
-      return body.template run<Planes::k44>();
-    case Planes::k4:
-      return body.template run<Planes::k4>();
-    case Planes::k31:
-      return body.template run<Planes::k31>();
-    case Planes::k22:
-      return body.template run<Planes::k22>();
-  }
-}
-
 // Columns [begin, begin + columns) of some rows -> [rows][columns].
-struct FillPanel {
-  const Matrix& m;
-  size_t row, rows, begin, columns;
-  uint16_t* out;
-
-  template <Planes kPlanes>
-  void run() const {
-    uint16_t* to = out;
-    for (size_t i = row; i < row + rows; ++i) {
-      const Row from(m, i);
-      for (size_t column = begin; column < begin + columns; column += 64, to += 64) {
-        __m512i first, second;
-        numbers<kPlanes>(from, shift_of(m), column / 64, &first, &second);
-        _mm512_store_si512(to, first);
-        _mm512_store_si512(to + 32, second);
-      }
+template <Planes kPlanes>
+inline void fill_panel(const Matrix& m, size_t row, size_t rows, size_t begin, size_t columns,
+                       uint16_t* out) {
+  for (size_t i = row; i < row + rows; ++i) {
+    const Row from(m, i);
+    for (size_t column = begin; column < begin + columns; column += 64, out += 64) {
+      __m512i first, second;
+      numbers<kPlanes>(from, shift_of(m), column / 64, &first, &second);
+      _mm512_store_si512(out, first);
+      _mm512_store_si512(out + 32, second);
     }
   }
-};
+}
 
 // Columns [begin, begin + columns) of some neurons, two neurons side by side, in tiles of 16 pairs
 // and 16 columns: [columns / 32][neurons / 32][two tiles], which have the columns {0-3, 8-11, ...}
 // and {4-7, 12-15, ...} of 32.
-struct FillStrip {
-  const Matrix& m;
-  size_t neuron, neurons, begin, columns;
-  uint16_t* out;
-
-  template <Planes kPlanes>
-  void run() const {
-    const size_t strip = neurons / 32 * 2 * kTile;
-    for (size_t i = 0; i < neurons; i += 2) {
-      const Row a(m, neuron + i), b(m, neuron + i + 1);
-      uint16_t* to = out + i / 32 * 2 * kTile + i % 32 / 2 * 32;
-      for (size_t column = begin; column < begin + columns; column += 64, to += 2 * strip) {
-        __m512i a_first, a_second, b_first, b_second;
-        numbers<kPlanes>(a, shift_of(m), column / 64, &a_first, &a_second);
-        numbers<kPlanes>(b, shift_of(m), column / 64, &b_first, &b_second);
-        _mm512_store_si512(to, _mm512_unpacklo_epi16(a_first, b_first));
-        _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a_first, b_first));
-        _mm512_store_si512(to + strip, _mm512_unpacklo_epi16(a_second, b_second));
-        _mm512_store_si512(to + strip + kTile, _mm512_unpackhi_epi16(a_second, b_second));
-      }
+template <Planes kPlanes>
+inline void fill_strip(const Matrix& m, size_t neuron, size_t neurons, size_t begin, size_t columns,
+                       uint16_t* out) {
+  const size_t strip = neurons / 32 * 2 * kTile;
+  for (size_t i = 0; i < neurons; i += 2) {
+    const Row a(m, neuron + i), b(m, neuron + i + 1);
+    uint16_t* to = out + i / 32 * 2 * kTile + i % 32 / 2 * 32;
+    for (size_t column = begin; column < begin + columns; column += 64, to += 2 * strip) {
+      __m512i a_first, a_second, b_first, b_second;
+      numbers<kPlanes>(a, shift_of(m), column / 64, &a_first, &a_second);
+      numbers<kPlanes>(b, shift_of(m), column / 64, &b_first, &b_second);
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(a_first, b_first));
+      _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a_first, b_first));
+      _mm512_store_si512(to + strip, _mm512_unpacklo_epi16(a_second, b_second));
+      _mm512_store_si512(to + strip + kTile, _mm512_unpackhi_epi16(a_second, b_second));
     }
   }
-};
+}
 
 // [group][k / 32][16 pairs of inputs][16 tokens][2]
 size_t operand_bytes(const Matrix* weights, size_t tokens) {
@@ -144,11 +110,7 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
                     token % kTokens;
   for (size_t begin = 0; begin < k; begin += kTileK, pairs += kTile / 2) {
     alignas(64) float padded[kTileK];
-    const float* from = x + begin;
-    if (begin + kTileK > n) {
-      for (size_t i = 0; i < kTileK; ++i) padded[i] = begin + i < n ? from[i] : 0.0f;
-      from = padded;
-    }
+    const float* from = tile_inputs(x, begin, n, padded);
     alignas(64) uint32_t rounded[16];
     _mm512_store_si512(rounded, to_bf16(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)));
     for (size_t i = 0; i < 16; ++i) pairs[16 * i] = rounded[i];
@@ -203,8 +165,11 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
     const size_t count = at_most(32, rows - row), other = count == 32 ? 16 : 0;
     for (size_t begin = 0; begin < k; begin += kPanelColumns) {
       const size_t columns = at_most(kPanelColumns, k - begin);
-      with_planes(*weights, FillPanel{*weights, first_row + row, count, begin, columns, panel});
-      prefetch_rows(*weights, first_row + row + count, 32);
+      with_planes(*weights, [&](auto planes) {
+        fill_panel<decltype(planes)::value>(*weights, first_row + row, count, begin, columns,
+                                            panel);
+      });
+      if (begin == 0) prefetch_rows(*weights, first_row + row + count, 32);
       for (size_t group = 0; group < groups; group += 2) {
         const size_t next = group + 1 < groups ? 1 : 0;
         const uint16_t* x = inputs + group * group_size + begin / kTileK * kTile;
@@ -240,22 +205,12 @@ void swiglu(const SwigluTask* task) {
   }
 }
 
-// low, high [16 tokens, 16]: columns in the order of FillStrip -> out[token, 32 columns].
+// low, high [16 tokens, 16]: columns in the order of fill_strip -> out[token, 32 columns].
 inline void put_downs(const float* low, const float* high, size_t tokens, bool add, float* out,
                       size_t out_stride) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second =
-      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
   for (size_t t = 0; t < tokens; ++t) {
-    const __m512 a = _mm512_load_ps(low + t * 16), b = _mm512_load_ps(high + t * 16);
-    __m512 left = _mm512_permutex2var_ps(a, first, b), right = _mm512_permutex2var_ps(a, second, b);
-    float* to = out + t * out_stride;
-    if (add) {
-      left = _mm512_loadu_ps(to) + left;
-      right = _mm512_loadu_ps(to + 16) + right;
-    }
-    _mm512_storeu_ps(to, left);
-    _mm512_storeu_ps(to + 16, right);
+    put_columns(_mm512_load_ps(low + t * 16), _mm512_load_ps(high + t * 16), add,
+                out + t * out_stride);
   }
 }
 
@@ -268,8 +223,10 @@ void down(const DownTask* task) {
       static_cast<const uint16_t*>(task->activations) + task->first_neuron / 32 * kTile;
   for (size_t begin = 0; begin < task->columns; begin += kStripColumns) {
     const size_t columns = at_most(kStripColumns, task->columns - begin);
-    with_planes(*task->weights, FillStrip{*task->weights, task->first_neuron, neurons,
-                                          task->first_column + begin, columns, strip});
+    with_planes(*task->weights, [&](auto planes) {
+      fill_strip<decltype(planes)::value>(*task->weights, task->first_neuron, neurons,
+                                          task->first_column + begin, columns, strip);
+    });
     for (size_t group = 0; group < groups; group += 2) {
       const size_t next = group + 1 < groups ? 1 : 0, token = group * kTokens;
       const uint16_t* a = inputs + group * group_size;

@@ -46,4 +46,34 @@ inline void transpose(const float (*from)[16], __m512* to) {
   }
 }
 
+// Inputs [begin, begin + 32) of n, zero beyond: where they are, or a copy in `padded`.
+inline const float* tile_inputs(const float* x, size_t begin, size_t n, float* padded) {
+  if (begin + 32 <= n) return x + begin;
+  for (size_t i = 0; i < 32; ++i) padded[i] = begin + i < n ? x[begin + i] : 0.0f;
+  return padded;
+}
+
+// Rounded to bfloat16 in the upper half of each lane; the lower half holds anything.
+inline __m512i round_to_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+
+// 32 columns of two rows that were unpacked as 16-bit pairs, {0-3, 8-11, ...} and {4-7, 12-15,
+// ...}, in their order; with `add`, to what is there.
+inline void put_columns(__m512 low, __m512 high, bool add, float* out) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  __m512 left = _mm512_permutex2var_ps(low, first, high);
+  __m512 right = _mm512_permutex2var_ps(low, second, high);
+  if (add) {
+    left = _mm512_loadu_ps(out) + left;
+    right = _mm512_loadu_ps(out + 16) + right;
+  }
+  _mm512_storeu_ps(out, left);
+  _mm512_storeu_ps(out + 16, right);
+}
+
 }  // namespace
