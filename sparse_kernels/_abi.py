@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 3
+SK_ABI_VERSION = 4
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -17,6 +17,9 @@ SK_BLOCK_SIZE = 16
 SK_NUM_CANDIDATES = 256
 SK_NEURON_BLOCK = 64
 SK_PARTITIONS = 16
+SK_CHOICE_TOKENS = 16
+SK_MAX_CORRECTION_RANK = 64
+SK_MAX_CORRECTIONS = 64
 SK_ROW_TILE = 16
 SK_COLUMN_TILE = 64
 SK_ALIGNMENT = 64
@@ -209,6 +212,8 @@ class sk_layer(ctypes.Structure):
     output_bias: "ctypes._Pointer[ctypes.c_float]"
     q_norm: "ctypes._Pointer[ctypes.c_float]"
     k_norm: "ctypes._Pointer[ctypes.c_float]"
+    planes_factors: "ctypes._Pointer[ctypes.c_float]"
+    gate_factors: "ctypes._Pointer[ctypes.c_float]"
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -228,6 +233,26 @@ class sk_layer(ctypes.Structure):
         ("output_bias", ctypes.POINTER(ctypes.c_float)),
         ("q_norm", ctypes.POINTER(ctypes.c_float)),
         ("k_norm", ctypes.POINTER(ctypes.c_float)),
+        ("planes_factors", ctypes.POINTER(ctypes.c_float)),
+        ("gate_factors", ctypes.POINTER(ctypes.c_float)),
+    )
+
+
+class sk_correction(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    rank: int
+    reserved: int
+    inputs: sk_matrix
+    outputs: sk_matrix
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("rank", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("inputs", sk_matrix),
+        ("outputs", sk_matrix),
     )
 
 
@@ -260,7 +285,7 @@ class sk_model_args(ctypes.Structure):
     rope_rows: int
     activation_bits: int
     kv_bits: int
-    reserved: int
+    num_corrections: int
     layers: "ctypes._Pointer[sk_layer]"
     norm: "ctypes._Pointer[ctypes.c_float]"
     embedding: sk_matrix
@@ -269,6 +294,7 @@ class sk_model_args(ctypes.Structure):
     scan: sk_matrix
     scan_basis: sk_matrix
     scan_errors: "ctypes._Pointer[ctypes.c_float]"
+    corrections: "ctypes._Pointer[sk_correction]"
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -285,7 +311,7 @@ class sk_model_args(ctypes.Structure):
         ("rope_rows", ctypes.c_uint32),
         ("activation_bits", ctypes.c_uint32),
         ("kv_bits", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("num_corrections", ctypes.c_uint32),
         ("layers", ctypes.POINTER(sk_layer)),
         ("norm", ctypes.POINTER(ctypes.c_float)),
         ("embedding", sk_matrix),
@@ -294,6 +320,7 @@ class sk_model_args(ctypes.Structure):
         ("scan", sk_matrix),
         ("scan_basis", sk_matrix),
         ("scan_errors", ctypes.POINTER(ctypes.c_float)),
+        ("corrections", ctypes.POINTER(sk_correction)),
     )
 
 
@@ -315,6 +342,40 @@ class sk_model_info(ctypes.Structure):
     )
 
 
+class sk_choice_kind(enum.IntEnum):
+    SK_CHOICE_CORE = 0
+    SK_CHOICE_PLANES = 1
+    SK_CHOICE_GATE = 2
+
+
+class sk_choice(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    kind: int
+    correction: int
+    core: "ctypes._Pointer[ctypes.c_uint64]"
+    thresholds: "ctypes._Pointer[ctypes.c_float]"
+    core_count: int
+    thresholds_count: int
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("correction", ctypes.c_uint32),
+        ("core", ctypes.POINTER(ctypes.c_uint64)),
+        ("thresholds", ctypes.POINTER(ctypes.c_float)),
+        ("core_count", ctypes.c_uint64),
+        ("thresholds_count", ctypes.c_uint64),
+    )
+
+
+class sk_score(enum.IntEnum):
+    SK_SCORE_NORM = 0
+    SK_SCORE_COUNT = 1
+    SK_SCORE_SIGNED_COUNT = 2
+
+
 class sk_sequence(ctypes.Structure):
     abi_version: int
     struct_size: int
@@ -325,6 +386,10 @@ class sk_sequence(ctypes.Structure):
     num_blocks: int
     statistics_blocks: int
     statistics: "ctypes._Pointer[ctypes.c_int64]"
+    score: int
+    score_share: float
+    choice: "ctypes._Pointer[sk_choice]"
+    reads: "ctypes._Pointer[ctypes.c_uint64]"
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -336,6 +401,10 @@ class sk_sequence(ctypes.Structure):
         ("num_blocks", ctypes.c_uint32),
         ("statistics_blocks", ctypes.c_uint32),
         ("statistics", ctypes.POINTER(ctypes.c_int64)),
+        ("score", ctypes.c_uint32),
+        ("score_share", ctypes.c_float),
+        ("choice", ctypes.POINTER(sk_choice)),
+        ("reads", ctypes.POINTER(ctypes.c_uint64)),
     )
 
 
@@ -366,6 +435,7 @@ class sk_forward_args(ctypes.Structure):
     phase_seconds: "ctypes._Pointer[ctypes.c_double]"
     needed: "ctypes._Pointer[ctypes.c_uint32]"
     rescored: "ctypes._Pointer[ctypes.c_uint32]"
+    union_reads: "ctypes._Pointer[ctypes.c_uint64]"
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -394,6 +464,7 @@ class sk_forward_args(ctypes.Structure):
         ("phase_seconds", ctypes.POINTER(ctypes.c_double)),
         ("needed", ctypes.POINTER(ctypes.c_uint32)),
         ("rescored", ctypes.POINTER(ctypes.c_uint32)),
+        ("union_reads", ctypes.POINTER(ctypes.c_uint64)),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sparse_kernels import _abi, native
+from sparse_kernels.choice import SCORES, ChoiceKind, NeuronChoice, Score
 from sparse_kernels.pack import PackedDecoder, pointer
 
 BLOCK_SIZE = _abi.SK_BLOCK_SIZE
@@ -34,6 +35,18 @@ class Tokens(Protocol):
     def start(self) -> int: ...
     @property
     def block_table(self) -> Sequence[int]: ...
+
+
+class Wanted(NamedTuple):
+    """What of a sequence is computed, and what is told of it, beside its KV."""
+
+    choice: NeuronChoice | None = None  # None: all neurons
+    # None, or zeroed int64 [KV blocks that its tokens touch, layers, widest intermediate_size]: scores
+    # of all tokens but position 0, in units of 2^-32, are added.
+    statistics: torch.Tensor | None = None
+    score: Score = Score.NORM
+    score_share: float = 1.0  # with a count
+    reads: torch.Tensor | None = None  # None, or int64 [layers, 3]: see `reads` of sk_sequence
 
 
 class Rows(NamedTuple):
@@ -63,11 +76,15 @@ class Decoder:
         self.config = config = packed.config
         self.formats = packed.formats
         self.has_scan = packed.scan is not None
+        self.choices: frozenset[ChoiceKind] = frozenset()  # that sequences can choose by
+        if packed.choice is not None:
+            self.choices = packed.choice.kinds
         self._library = native.load()
         self._arguments = native.new_struct(_abi.sk_forward_args)
         self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)
         widest = max(shape.intermediate_size for shape in config.layers)
         self._sums_shape = (len(config.layers), widest)  # of a KV block's statistics
+        self._reads_shape = (len(config.layers), 3)
         self._logits = torch.empty(0, config.vocab_size)
         self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
@@ -92,10 +109,11 @@ class Decoder:
         temperatures: Sequence[float] = (),
         hidden_rows: Sequence[int] = (),
         prompts: bool = False,
-        statistics: Sequence[torch.Tensor | None] | None = None,
+        wanted: Sequence[Wanted] | None = None,
         phase_seconds: array[float] | None = None,
         needed: Sequence[int] | None = None,
         rescored: array[int] | None = None,
+        union_reads: torch.Tensor | None = None,
     ) -> Rows:
         """Compute a batch and write its KV.
 
@@ -106,14 +124,14 @@ class Decoder:
             hidden_rows: rows whose hidden state is wanted.
             prompts: all tokens are of prompts, which integer weights may multiply faster, rounded in
                 another way: a prompt's bits are the same in any cut, but not those of decoding.
-            statistics: for each sequence None, or zeroed int64 [KV blocks that its tokens touch,
-                layers, widest intermediate_size]: norm scores of all tokens but position 0, in
-                units of 2^-32, are added.
+            wanted: of each sequence; None: nothing. Where one chooses its neurons, all together have
+                at most SK_CHOICE_TOKENS tokens.
             phase_seconds: doubles, one for each of PHASES, set to the wall time of each.
             needed: of each output row, how many of its candidates matter; 0: the whole row. Where none is
                 0, a scan may leave out all else: candidates are -1 then, normalizers NaN, logits rough.
             rescored: with `needed`, a number of type "I" for each output row, set to how many of its
                 logits were computed from the LM head itself: vocab_size where nothing is left out.
+            union_reads: int64 [layers, 3], set to what all tokens together read.
 
         Raises NativeCallError where the library refuses a value, ValueError where it could not know.
         """
@@ -123,10 +141,11 @@ class Decoder:
         for sequence in sequences:
             numbers += array("i", sequence.token_ids)  # `extend` of a list takes twice as long
             numbers += array("i", sequence.block_table)
-        self._check_lengths(rows, temps, kv, statistics or ())
-        wanted, found = _scan_arrays(len(rows), needed, rescored)
+        wanted = wanted or [NOTHING] * len(sequences)
+        self._check_lengths(rows, temps, kv, wanted, union_reads)
+        known, found = _scan_arrays(len(rows), needed, rescored)
         times = 0 if phase_seconds is None else _address_of_times(phase_seconds)
-        records = _records(sequences, numbers, statistics)
+        records = _records(sequences, numbers, wanted)
         outputs, vocab, hidden_size = len(rows), self.config.vocab_size, self.config.hidden_size
         ids = torch.empty(outputs, self._candidates, dtype=torch.int32)
         logits = torch.empty(outputs, self._candidates)
@@ -144,7 +163,8 @@ class Decoder:
             outputs * vocab, outputs * self._candidates, hidden.numel(),
             whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),
             normalizers.data_ptr() + 4 * outputs, hidden.data_ptr(), times,
-            wanted.buffer_info()[0] if needed else 0, found.buffer_info()[0] if needed else 0,
+            known.buffer_info()[0] if needed else 0, found.buffer_info()[0] if needed else 0,
+            0 if union_reads is None else union_reads.data_ptr(),
         )  # fmt: skip
         status = self._library.sk_forward(self._model, ctypes.byref(self._arguments))
         native.check(self._library, status)
@@ -172,23 +192,18 @@ class Decoder:
         rows: array[int],
         temperatures: array[float],
         kv: torch.Tensor,
-        statistics: Sequence[torch.Tensor | None],
+        wanted: Sequence[Wanted],
+        union_reads: torch.Tensor | None,
     ) -> None:
         """Of what the library cannot measure. Raises ValueError."""
         if len(rows) != len(temperatures):
             raise ValueError(f"{len(rows)} output rows have {len(temperatures)} temperatures")
         if not kv.is_contiguous():
             raise ValueError(f"kv {list(kv.shape)} is not contiguous")
-        for sums in statistics:
-            if sums is not None and (
-                sums.shape[1:] != self._sums_shape
-                or sums.dtype != torch.int64
-                or not sums.is_contiguous()
-            ):
-                raise ValueError(
-                    f"statistics are {sums.dtype} {list(sums.shape)}; expected contiguous "
-                    f"torch.int64 [blocks, {self._sums_shape[0]}, {self._sums_shape[1]}]"
-                )
+        for own in wanted:
+            _check_tensor("statistics", own.statistics, self._sums_shape, leading=1)
+            _check_tensor("reads", own.reads, self._reads_shape)
+        _check_tensor("union_reads", union_reads, self._reads_shape)
 
     def _logits_buffer(self, rows: int) -> torch.Tensor:
         """[rows, vocab], reused: fresh pages for 3 MB would cost a tenth of a step each time."""
@@ -230,7 +245,29 @@ def model_arguments(
     if packed.scan is not None:
         arguments.scan, arguments.scan_basis = packed.scan.matrix, packed.scan.basis
         arguments.scan_errors = pointer(packed.scan.errors)
+    if packed.choice is not None:
+        arguments.num_corrections = packed.choice.num_corrections
+        arguments.corrections = ctypes.cast(
+            packed.choice.corrections, ctypes.POINTER(_abi.sk_correction)
+        )
     return arguments
+
+
+NOTHING = Wanted()
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], leading: int = 0
+) -> None:
+    """Of int64, with so many dimensions before `shape`. Raises ValueError."""
+    if tensor is not None and (
+        tensor.shape[leading:] != shape or tensor.dtype != torch.int64 or not tensor.is_contiguous()
+    ):
+        expected = ", ".join(["blocks"] * leading + [str(size) for size in shape])
+        raise ValueError(
+            f"{name} are {tensor.dtype} {list(tensor.shape)}; expected contiguous torch.int64 "
+            f"[{expected}]"
+        )
 
 
 def _address_of_times(phase_seconds: array[float]) -> int:
@@ -259,21 +296,21 @@ def _scan_arrays(
 
 
 def _records(
-    sequences: Sequence[Tokens],
-    numbers: array[int],
-    statistics: Sequence[torch.Tensor | None] | None,
+    sequences: Sequence[Tokens], numbers: array[int], wanted: Sequence[Wanted]
 ) -> ctypes.Array[_abi.sk_sequence]:
     """The batch's sk_sequences, whose tokens and block tables stand in `numbers` one after another."""
     records = (_abi.sk_sequence * len(sequences))()
     address, size = numbers.buffer_info()[0], numbers.itemsize
-    for index, sequence in enumerate(sequences):
+    for index, (sequence, own) in enumerate(zip(sequences, wanted, strict=True)):
         tokens, blocks = len(sequence.token_ids), len(sequence.block_table)
         table = address + tokens * size
-        sums = None if statistics is None else statistics[index]
-        counted, into = (0, 0) if sums is None else (len(sums), sums.data_ptr())
+        sums, reads, choice = own.statistics, own.reads, own.choice
         _SEQUENCE.pack_into(
             records, index * _SEQUENCE.size, _abi.SK_ABI_VERSION, _SEQUENCE.size,
-            address, table, tokens, sequence.start, blocks, counted, into,
+            address, table, tokens, sequence.start, blocks, 0 if sums is None else len(sums),
+            0 if sums is None else sums.data_ptr(), SCORES[own.score], own.score_share,
+            0 if choice is None else ctypes.addressof(choice.struct),
+            0 if reads is None else reads.data_ptr(),
         )  # fmt: skip
         address = table + blocks * size
     return records
@@ -281,7 +318,7 @@ def _records(
 
 def _record(kind: type[ctypes.Structure]) -> struct.Struct:
     """The layout of a C struct of numbers and pointers, all of whose fields are packed at once."""
-    codes: dict[Any, str] = {ctypes.c_uint32: "I", ctypes.c_uint64: "Q"}
+    codes: dict[Any, str] = {ctypes.c_uint32: "I", ctypes.c_uint64: "Q", ctypes.c_float: "f"}
     return struct.Struct("@" + "".join(codes.get(field[1], "P") for field in kind._fields_))
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from sparse_kernels import _abi
 from sparse_kernels.arena import Arena, aligned
+from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, MatrixFormat
 from sparse_kernels.matrix import (
     fill_matrix,
@@ -27,6 +28,7 @@ from sparse_kernels.matrix import (
 )
 from sparse_kernels.native import new_struct
 from sparse_kernels.weights import (
+    ChoiceTensors,
     DecoderConfig,
     EndTensors,
     LayerShape,
@@ -51,6 +53,7 @@ class PackedDecoder:
     embedding: _abi.sk_matrix
     lm_head: _abi.sk_matrix
     scan: PackedScan | None = None
+    choice: PackedChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,16 @@ class PackedScan:
     matrix: _abi.sk_matrix
     basis: _abi.sk_matrix
     errors: torch.Tensor  # [2, vocab]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedChoice:
+    """What choices of neurons go by, in an arena of its own."""
+
+    arena: Arena
+    kinds: frozenset[ChoiceKind]  # that sequences can choose by
+    corrections: ctypes.Array[_abi.sk_correction]  # [num_corrections * layers]
+    num_corrections: int
 
 
 def pack(
@@ -116,6 +129,40 @@ def with_scan(packed: PackedDecoder, tensors: ScanTensors) -> PackedDecoder:
     basis = fill_matrix(arena, tensors.basis, *directions, BFLOAT16)
     errors = _vector(arena, 2 * vocab).view(2, vocab).copy_(tensors.errors)
     return replace(packed, scan=PackedScan(arena, matrix, basis, errors))
+
+
+def with_choice(packed: PackedDecoder, tensors: ChoiceTensors) -> PackedDecoder:
+    """The same decoder, whose sequences can choose neurons. Raises as `pack`."""
+    config, layers = packed.config, len(packed.config.layers)
+    widest = max(shape.intermediate_size for shape in config.layers)
+    factors = {
+        kind: values
+        for kind, values in (
+            (ChoiceKind.PLANES, tensors.planes_factors),
+            (ChoiceKind.GATE, tensors.gate_factors),
+        )
+        if values is not None
+    }
+    rows, hidden = _abi.SK_MAX_CORRECTION_RANK, config.hidden_size
+    corrections = (_abi.sk_correction * (layers * len(tensors.corrections)))()
+    size = len(factors) * _vector_bytes(layers * widest)
+    arena = Arena(size + 2 * len(corrections) * matrix_bytes(rows, hidden, BFLOAT16))
+    structs = type(packed.layers)(*packed.layers)
+    for kind, values in factors.items():
+        _check_tensor(f"{kind.value} factors", values, (layers, widest), torch.float32)
+        kept = _vector(arena, layers * widest).view(layers, widest).copy_(values)
+        for struct, own in zip(structs, kept, strict=True):
+            setattr(struct, f"{kind.value}_factors", pointer(own))
+    each = [pair for correction in tensors.corrections for pair in correction]
+    for index, (inputs, outputs) in enumerate(each):
+        correction = corrections[index] = new_struct(_abi.sk_correction)
+        correction.rank = len(inputs)
+        for name, matrix in (("inputs", inputs), ("outputs", outputs)):
+            _check_tensor(f"correction {name}", matrix, (len(inputs), hidden), torch.bfloat16)
+            setattr(correction, name, fill_matrix(arena, matrix, rows, hidden, BFLOAT16))
+        corrections[index] = correction
+    choice = PackedChoice(arena, frozenset(factors), corrections, len(tensors.corrections))
+    return replace(packed, layers=structs, choice=choice)
 
 
 def scan_columns(hidden_size: int) -> int:

@@ -92,6 +92,19 @@ class ScanTensors:
     errors: torch.Tensor  # float32 [2, vocab]
 
 
+# Of one layer: inputs, outputs, each bfloat16 [rank, hidden]; see sk_correction.
+Correction = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceTensors:
+    """What a token's choice of neurons goes by, and what can stand in for those left out."""
+
+    planes_factors: torch.Tensor | None = None  # float32 [layers, widest intermediate_size]
+    gate_factors: torch.Tensor | None = None  # the same shape
+    corrections: Sequence[Sequence[Correction]] = ()  # each has one for each layer
+
+
 @dataclass(frozen=True, slots=True)
 class EndTensors:
     """What stands before the first layer and after the last."""

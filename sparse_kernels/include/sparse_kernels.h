@@ -23,7 +23,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 3
+#define SK_ABI_VERSION 4
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -33,10 +33,13 @@
 #define SK_READ_PROBE_MAX_PASSES 1048576
 #define SK_READ_PROBE_MAX_SECONDS 600
 
-#define SK_BLOCK_SIZE 16       /* positions in a KV block */
-#define SK_NUM_CANDIDATES 256  /* likeliest tokens of a row, or the whole vocabulary if smaller */
-#define SK_NEURON_BLOCK 64     /* neurons that are added up together in the down product */
-#define SK_PARTITIONS 16       /* of the neurons, at least; their sums are added in order */
+#define SK_BLOCK_SIZE 16      /* positions in a KV block */
+#define SK_NUM_CANDIDATES 256 /* likeliest tokens of a row, or the whole vocabulary if smaller */
+#define SK_NEURON_BLOCK 64    /* neurons that are added up together in the down product */
+#define SK_PARTITIONS 16      /* of the neurons, at least; their sums are added in order */
+#define SK_CHOICE_TOKENS 16   /* of a forward in which a sequence chooses its neurons, at most */
+#define SK_MAX_CORRECTION_RANK 64
+#define SK_MAX_CORRECTIONS 64
 #define SK_ROW_TILE 16         /* rows of a matrix are stored in whole tiles */
 #define SK_COLUMN_TILE 64      /* and its columns */
 #define SK_ALIGNMENT 64        /* of the first byte and of the row stride of a matrix, and of KV */
@@ -195,6 +198,22 @@ struct sk_layer {
   const float* output_bias;    /* [hidden_size] or null; of several ranks only one may have it */
   const float* q_norm;         /* [head_dim] or null */
   const float* k_norm;         /* [head_dim] or null */
+  /* What a neuron's importance is multiplied with, see sk_choice; finite, >= 0. Null: sequences
+   * cannot choose so. */
+  const float* planes_factors; /* [intermediate_size] or null; up and gate are in two planes */
+  const float* gate_factors;   /* [intermediate_size] or null */
+};
+
+/* Stands in for what a choice leaves out of a layer: its feed-forward gets outputs^T (inputs x)
+ * more, with x the input of gate and up. */
+struct sk_correction {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint32_t rank; /* 0 .. SK_MAX_CORRECTION_RANK; 0: nothing is added, the matrices are not read */
+  uint32_t reserved; /* 0 */
+  struct sk_matrix
+      inputs; /* [SK_MAX_CORRECTION_RANK, hidden_size] in bfloat16, zero from `rank` on */
+  struct sk_matrix outputs; /* the same shape */
 };
 
 /* Adds up partial sums of all ranks in place: data [count] float32. Called on one thread of a
@@ -225,8 +244,8 @@ struct sk_model_args {
   uint32_t rope_rows; /* 1: the same for all positions; else row p is for position p, the last for
                          all beyond */
   uint32_t activation_bits; /* of the inputs of integer matrices: 16, or 8 which is faster */
-  uint32_t kv_bits;  /* of keys and values in the cache: 16, bfloat16, or 8 with a scale a token */
-  uint32_t reserved; /* 0 */
+  uint32_t kv_bits; /* of keys and values in the cache: 16, bfloat16, or 8 with a scale a token */
+  uint32_t num_corrections;      /* 0 .. SK_MAX_CORRECTIONS */
   const struct sk_layer* layers; /* [num_layers] */
   const float* norm;             /* [hidden_size] */
   struct sk_matrix embedding;    /* [vocab_size, hidden_size] in bfloat16 */
@@ -244,6 +263,7 @@ struct sk_model_args {
                                   codes.data null: none, and the next two are not read */
   struct sk_matrix scan_basis; /* [SK_SCAN_DIRECTIONS, hidden_size] in bfloat16 */
   const float* scan_errors;    /* [2, vocab_size], >= 0 */
+  const struct sk_correction* corrections; /* [num_corrections, num_layers] */
 };
 
 struct sk_model_info {
@@ -253,6 +273,40 @@ struct sk_model_info {
   uint64_t kv_block_bytes; /* of one KV block in all layers */
   int32_t isa;             /* the sk_isa used, never SK_ISA_AUTO */
   uint32_t threads;
+};
+
+/* How a token chooses neurons by their importance, with g = <gate, x>, u = <up, x>. */
+enum sk_choice_kind {
+  SK_CHOICE_CORE = 0,   /* not at all: all of the core are used */
+  SK_CHOICE_PLANES = 1, /* |silu(g') u'| planes_factors, g' and u' from the upper planes of the
+                           codes, to which the mean of all lower bits is added */
+  SK_CHOICE_GATE = 2    /* |silu(g)| gate_factors */
+};
+
+/* Which neurons some tokens use; the others' activations count as zero. What is computed does not
+ * depend on the other sequences of a batch, though neurons that any of them uses are read once for
+ * all. */
+struct sk_choice {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint32_t kind;        /* sk_choice_kind */
+  uint32_t correction;  /* 0: none; else the number of one of the model's, from 1 */
+  const uint64_t* core; /* null: all neurons; else [num_layers, words], a word for 64 neurons of the
+                           widest layer: bit n % 64 of word n / 64 says that neuron n may be used */
+  /* Null with SK_CHOICE_CORE, else [num_layers, 2], >= 0, infinity included: a neuron of the core
+   * is used where its importance is not below the first; its activation is silu(g') u' unless it is
+   * not below the second, then silu(g) u. With SK_CHOICE_GATE the second is not read. */
+  const float* thresholds;
+  uint64_t core_count;       /* num_layers * words, or 0 */
+  uint64_t thresholds_count; /* 2 * num_layers, or 0 */
+};
+
+/* What of an activation a (of silu(g) u) the statistics add up, in units of 2^-32. */
+enum sk_score {
+  SK_SCORE_NORM = 0, /* (a / |a|)^2, |a| over all neurons of the token: GRIFFIN, arXiv 2402.19427 */
+  SK_SCORE_COUNT = 1,       /* 1 for the `score_share` of all neurons with the largest |a| */
+  SK_SCORE_SIGNED_COUNT = 2 /* 1 for the `score_share` of those with a > 0 with the largest a:
+                               CoreInfer, arXiv 2410.18311 */
 };
 
 /* Tokens `token_ids` at positions start, start + 1, ... of one sequence. The KV of position p is in
@@ -266,9 +320,15 @@ struct sk_sequence {
   uint32_t start;
   uint32_t num_blocks;
   uint32_t statistics_blocks; /* 0, or the number of KV blocks that the tokens touch */
-  int64_t* statistics; /* null, or [statistics_blocks, num_layers, widest intermediate_size]: norm
-                          scores of the tokens but position 0, in units of 2^-32, are added; a
+  int64_t* statistics; /* null, or [statistics_blocks, num_layers, widest intermediate_size]: scores
+                          of the tokens but position 0, in units of 2^-32, are added; a
                           token whose activations are not finite adds nothing */
+  uint32_t score;      /* sk_score */
+  float score_share;   /* with a count, > 0, <= 1; equal values: the lower neuron first */
+  const struct sk_choice* choice; /* null: all neurons are used; without `prompts` alone */
+  uint64_t* reads; /* null, or [num_layers, 3], to which is added, over the tokens: neurons whose
+                      gate (with SK_CHOICE_PLANES, the upper planes of gate and up) was looked at;
+                      that were used; whose up, or lower planes, were read */
 };
 
 /* What a forward does with a ragged batch. Row r of the batch is the r-th of all sequences' tokens,
@@ -307,6 +367,8 @@ struct sk_forward_args {
   const uint32_t* needed;
   uint32_t*
       rescored; /* with `needed`, [num_outputs]: logits of the row computed from lm_head; set */
+  uint64_t* union_reads; /* null, or [num_layers, 3]: `reads` of all tokens together, each neuron
+                            once; set. All neurons are, where no sequence chooses */
 };
 
 /* Of a forward's time. */

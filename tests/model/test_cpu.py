@@ -141,7 +141,7 @@ def test_it_tells_what_it_is(backend, tiny_bfloat16, make_backend):
     assert info.title == f"cpu ({info.isa})"
     assert (info.name, info.device, info.dtype, info.threads) == ("cpu", "cpu", "bfloat16", 2)
     for name in (
-        "dtype", "policies", "weight_bytes", "mlp_bytes", "kv_dtype", "kv_bytes_per_token",
+        "dtype", "choices", "neuron_bytes", "weight_bytes", "mlp_bytes", "kv_dtype", "kv_bytes_per_token",
     ):  # fmt: skip
         assert getattr(info, name) == getattr(reference, name)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sparserve.model.llama import (
     apply_rope,
     attention,
-    neuron_activations,
+    gate_and_up,
     project_heads,
     rms_norm,
     rope_frequencies,
@@ -247,12 +247,13 @@ def test_heads_are_projected_biased_and_normed(random):
 # --- feed-forward ---
 
 
-def test_neuron_activations_are_silu_of_gate_times_up(random):
+def test_silu_of_gate_times_up(random):
     x = torch.randn(4, 12, generator=random)
     gate, up = torch.randn(2, 20, 12, generator=random)
     unused = torch.empty(0)
     layer = LayerWeights(*[unused] * 6, w_gate=gate, w_up=up, w_down=unused)
     g, u = x.double() @ gate.double().T, x.double() @ up.double().T
     expected = g / (1 + (-g).exp()) * u
-    actual = neuron_activations(F.linear, x, layer)
+    gate, up = gate_and_up(F.linear, x, layer)
+    actual = gate * up
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)

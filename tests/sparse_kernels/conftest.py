@@ -8,7 +8,7 @@ import torch
 
 from sparse_kernels import native, reference
 from sparse_kernels.arena import huge_pages
-from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows
+from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.pack import PackedDecoder, pack
 from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
@@ -168,7 +168,7 @@ class Machine:
             temperatures=temperatures,
             hidden_rows=everything,
             prompts=prompts,
-            statistics=sums,
+            wanted=[Wanted(statistics=part) for part in sums],
         )
         row = 0
         for (run, count), part in zip(steps, sums, strict=True):

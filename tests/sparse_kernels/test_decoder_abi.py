@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sparse_kernels import _abi, decoder, native
 from sparse_kernels._abi import sk_status
 from sparse_kernels.arena import huge_pages
-from sparse_kernels.decoder import Decoder, model_arguments
+from sparse_kernels.decoder import Decoder, Wanted, model_arguments
 
 VOCAB, HIDDEN, BLOCKS = 50, 64, 8
 ROWS = 256  # that the result buffers have room for: more than any batch here can have
@@ -192,7 +192,7 @@ class TestForward:
     def test_statistics_that_the_library_would_write_beyond(self, model, make_part, sums) -> None:
         kv, part = huge_pages(model.kv_block_bytes), make_part([1], 0, [0])
         with pytest.raises(ValueError, match=r"expected contiguous torch.int64 \[blocks, 2, 96\]"):
-            model.forward([part], kv, statistics=[sums])
+            model.forward([part], kv, wanted=[Wanted(statistics=sums)])
 
     def test_kv_that_is_not_in_one_piece(self, model, make_part) -> None:
         kv = huge_pages(2 * model.kv_block_bytes)[::2]
@@ -286,7 +286,6 @@ class TestCreate:
             ("activation_bits", 12, VALUE, ("activation_bits is 12",)),
             ("kv_bits", 4, VALUE, ("kv_bits is 4", "16 or 8")),
             ("kv_bits", 0, VALUE, ("kv_bits is 0",)),
-            ("reserved", 1, VALUE, ("reserved is 1",)),
             ("layers", None, NULL, ("layers",)),
             ("norm", None, NULL, ("norm",)),
             ("embedding.codes.data", None, NULL, ("embedding",)),

@@ -100,7 +100,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_stream_backlog=settings.max_stream_backlog,
             ),
-            policies=[POLICY_NUMBERS[kind] for kind in info.policies],
+            policies=[POLICY_NUMBERS[kind] for kind in engine.policies],
             default_policy=POLICY_NUMBERS[DENSE.kind],
         )
 

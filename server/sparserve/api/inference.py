@@ -100,7 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         request,
                         engine.tokenizer,
                         engine.limits.max_context - 1,
-                        engine.backend.info.policies,
+                        engine.policies,
                         seconds_left,
                         arrival,
                     ),

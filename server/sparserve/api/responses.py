@@ -182,5 +182,7 @@ def _timings(finish: Finish) -> pb.Timings:
 
 def _sparsity_report(policy: Policy, finish: Finish) -> pb.SparsityReport:
     return pb.SparsityReport(
-        policy=POLICY_NUMBERS[policy.kind], density=policy.density, core_share=finish.core_share
+        policy=POLICY_NUMBERS[policy.kind],
+        density=policy.density or 1.0,
+        core_share=finish.core_share,
     )

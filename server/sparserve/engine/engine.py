@@ -34,6 +34,7 @@ from sparserve.errors import (
 )
 from sparserve.metrics import Metrics
 from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
+from sparserve.sparsity.policy import PolicyKind
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._requests)
+
+    @property
+    def policies(self) -> tuple[PolicyKind, ...]:
+        """That requests can ask for."""
+        return (PolicyKind.DENSE,)
 
     @property
     def num_running(self) -> int:
@@ -396,7 +402,6 @@ def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
         start=start,
         block_table=sequence.block_table,
         phase=item.phase,
-        policy=sequence.request.policy,
         output_offsets=(count - 1,) if item.wants_token else (),
         temperature=sequence.request.sampling.softmax_temperature,
         needed=needed_candidates(sequence, vocab_size) if item.wants_token else 0,

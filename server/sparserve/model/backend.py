@@ -6,7 +6,7 @@ a ragged batch of sequences with q_len >= 1 tokens each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 from sparse_kernels._abi import SK_BLOCK_SIZE, SK_NUM_CANDIDATES
+from sparse_kernels.choice import ALL_NEURONS, ChoiceKind, NeuronChoice, Score
 from sparserve.model.config import ModelConfig
-from sparserve.sparsity.policy import DENSE, Policy, PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
 BLOCK_SIZE = SK_BLOCK_SIZE  # token positions in a KV block
@@ -43,12 +43,14 @@ class SequenceInput:
     start: int
     block_table: Sequence[int]
     phase: Phase
-    policy: Policy = DENSE
+    choice: NeuronChoice = ALL_NEURONS  # of decoded tokens
     output_offsets: Sequence[int] = ()
     temperature: float = 1.0
     # Candidates of those rows that a choice depends on, as few as may be known; 0: the whole rows.
     needed: int = 0
     collect_statistics: bool = False
+    score: Score = Score.NORM  # of the statistics
+    score_share: float = 1.0  # of a token's activations that a count counts
     # Tokens that follow the first of `token_ids`, whose log-probabilities are wanted, each with those of
     # the `num_top` likeliest tokens in its place.
     targets: Sequence[int] = ()
@@ -99,6 +101,14 @@ class HeadCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class NeuronReads:
+    """Neurons of feed-forward layers that tokens looked at, used, and read whole; see `reads` of sk_sequence."""
+
+    counts: torch.Tensor  # [num_layers, 3] int64
+    tokens: int  # that these are the sums over; 1 for a batch whose tokens read together
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardOutput:
     candidates: Candidates
     # Per sequence one for each KV block that its tokens touch, None where not asked for; position 0
@@ -106,6 +116,9 @@ class ForwardOutput:
     statistics: Sequence[Sequence[NeuronStatistics] | None]
     scores: Sequence[TargetScores | None]  # per sequence, None where it has no targets
     head: HeadCounts | None = None  # where the LM head has a scan
+    # Per sequence, None where it uses all neurons; (): of all.
+    reads: Sequence[NeuronReads | None] = ()
+    union: NeuronReads | None = None  # of all sequences together, where one of them chooses
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +127,15 @@ class BackendInfo:
     device: str
     dtype: str
     threads: int
-    policies: tuple[PolicyKind, ...]  # what `forward` can run
+    # How tokens can choose among the neurons of a core; a core itself every backend can take.
+    choices: frozenset[ChoiceKind]
     weight_bytes: (
         int  # read by a dense decode step: all but the embedding, of which it takes one row
     )
     mlp_bytes: int  # of these, by the feed-forward layers
+    # Bytes of a neuron that are read when it is looked at, when it is used, and when it is read whole, by the
+    # kind of choice (None: a core); together they are all of it.
+    neuron_bytes: Mapping[ChoiceKind | None, tuple[float, float, float]]
     packed_bytes: int  # all weights as they lie in memory, padding included
     kv_dtype: str
     kv_bytes_per_token: int  # K and V of one position in all layers

@@ -10,13 +10,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 
 import torch
 
-from sparse_kernels._abi import SK_SCAN_NEEDED
+from sparse_kernels._abi import SK_CHOICE_TOKENS, SK_SCAN_NEEDED
 from sparse_kernels.arena import huge_pages
-from sparse_kernels.decoder import Decoder, Rows
+from sparse_kernels.choice import ChoiceKind
+from sparse_kernels.decoder import Decoder, Rows, Wanted
 from sparse_kernels.formats import SCAN, DecoderFormats
 from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_scan
 from sparse_kernels.weights import (
@@ -37,14 +37,15 @@ from sparserve.model.backend import (
     ForwardBatch,
     ForwardOutput,
     HeadCounts,
+    NeuronReads,
     Phase,
     SequenceInput,
     TargetScores,
 )
 from sparserve.model.candidates import concatenate_scores, target_scores
 from sparserve.model.config import ModelConfig
+from sparserve.model.merge import Call, kept, merged
 from sparserve.model.weights import LayerWeights, ModelWeights, layer_shapes
-from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.statistics import NeuronStatistics
 
 DTYPE = torch.bfloat16
@@ -208,6 +209,22 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
 
 
+def _neuron_bytes(
+    config: ModelConfig, formats: DecoderFormats
+) -> dict[ChoiceKind | None, tuple[float, float, float]]:
+    """See BackendInfo."""
+    hidden, gate = config.hidden_size, formats.gate_up
+    row = gate.bytes(1, hidden)
+    low = hidden * gate.low_bits / 8
+    down = formats.down.bytes(1, hidden)
+    kinds: dict[ChoiceKind | None, tuple[float, float, float]] = dict.fromkeys(
+        (None, ChoiceKind.GATE), (row, row + down, 0)
+    )
+    if gate.low_bits:
+        kinds[ChoiceKind.PLANES] = (2 * (row - low), down, 2 * low)
+    return kinds
+
+
 class CpuBackend:
     """See `sparserve.model.backend.Backend`."""
 
@@ -228,7 +245,8 @@ class CpuBackend:
             "cpu",
             str(decoder.formats),
             decoder.threads,
-            policies=(PolicyKind.DENSE,),
+            choices=decoder.choices,
+            neuron_bytes=_neuron_bytes(config, decoder.formats),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,
@@ -244,20 +262,28 @@ class CpuBackend:
         self._kv[:, list(block_ids)] = blocks.transpose(0, 1)
 
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
-        phases = {sequence.phase for sequence in batch.sequences}
-        if len(phases) == 1 or not self._decoder.formats.layers_quantized:
-            prompts = self._decoder.formats.layers_quantized and Phase.PREFILL in phases
-            return self._forward(batch.sequences, prompts=prompts)
-        # Integer weights multiply prompts in another way: a call for each kind of tokens.
-        prefill = [s for s in batch.sequences if s.phase is Phase.PREFILL]
-        decode = [s for s in batch.sequences if s.phase is Phase.DECODE]
-        first = self._forward(prefill, prompts=True)
-        # The next forward overwrites whole rows of logits.
-        kept = [
-            first.candidates.full_logits(i).clone() for i in range(len(first.candidates.logits))
-        ]
-        first = replace(first, candidates=replace(first.candidates, full_logits=kept.__getitem__))
-        return _in_order(batch.sequences, first, self._forward(decode, prompts=False))
+        """Raises ValueError of a sequence that chooses neurons for more than SK_CHOICE_TOKENS tokens."""
+        sequences, calls = batch.sequences, self._calls(batch.sequences)
+        if len(calls) == 1:
+            return self._forward(sequences, prompts=calls[0].prompts)
+        outputs = []
+        for call in calls:
+            own = [sequences[place] for place in call.places]
+            output = self._forward(own, prompts=call.prompts)
+            outputs.append(output if call is calls[-1] else kept(output))
+        return merged(sequences, calls, outputs)
+
+    def _calls(self, sequences: Sequence[SequenceInput]) -> list[Call]:
+        """Integer weights multiply prompts in another way, and few tokens at a time can choose neurons."""
+        own_way = self._decoder.formats.layers_quantized
+        decode = [i for i, s in enumerate(sequences) if s.phase is Phase.DECODE]
+        choosing = any(not sequences[i].choice.is_dense for i in decode)
+        if not choosing and (not own_way or len(decode) in (0, len(sequences))):
+            return [Call(range(len(sequences)), prompts=own_way and not decode)]
+        prefill = [i for i, s in enumerate(sequences) if s.phase is Phase.PREFILL]
+        parts = _split(sequences, decode) if choosing else [decode]
+        calls = [Call(prefill, prompts=own_way)] if prefill else []
+        return calls + [Call(part, prompts=False) for part in parts]
 
     def _forward(self, sequences: Sequence[SequenceInput], *, prompts: bool) -> ForwardOutput:
         """One call of the library."""
@@ -274,7 +300,9 @@ class CpuBackend:
             first += len(sequence.token_ids)
         with_scan = self._decoder.has_scan
         rescored = array("I", bytes(4 * len(needed) * with_scan))
-        sums = [self._new_sums(s) if s.collect_statistics else None for s in sequences]
+        wanted = [self._wanted(sequence) for sequence in sequences]
+        choosing = any(own.reads is not None for own in wanted)
+        union = torch.zeros(self.config.num_layers, 3, dtype=torch.int64) if choosing else None
         rows = self._decoder.forward(
             sequences,
             self._kv,
@@ -282,13 +310,18 @@ class CpuBackend:
             temperatures=temperatures,
             hidden_rows=hidden_rows,
             prompts=prompts,
-            statistics=sums,
+            wanted=wanted,
             needed=needed if with_scan else None,
             rescored=rescored if with_scan else None,
+            union_reads=union,
         )
         statistics = [
-            None if part is None else _by_block(sequence, part)
-            for sequence, part in zip(sequences, sums, strict=True)
+            None if own.statistics is None else _by_block(sequence, own.statistics)
+            for sequence, own in zip(sequences, wanted, strict=True)
+        ]
+        reads = [
+            None if own.reads is None else NeuronReads(own.reads, len(sequence.token_ids))
+            for sequence, own in zip(sequences, wanted, strict=True)
         ]
         known: list[int] = []
         if with_scan:
@@ -298,7 +331,24 @@ class CpuBackend:
             ]
         scores = list(self._scores(sequences, rows.hidden))
         counts = _head_counts(needed, known, rescored)
-        return ForwardOutput(_candidates(rows, known), statistics, scores, counts)
+        return ForwardOutput(
+            _candidates(rows, known),
+            statistics,
+            scores,
+            counts,
+            reads if union is not None else (),
+            None if union is None else NeuronReads(union, 1),
+        )
+
+    def _wanted(self, sequence: SequenceInput) -> Wanted:
+        chooses = sequence.phase is Phase.DECODE and not sequence.choice.is_dense
+        return Wanted(
+            choice=sequence.choice if chooses else None,
+            statistics=self._new_sums(sequence) if sequence.collect_statistics else None,
+            score=sequence.score,
+            score_share=sequence.score_share,
+            reads=torch.zeros(self.config.num_layers, 3, dtype=torch.int64) if chooses else None,
+        )
 
     def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:
         """[KV blocks that the tokens touch, num_layers, intermediate] int64 zeros."""
@@ -326,52 +376,18 @@ class CpuBackend:
             first += len(targets)
 
 
-def _in_order(
-    sequences: Sequence[SequenceInput], prefill: ForwardOutput, decode: ForwardOutput
-) -> ForwardOutput:
-    """The outputs of both kinds of sequences, in the order of the batch."""
-    outputs = {Phase.PREFILL: prefill, Phase.DECODE: decode}
-    next_row = {Phase.PREFILL: 0, Phase.DECODE: 0}
-    next_sequence = {Phase.PREFILL: 0, Phase.DECODE: 0}
-    rows: list[tuple[Phase, int]] = []
-    statistics, scores = [], []
-    for sequence in sequences:
-        phase = sequence.phase
-        statistics.append(outputs[phase].statistics[next_sequence[phase]])
-        scores.append(outputs[phase].scores[next_sequence[phase]])
-        next_sequence[phase] += 1
-        for _ in sequence.output_offsets:
-            rows.append((phase, next_row[phase]))
-            next_row[phase] += 1
-    skipped = {Phase.PREFILL: 0, Phase.DECODE: len(prefill.candidates.logits)}
-    order = torch.tensor([skipped[phase] + row for phase, row in rows], dtype=torch.long)
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(outputs[p].candidates, name) for p in outputs])[order]
-
-    def full_logits(row: int) -> torch.Tensor:
-        phase, own = rows[row]
-        return outputs[phase].candidates.full_logits(own)
-
-    known = {
-        phase: output.candidates.known or [0] * len(output.candidates.logits)
-        for phase, output in outputs.items()
-    }
-    candidates = Candidates(
-        token_ids=joined("token_ids"),
-        logits=joined("logits"),
-        log_normalizer=joined("log_normalizer"),
-        log_normalizer_1=joined("log_normalizer_1"),
-        full_logits=full_logits,
-        known=[known[phase][own] for phase, own in rows] if prefill.head or decode.head else (),
-    )
-    return ForwardOutput(candidates, statistics, scores, _added(prefill.head, decode.head))
-
-
-def _added(a: HeadCounts | None, b: HeadCounts | None) -> HeadCounts | None:
-    if a is None or b is None:
-        return a or b
-    return HeadCounts(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(HeadCounts)))
+def _split(sequences: Sequence[SequenceInput], places: Sequence[int]) -> list[list[int]]:
+    """Those at `places` in parts of SK_CHOICE_TOKENS tokens at most; whoever has more is a part of its own."""
+    parts: list[list[int]] = []
+    room = 0
+    for place in places:
+        tokens = len(sequences[place].token_ids)
+        if tokens > room or not parts:
+            parts.append([])
+            room = SK_CHOICE_TOKENS
+        parts[-1].append(place)
+        room -= tokens
+    return parts
 
 
 def _head_counts(

@@ -155,7 +155,8 @@ def attention(
     return out.permute(2, 0, 1, 3).reshape(rows, heads * head_dim)
 
 
-def neuron_activations(linear: Linear, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-    """SwiGLU's inner activations silu(gate) * up, x [rows, hidden] -> [rows, intermediate]."""
-    activations: torch.Tensor = F.silu(linear(x, layer.w_gate)) * linear(x, layer.w_up)
-    return activations
+def gate_and_up(
+    linear: Linear, x: torch.Tensor, layer: LayerWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) and up, whose product is SwiGLU's inner activation: x [rows, hidden] -> [rows, intermediate]."""
+    return F.silu(linear(x, layer.w_gate)), linear(x, layer.w_up)

@@ -10,11 +10,13 @@ a context length set by the position. Rows that pad a tile are zero and are drop
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.choice import ChoiceKind
+from sparse_kernels.weights import ChoiceTensors
 from sparserve.model import llama
 from sparserve.model.backend import (
     BLOCK_SIZE,
@@ -22,6 +24,7 @@ from sparserve.model.backend import (
     Candidates,
     ForwardBatch,
     ForwardOutput,
+    NeuronReads,
     Phase,
     SequenceInput,
     TargetScores,
@@ -29,9 +32,9 @@ from sparserve.model.backend import (
 from sparserve.model.candidates import concatenate_scores, target_scores, top_candidates
 from sparserve.model.config import ModelConfig
 from sparserve.model.kv_cache import PagedKVCache, bytes_per_block
+from sparserve.model.reference_choice import Choosing, LayerUnion
 from sparserve.model.weights import LayerWeights, ModelWeights, step_weight_bytes
-from sparserve.sparsity.policy import PolicyKind
-from sparserve.sparsity.statistics import NeuronStatistics, norm_score
+from sparserve.sparsity.statistics import NeuronStatistics, neuron_scores
 
 PREFILL_TILE = 64
 # Rows of a decode product. Measured: in float32 (MKL) one row at a time is fastest alone, and rows after
@@ -73,11 +76,18 @@ class ReferenceBackend:
     """See `sparserve.model.backend.Backend`."""
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, *, num_blocks: int, threads: int
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        *,
+        num_blocks: int,
+        threads: int,
+        choice: ChoiceTensors = ChoiceTensors(),
     ) -> None:
         self.config = config
         self.num_blocks = num_blocks
         self._weights = weights
+        self._choice = choice
         self._dtype = weights.dtype
         self._decode_tile = DECODE_TILE[weights.dtype]
         self._kv = PagedKVCache(config, num_blocks, weights.dtype)
@@ -85,13 +95,15 @@ class ReferenceBackend:
             config.rope, config.head_dim, weights.rope_factors
         )
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
+        row = config.hidden_size * weights.dtype.itemsize
         dtype, device = str(weights.dtype).removeprefix("torch."), str(weights.embedding.device)
         self.info = BackendInfo(
             "reference",
             device,
             dtype,
             threads,
-            policies=(PolicyKind.DENSE,),
+            choices=frozenset() if choice.gate_factors is None else frozenset({ChoiceKind.GATE}),
+            neuron_bytes=dict.fromkeys((None, ChoiceKind.GATE), (row, 2 * row, 0)),
             weight_bytes=step_weight_bytes(config, weights.dtype),
             packed_bytes=step_weight_bytes(config, weights.dtype)
             + (0 if config.tie_word_embeddings else weights.embedding.nbytes),
@@ -115,14 +127,18 @@ class ReferenceBackend:
             layout.positions, self._frequencies, self.config.rope.attention_factor
         )
         statistics = [self._new_statistics(s) for s in batch.sequences]
+        choosing = Choosing.of(self._choice, self.config.num_layers, list(batch.sequences))
         x = self._weights.embedding[layout.token_ids].float()  # [rows, hidden]
         for index, layer in enumerate(self._weights.layers):
             # A layer computes where its weights are; the KV cache stays in main memory.
             x, cos, sin = (tensor.to(layer.wq.device) for tensor in (x, cos, sin))
             x = x + self._attention(index, layer, x, cos, sin, layout)
-            x = x + self._feed_forward(index, layer, x, layout, statistics)
+            x = x + self._feed_forward(index, layer, x, layout, statistics, choosing)
         scores = [self._scores(x, span) for span in layout.spans]
-        return ForwardOutput(self._candidates(x, layout), statistics, scores)
+        output = ForwardOutput(self._candidates(x, layout), statistics, scores)
+        if choosing.union is None:
+            return output
+        return replace(output, reads=choosing.reads, union=NeuronReads(choosing.union, 1))
 
     def _attention(
         self,
@@ -167,15 +183,47 @@ class ReferenceBackend:
         x: torch.Tensor,
         layout: _Layout,
         statistics: Sequence[Sequence[NeuronStatistics] | None],
+        choosing: Choosing,
     ) -> torch.Tensor:
         normed = llama.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
-        activations = llama.neuron_activations(layout.linear, normed, layer)
+        gate, up = llama.gate_and_up(layout.linear, normed, layer)
+        activations = gate * up
         for span, parts in zip(layout.spans, statistics, strict=True):
             if parts is not None:
-                scores = norm_score(activations[span.rows])
+                scores = neuron_scores(
+                    activations[span.rows], span.sequence.score, span.sequence.score_share
+                )
                 for part, rows in zip(parts, _rows_by_block(span.sequence), strict=True):
                     part.sums[index] += scores[rows].sum(dim=0).cpu()
-        return layout.linear(activations, layer.w_down)
+        if choosing.union is None:
+            return layout.linear(activations, layer.w_down)
+        self._choose(index, gate, activations, layout, choosing)
+        out = layout.linear(activations, layer.w_down)
+        for span in layout.spans:
+            more = choosing.corrected(index, span.sequence.choice, normed[span.rows])
+            if more is not None:
+                out[span.rows] += more
+        return out
+
+    def _choose(
+        self,
+        index: int,
+        gate: torch.Tensor,
+        activations: torch.Tensor,
+        layout: _Layout,
+        choosing: Choosing,
+    ) -> None:
+        """Sets activations [rows, intermediate] that are not used to zero."""
+        assert choosing.union is not None
+        none = torch.zeros(activations.shape[1], dtype=torch.bool)
+        union = LayerUnion(none, none.clone())
+        if any(reads is None for reads in choosing.reads):
+            union = LayerUnion(torch.ones_like(none), torch.ones_like(none))
+        for span, reads in zip(layout.spans, choosing.reads, strict=True):
+            if reads is not None:
+                used = choosing.used(index, span.sequence.choice, reads, gate[span.rows], union)
+                activations[span.rows] = activations[span.rows].masked_fill(~used, 0)
+        choosing.union[index] = union.counts()
 
     def _candidates(self, x: torch.Tensor, layout: _Layout) -> Candidates:
         wanted = [

@@ -3,6 +3,8 @@
 The norm score of GRIFFIN (arXiv 2402.19427): with a_t = silu(gate_t) * up_t the input of the down
 projection at token t, a neuron's score is sum_t (a_tn / |a_t|_2)^2.
 
+Or a count: how often a neuron was among the strongest of a token (CoreInfer, arXiv 2410.18311).
+
 Sums are kept as integers in units of 2^-32: integer addition is exact, so a block's sums do not
 depend on how the prompt was cut into chunks, batched, preempted or resumed. A whole block is rounded
 to fp16 once, which is how the prefix cache keeps it.
@@ -14,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from sparse_kernels.choice import Score
 
 UNIT = 2.0**-32
 
@@ -111,6 +115,23 @@ def _rounded(statistics: NeuronStatistics) -> torch.Tensor:
 def _in_units(rounded: torch.Tensor) -> torch.Tensor:
     # fp16 numbers are multiples of 2^-24, so UNIT holds them exactly.
     return (rounded.double() / UNIT).to(torch.int64)
+
+
+def neuron_scores(activations: torch.Tensor, score: Score, share: float) -> torch.Tensor:
+    """Score of each token and neuron, `activations` [tokens, intermediate] -> int64 of that shape, in units of
+    UNIT; see sk_score. Raises nothing; inputs are finite.
+    """
+    if score is Score.NORM:
+        return norm_score(activations)
+    ranked = activations if score is Score.SIGNED_COUNT else activations.abs()
+    eligible = (activations > 0).sum(dim=1) if score is Score.SIGNED_COUNT else None
+    neurons = activations.shape[1]
+    of = torch.full((len(activations),), neurons) if eligible is None else eligible
+    counted = (of.double() * torch.tensor(share, dtype=torch.float32)).ceil().long()
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    counts = torch.zeros(activations.shape, dtype=torch.int64)
+    first = (torch.arange(neurons) < counted[:, None]).long()
+    return counts.scatter_(1, order, first << 32)
 
 
 def norm_score(activations: torch.Tensor) -> torch.Tensor:
