@@ -1,5 +1,7 @@
 // The feed-forward layers of a few tokens some of which choose their neurons: block by block, what
 // each of them uses, and that alone is read.
+#include <iterator>
+
 #include "forward.hpp"
 
 namespace sk {
@@ -9,13 +11,31 @@ constexpr size_t kBlock = SK_NEURON_BLOCK;
 
 // The product with some rows of a block; the same bits whichever way.
 void dot_some(const Matrix& matrix, size_t first_row, BlockMask rows, BlockMask all,
-              const void* operand, size_t tokens, float* out) {
+              const void* operand, size_t tokens, float* out, Fetch* fetch) {
   if (rows == 0) return;
   if (rows == all) {
     matrix.products->dot(&matrix, first_row, kBlock, operand, tokens, out, kBlock);
   } else {
-    matrix.products->dot_chosen(&matrix, first_row, rows, operand, tokens, out, kBlock);
+    matrix.products->dot_chosen(&matrix, first_row, rows, operand, tokens, out, kBlock, fetch);
   }
+}
+
+// Adds some rows of a block to those that are fetched.
+void add_rows(const Matrix& matrix, size_t first_row, BlockMask rows, Fetch* fetch) {
+  const auto add = [&](const uint8_t* data, size_t stride, uint32_t bits) {
+    Fetch::Rows* side_by_side = nullptr;
+    for (BlockMask left = rows; left != 0; left &= left - 1) {
+      if (side_by_side == nullptr || side_by_side->count == std::size(side_by_side->at)) {
+        side_by_side = &fetch->rows[fetch->count++];
+        side_by_side->count = 0;
+        side_by_side->bytes = matrix.columns * bits / 8;
+      }
+      const size_t row = first_row + static_cast<size_t>(__builtin_ctzll(left));
+      side_by_side->at[side_by_side->count++] = data + row * stride;
+    }
+  };
+  add(matrix.codes, matrix.stride, matrix.bits);
+  if (matrix.low != nullptr) add(matrix.low, matrix.low_stride, matrix.low_bits);
 }
 
 uint32_t kind_of(const Token& token) {
@@ -55,9 +75,14 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
     (kind == SK_CHOICE_PLANES ? planes : gates) |= core;
     if (kind == SK_CHOICE_CORE) ups |= core;
   }
+  Fetch fetch;
+  fetch.count = fetch.next = fetch.byte = 0;
   if (planes != 0) {
-    dot_some(layer.gate_high, row, planes, kWholeBlock, operand_, count_, high);
-    dot_some(layer.up_high, row, planes, kWholeBlock, operand_, count_, high + count_ * kBlock);
+    float* const high_up = high + count_ * kBlock;
+    add_rows(layer.up_high, row, planes, &fetch);
+    dot_some(layer.gate_high, row, planes, kWholeBlock, operand_, count_, high, &fetch);
+    fetch.count = fetch.next = fetch.byte = 0;
+    dot_some(layer.up_high, row, planes, kWholeBlock, operand_, count_, high_up, &fetch);
     choose_by_planes(layer, index, block, high, reads);
     for (size_t t = 0; t < count_; ++t) {
       if (kind_of(tokens_[t]) != SK_CHOICE_PLANES) continue;
@@ -65,12 +90,31 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
       ups |= reads[t].whole;
     }
   }
-  dot_some(layer.gate, row, gates, kWholeBlock, operand_, count_, gate);
+  fetch.count = fetch.next = fetch.byte = 0;
+  BlockMask downs = 0;
+  for (size_t t = 0; t < count_; ++t) {
+    if (kind_of(tokens_[t]) == SK_CHOICE_PLANES) downs |= reads[t].used;
+  }
+  add_rows(layer.up, row, ups & downs, &fetch);
+  add_rows(layer.down, row, downs, &fetch);
+  // A block ahead, what is known before anybody chooses.
+  BlockMask next_gates = 0, next_cores = 0;
+  for (size_t t = 0; t < count_ && block + 1 < layer.blocks; ++t) {
+    const uint32_t kind = kind_of(tokens_[t]);
+    const BlockMask core = core_of(layer, index, block + 1, tokens_[t]);
+    if (kind != SK_CHOICE_PLANES) next_gates |= core;
+    if (kind == SK_CHOICE_CORE) next_cores |= core;
+  }
+  add_rows(layer.gate, row + kBlock, next_gates, &fetch);
+  dot_some(layer.gate, row, gates, kWholeBlock, operand_, count_, gate, &fetch);
   choose_by_gate(layer, index, block, gate, reads);
   for (size_t t = 0; t < count_; ++t) {
     if (kind_of(tokens_[t]) == SK_CHOICE_GATE) ups |= reads[t].used;
   }
-  dot_some(layer.up, row, ups, kWholeBlock, operand_, count_, up);
+  fetch.count = fetch.next = fetch.byte = 0;
+  add_rows(layer.up, row + kBlock, next_cores, &fetch);
+  add_rows(layer.down, row + kBlock, next_cores, &fetch);
+  dot_some(layer.up, row, ups, kWholeBlock, operand_, count_, up, &fetch);
   BlockMask used[kMaxChoiceTokens];
   used_[block] = 0;
   for (size_t t = 0; t < count_; ++t) {

@@ -4,7 +4,8 @@
 //   down:  C [16 tokens, 16 columns] += A [16 tokens, 64 neurons] * W [64, 16 columns]
 //
 // once with the upper bytes of the inputs and once with the lower; up to 8 tokens' upper and lower
-// bytes go through one tile. A single token is multiplied by vectors.
+// bytes go through one tile. A single token is multiplied by vectors: its tiles would be as fast,
+// and slower where codes are unpacked or chosen.
 // clang-format off: the order matters
 #include "simd_avx512.hpp"
 #include "integer_amx.inl"
@@ -150,9 +151,9 @@ inline void multiply_group(const Units& units, const Piece& piece, size_t g, con
 }
 
 // out[token * out_stride + row] of 16 rows and up to 16 tokens; with `add`, to what is there.
-template <int kBits, bool kHalf>
+template <int kBits, bool kHalf, typename Later>
 void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inputs,
-                const integer::Ahead& ahead, bool add, float* out, size_t out_stride) {
+                const Later& ahead, bool add, float* out, size_t out_stride) {
   constexpr bool kLower = kBits == 16 && !kHalf;  // in a tile of their own
   alignas(64) int32_t c[2][2][256];
   alignas(64) float transposed[16][16];
@@ -194,9 +195,9 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
   for (size_t t = 0; t < inputs.count; ++t) _mm512_storeu_ps(out + t * out_stride, tokens[t]);
 }
 
-template <int kBits>
-void dot_piece(const Matrix& m, const Piece& piece, const Inputs<kBits>& inputs,
-               const integer::Ahead& ahead, bool add, float* out, size_t out_stride) {
+template <int kBits, typename Later>
+void dot_piece(const Matrix& m, const Piece& piece, const Inputs<kBits>& inputs, const Later& ahead,
+               bool add, float* out, size_t out_stride) {
   if (kBits == 16 && inputs.count <= kHalfGroup) {
     dot_tokens<kBits, true>(Units(m), piece, inputs, ahead, add, out, out_stride);
   } else {
@@ -236,14 +237,15 @@ void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const voi
 // Rows side by side, so that few tiles hold them.
 template <int kBits>
 void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride) {
+                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
   if (tokens == 1) {
-    return integer::dot_chosen<kBits>(weights, first_row, mask, operand, 1, out, out_stride);
+    return integer::dot_chosen<kBits>(weights, first_row, mask, operand, 1, out, out_stride, fetch);
   }
   constexpr size_t kBlock = integer::kBlock, kStride = integer::kChosenStride;
   const Matrix& m = *weights;
   const ChosenRows rows(mask, first_row);
   const Inputs<kBits> inputs(m, tokens, 0, operand);
+  begin_fetch(fetch, (rows.count + 15) / 16 * m.groups);
   alignas(64) float values[integer::kTokenGroup * kBlock];
   for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
     const size_t columns = at_most(kChunkColumns, m.columns - begin);
@@ -256,8 +258,7 @@ void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const v
                                                   begin, columns, unpacked);
       const Piece piece = {codes.at, codes.stride, first,       last,
                            m.group,  scales + i,   offsets + i, kStride};
-      dot_piece<kBits>(m, piece, inputs, integer::Ahead(m, 0, 0, false), begin != 0, values + i,
-                       kBlock);
+      dot_piece<kBits>(m, piece, inputs, integer::LaterRows{fetch}, begin != 0, values + i, kBlock);
     }
   }
   spread(rows, first_row, values, kBlock, tokens, out, out_stride);

@@ -66,12 +66,18 @@ struct Ahead {
   size_t stride, low_stride, bits, low_bits;
 };
 
+// The same for rows that were chosen.
+struct LaterRows {
+  __attribute__((always_inline)) inline void prefetch(size_t) const { fetch_some(fetch); }
+  Fetch* fetch;
+};
+
 // Groups [first, last) of 16 rows, whose codes begin with the first group's; the next group's
 // scales are `scale_stride` further.
-template <int kBits>
+template <int kBits, typename Later>
 inline void dot_tile(const Matrix& m, const Codes& codes, size_t first, size_t last,
                      const float* scales, const float* offsets, size_t scale_stride,
-                     const uint8_t* input, bool add, float* out, const Ahead& ahead) {
+                     const uint8_t* input, bool add, float* out, const Later& ahead) {
   constexpr size_t kVectors = kRowTile / kLanes;
   const Units units(m);
   const float* input_scale = input_scales(m, const_cast<uint8_t*>(input));
@@ -121,10 +127,11 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
 // Rows side by side, so that few groups of 16 hold them.
 template <int kBits>
 void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride) {
+                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
   const Matrix& m = *weights;
   const ChosenRows rows(mask, first_row);
   const size_t bytes = input_bytes(m);
+  begin_fetch(fetch, (rows.count + kRowTile - 1) / kRowTile * m.groups * tokens);
   alignas(64) float values[kTokenGroup * kBlock];
   for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
     const size_t columns = at_most(kChunkColumns, m.columns - begin);
@@ -139,7 +146,7 @@ void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const v
       for (size_t token = 0; token < tokens; ++token) {
         dot_tile<kBits>(m, codes, first, last, scales + i, offsets + i, kChosenStride,
                         static_cast<const uint8_t*>(operand) + token * bytes, begin != 0,
-                        values + token * kBlock + i, Ahead(m, 0, 0, false));
+                        values + token * kBlock + i, LaterRows{fetch});
       }
     }
   }

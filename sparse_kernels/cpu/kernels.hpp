@@ -12,6 +12,19 @@ namespace sk {
 
 struct Products;
 
+// Rows that will be read soon, which a product fetches bit by bit while it computes: some rows side
+// by side, a line of each at a time, so that each row is a stream to the CPU's own prefetching.
+struct Fetch {
+  struct Rows {
+    const uint8_t* at[16];
+    uint32_t count, bytes;  // of a row
+  };
+  Rows rows[32];
+  uint32_t count, next;  // of `rows`
+  uint32_t byte;         // to be fetched next of each of them
+  uint32_t step;         // lines of all rows side by side to fetch at a time
+};
+
 // A weight matrix: bfloat16, or codes with a scale and a zero for each group of columns.
 struct Matrix {
   const Products* products;   // what computes with it
@@ -124,7 +137,7 @@ struct Products {
   // The same for some rows of a block of 64 and at most kMaxChoiceTokens: out[token * out_stride +
   // i] for each bit i.
   void (*dot_chosen)(const Matrix* weights, size_t first_row, BlockMask rows, const void* operand,
-                     size_t tokens, float* out, size_t out_stride);
+                     size_t tokens, float* out, size_t out_stride, Fetch* fetch);
 
   // Activations silu(gate) * up of the neurons, in the form that `down` takes.
   size_t (*activation_bytes)(size_t tokens, size_t neurons);

@@ -259,12 +259,14 @@ void dot_32(const Matrix& m, const ChosenRows& rows, size_t first, const uint16_
 }
 
 void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride) {
+                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
   const ChosenRows rows(mask, first_row);
   const size_t group_size = weights->columns / kTileK * kTile;
   const uint16_t* inputs = static_cast<const uint16_t*>(operand);
+  begin_fetch(fetch, (rows.count + 31) / 32);
   alignas(64) float values[sk::kMaxChoiceTokens * 64];
   for (size_t i = 0; i < rows.count; i += 32) {
+    fetch_some(fetch);
     if (tokens <= kGroup) {
       dot_32<false>(*weights, rows, i, inputs, group_size, tokens, values + i);
     } else {

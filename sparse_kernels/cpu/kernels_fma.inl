@@ -87,11 +87,13 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
 }
 
 void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride) {
+                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
   const ChosenRows rows(mask, first_row);
   const size_t step = rows_at_once(tokens);
+  begin_fetch(fetch, (rows.count + step - 1) / step);
   alignas(64) float values[sk::kMaxChoiceTokens * 64];
   for (size_t i = 0; i < rows.count; i += step) {
+    fetch_some(fetch);
     const uint16_t* at[kSingleRows];
     for (size_t j = 0; j < step; ++j) {
       at[j] = bf16_row(*weights, rows.at[at_most(i + j, rows.count - 1)]);

@@ -14,6 +14,7 @@ using sk::BlockMask;
 using sk::ChooseTask;
 using sk::Chosen;
 using sk::DownTask;
+using sk::Fetch;
 using sk::HeadTask;
 using sk::kAttentionChunk;
 using sk::kAttentionRows;
@@ -89,6 +90,25 @@ inline void spread(const ChosenRows& rows, size_t first_row, const float* values
     for (size_t i = 0; i < rows.count; ++i) {
       out[t * out_stride + rows.at[i] - first_row] = values[t * stride + i];
     }
+  }
+}
+
+// Shares the rows of `fetch` out among so many steps of a product.
+inline void begin_fetch(Fetch* fetch, size_t steps) {
+  size_t lines = 0;
+  for (uint32_t i = fetch->next; i < fetch->count; ++i) lines += (fetch->rows[i].bytes + 63) / 64;
+  fetch->step = static_cast<uint32_t>((lines + steps - 1) / steps);
+}
+
+// The next lines of `fetch`. Always inline, see below.
+__attribute__((always_inline)) inline void fetch_some(Fetch* fetch) {
+  for (uint32_t i = 0; i < fetch->step && fetch->next < fetch->count; ++i) {
+    const Fetch::Rows& rows = fetch->rows[fetch->next];
+    for (uint32_t j = 0; j < rows.count; ++j) __builtin_prefetch(rows.at[j] + fetch->byte, 0, 2);
+    fetch->byte += 64;
+    if (fetch->byte < rows.bytes) continue;
+    fetch->byte = 0;
+    ++fetch->next;
   }
 }
 
