@@ -173,7 +173,7 @@ def _layers(
     total = len(weights.layers)
 
     def layer(index: int) -> LayerTensors:
-        made = quantize_layer(_tensors(weights.layers[index]), formats, f"layer {index}: ")
+        made = quantize_layer(layer_tensors(weights.layers[index]), formats, f"layer {index}: ")
         if formats.quantized:
             on_layer(index + 1, total)
         return made
@@ -182,7 +182,7 @@ def _layers(
     return map(layer, range(total))
 
 
-def _tensors(layer: LayerWeights) -> LayerTensors:
+def layer_tensors(layer: LayerWeights) -> LayerTensors:
     return LayerTensors(
         q=layer.wq,
         k=layer.wk,

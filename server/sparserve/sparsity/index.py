@@ -116,7 +116,11 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[s
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata)
+            # Cloned, for safetensors refuses tensors that share memory.
+            own = {
+                name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+            }
+            save_file(own, unfinished, metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
         unfinished.replace(path)
