@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_kernels.choice import ChoiceKind
-from sparserve.calibration.factors import Factors, LayerTokens, Used
+from sparserve.calibration.factors import Aim, Factors, LayerTokens, Used
 from sparserve.sparsity.chooser import ChoicePlan
 from sparserve.sparsity.core import best_neurons, neurons_of
 from sparserve.sparsity.index import NeuronIndex, Setting
@@ -24,28 +24,14 @@ def core_setting(shares: torch.Tensor) -> Setting:
 
 
 def token_setting(
-    choice: ChoiceKind,
-    factors: Factors,
-    neuron_bytes: Sequence[float],
-    reach: float,
-    whole: float,
-    core: float | None = None,
-) -> Setting | None:
-    """A choice by token that reads what looking costs, and of what is then left the share `reach`.
-
-    Of the neurons used, the share `whole` is read whole; a share of 1 in every layer, since budgets by
-    layer gained nothing here. None where more than all neurons would be used.
-    """
-    looked, used, completed = neuron_bytes
-    share = reach * (used + completed) / (used + whole * completed)
-    if share > 1:
-        return None
-    layers = len(factors.values)
-    thresholds = torch.stack(
-        [factors.threshold(torch.full((layers,), part)) for part in (share, share * whole)], dim=1
-    )
-    density = (looked + reach * (used + completed)) / sum(neuron_bytes)
-    shares = None if core is None else torch.full((layers,), core)
+    choice: ChoiceKind, factors: Factors, aim: Aim, tier: int, reach: int, core: float | None = None
+) -> Setting:
+    """The choice by token with these numbers of `aim`'s tiers and reaches, inside a core with the share
+    `core` of each layer's neurons."""
+    looked, *rest = aim.neuron_bytes
+    density = (looked + aim.reaches[reach] * sum(rest)) / sum(aim.neuron_bytes)
+    thresholds = aim.tiers[tier].of(factors.thresholds[:, tier, reach])
+    shares = None if core is None else torch.full((len(thresholds),), core)
     return _setting(PolicyKind.TOKEN, density, choice, shares, thresholds)
 
 
@@ -56,8 +42,7 @@ def _setting(
     shares: torch.Tensor | None,
     thresholds: torch.Tensor | None,
 ) -> Setting:
-    reads = (UNKNOWN, UNKNOWN, UNKNOWN)
-    return Setting(kind, density, UNKNOWN, UNKNOWN, UNKNOWN, reads, choice, shares, thresholds)
+    return Setting(kind, density, UNKNOWN, UNKNOWN, UNKNOWN, choice, shares, thresholds)
 
 
 def plan_of(setting: Setting, index: NeuronIndex) -> ChoicePlan:
@@ -70,7 +55,7 @@ def plan_of(setting: Setting, index: NeuronIndex) -> ChoicePlan:
 
 @dataclass(frozen=True, slots=True)
 class UsedBy:
-    """The activations that `setting` uses; `members` bool [windows, layers, neurons] of a core."""
+    """The activations that `setting` uses, a core or a choice by the gate; `members` bool [windows, layers, neurons] of a core."""
 
     setting: Setting
     factors: torch.Tensor | None  # [layers, neurons]
@@ -80,14 +65,8 @@ class UsedBy:
         used = tokens.activations
         if self.setting.thresholds is not None:
             assert self.factors is not None
-            use, whole = self.setting.thresholds[layer]
-            if self.setting.choice is ChoiceKind.GATE:
-                used = used.masked_fill(tokens.gate.abs() * self.factors[layer] < use, 0)
-            else:
-                assert tokens.approximate is not None
-                importance = tokens.approximate.abs() * self.factors[layer]
-                used = torch.where(importance < whole, tokens.approximate, used)
-                used = used.masked_fill(importance < use, 0)
+            importance = tokens.gate.abs() * self.factors[layer]
+            used = used.masked_fill(importance < self.setting.thresholds[layer, 0], 0)
         if self.members is not None:
             used = used * self.members[tokens.windows, layer]
         return used

@@ -3,7 +3,8 @@ for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +13,12 @@ import torch.nn.functional as F
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.weights import Correction
-from sparserve.calibration.layers import walk
+from sparserve.calibration.layers import FeedForward, walk
 from sparserve.model.loader import LoadedModel
 
-# Shares of the neurons whose thresholds are kept: 0, 1 / SHARES, …, 1.
-SHARES = 512
 # Numbers that thresholds are quantiles of, and tokens that they come from, at least.
 IMPORTANCES, LEAST_TOKENS = 1 << 20, 256
+BISECTIONS = 40
 # Tokens that a correction is fitted on, and how far it is drawn to zero, against the mean square of its inputs:
 # a hidden size has as many unknowns for each output as there are tokens.
 CORRECTION_TOKENS, RIDGE = 4096, 0.1
@@ -27,43 +27,113 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Tiers:
+    """What the thresholds of a layer are to its first one, see SK_CHOICE_PLANES."""
+
+    noise: float = 0.0  # of the noise from which gate and up are read whole
+    down: float = 0.0  # of the importance from which down is, where it is in planes
+
+    def of(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """First thresholds [layers] -> [layers, 3]."""
+        return thresholds[:, None] * torch.tensor([1.0, self.noise, self.down])
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a choice by token is to read of each layer."""
+
+    neuron_bytes: Sequence[float]  # see BackendInfo
+    tiers: Sequence[Tiers]
+    reaches: Sequence[float]  # of what is left of a neuron's bytes once it was looked at
+
+
+@dataclass(frozen=True, slots=True)
 class Factors:
     """Of one kind of choice."""
 
     values: torch.Tensor  # float32 [layers, neurons]
-    # float32 [layers, SHARES + 1]: neurons whose importance is not below number i are i / SHARES of all.
-    thresholds: torch.Tensor
-
-    def threshold(self, shares: torch.Tensor) -> torch.Tensor:
-        """shares [layers] of the neurons, above 0 -> float32 [layers]."""
-        place = (shares.double() * SHARES).clamp(1, SHARES)
-        low = place.floor().long().clamp(max=SHARES - 1)
-        values = self.thresholds.double().gather(1, torch.stack((low, low + 1), dim=1))
-        return torch.lerp(values[:, 0], values[:, 1], place - low).float()
+    thresholds: torch.Tensor  # float32 [layers, tiers, reaches], the first of each layer
 
 
 def fit_factors(
-    model: LoadedModel, formats: DecoderFormats, token_ids: torch.Tensor, on_layer: Progress
+    model: LoadedModel,
+    formats: DecoderFormats,
+    token_ids: torch.Tensor,
+    aims: Mapping[ChoiceKind, Aim],
+    on_layer: Progress,
 ) -> dict[ChoiceKind, Factors]:
     """token_ids [windows, tokens]. A neuron's factor is the length of its column of down, that of a gate's
-    times the mean |up| of these tokens, which the gate alone does not know."""
+    times the mean |up| of these tokens, which the gate alone does not know. Every layer gets the same share
+    of the bytes: budgets by layer were measured to gain nothing where tokens choose.
+    """
     found: dict[ChoiceKind, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for index, (mlp, inputs) in enumerate(walk(model, formats, token_ids)):
-        neurons = len(mlp.gate)
-        x = _some_tokens(inputs, max(LEAST_TOKENS, IMPORTANCES // neurons))
-        lengths = mlp.down.norm(dim=1)
-        gate, up = F.silu(x @ mlp.gate.T), x @ mlp.up.T
-        expected = up.abs().mean(dim=0) * lengths
-        layer = {ChoiceKind.GATE: (expected, gate.abs() * expected)}
-        if mlp.upper_gate is not None:
-            layer[ChoiceKind.PLANES] = (lengths, mlp.approximate(x).abs() * lengths)
-        for kind, (factors, importance) in layer.items():
-            found.setdefault(kind, []).append((factors, _thresholds(importance)))
+        x = _some_tokens(inputs, max(LEAST_TOKENS, IMPORTANCES // len(mlp.gate)))
+        for kind, aim in aims.items():
+            make = _by_gate if kind is ChoiceKind.GATE else _by_planes
+            factors, importance, noise = make(mlp, x)
+            thresholds = [_first_thresholds(importance, noise, aim, tiers) for tiers in aim.tiers]
+            found.setdefault(kind, []).append((factors, torch.stack(thresholds)))
         on_layer(index + 1, model.config.num_layers)
     return {
         kind: Factors(*(torch.stack(own) for own in zip(*layers, strict=True)))
         for kind, layers in found.items()
     }
+
+
+Importance = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _by_gate(mlp: FeedForward, x: torch.Tensor) -> Importance:
+    """-> (factors [neurons], importance [tokens, neurons], its noise, if it has any)."""
+    factors = (x @ mlp.up.T).abs().mean(dim=0) * mlp.down.norm(dim=1)
+    return factors, F.silu(x @ mlp.gate.T).abs() * factors, None
+
+
+def _by_planes(mlp: FeedForward, x: torch.Tensor) -> Importance:
+    """The same; the noise as SK_CHOICE_PLANES says."""
+    assert mlp.upper is not None
+    factors = mlp.down.norm(dim=1)
+    (gate, gate_variance), (up, up_variance) = (plane.products(x) for plane in mlp.upper)
+    sigmoid, silu = gate.sigmoid(), F.silu(gate)
+    slope = (sigmoid * (1 + gate * (1 - sigmoid))).square()
+    variance = (
+        slope * up.square() * gate_variance
+        + silu.square() * up_variance
+        + slope * gate_variance * up_variance
+    )
+    return factors, (silu * up).abs() * factors, variance.sqrt() * factors
+
+
+def _first_thresholds(
+    importance: torch.Tensor, noise: torch.Tensor | None, aim: Aim, tiers: Tiers
+) -> torch.Tensor:
+    """float32 [reaches]. Each share read is one of numbers not below the first threshold, so that sorting
+    them once is enough for every threshold."""
+    whole = importance
+    if noise is not None and tiers.noise > 0:
+        whole = torch.minimum(importance, noise / tiers.noise)
+    rising = [
+        own.flatten().double().sort().values
+        for own in (importance, whole, importance / max(1.0, tiers.down))
+    ]
+    _looked, *parts = aim.neuron_bytes
+
+    def reads(threshold: float) -> float:
+        """Of what is left once a neuron was looked at."""
+        shares = (1 - float(torch.searchsorted(own, threshold)) / len(own) for own in rising)
+        return sum(part * share for part, share in zip(parts, shares, strict=True)) / sum(parts)
+
+    return torch.tensor([_bisected(reads, reach, float(rising[0][-1])) for reach in aim.reaches])
+
+
+def _bisected(reads: Callable[[float], float], reach: float, most: float) -> float:
+    """The threshold, of up to `most`, at which `reads` falls to `reach`; on a logarithmic scale."""
+    low, high = math.log(most + 1e-30) - 30, math.log(most + 1e-30)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reads(math.exp(middle)) > reach else (low, middle)
+    return math.exp(high)
 
 
 def _some_tokens(inputs: torch.Tensor, count: int) -> torch.Tensor:
@@ -73,14 +143,6 @@ def _some_tokens(inputs: torch.Tensor, count: int) -> torch.Tensor:
     return flat[:: max(1, -(-len(flat) // count))]
 
 
-def _thresholds(importance: torch.Tensor) -> torch.Tensor:
-    """[SHARES + 1] float32; see Factors."""
-    falling = importance.flatten().sort(descending=True).values
-    places = (torch.arange(1, SHARES) * len(falling) / SHARES).round().long().clamp(min=1) - 1
-    ends = torch.tensor([float("inf")]), torch.zeros(1)
-    return torch.cat((ends[0], falling[places], ends[1]))
-
-
 @dataclass(frozen=True, slots=True)
 class LayerTokens:
     """What a layer's feed-forward makes of some tokens."""
@@ -88,7 +150,6 @@ class LayerTokens:
     windows: torch.Tensor  # int64 [tokens], which window each is of
     gate: torch.Tensor  # silu(gate), [tokens, neurons]
     activations: torch.Tensor  # the same shape
-    approximate: torch.Tensor | None  # by the upper planes, where there are planes
 
 
 # (layer, its tokens) -> the activations that a choice uses, [tokens, neurons].
@@ -117,9 +178,8 @@ def fit_corrections(
         square = (x.T @ x).double()
         ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
         factor = torch.linalg.cholesky(square + ridge)
-        approximate = None if mlp.upper_gate is None else mlp.approximate(x)
         gate = F.silu(x @ mlp.gate.T)
-        tokens = LayerTokens(of, gate, gate * (x @ mlp.up.T), approximate)
+        tokens = LayerTokens(of, gate, gate * (x @ mlp.up.T))
         for used, own in zip(choices, found, strict=True):
             dropped = (tokens.activations - used(index, tokens)) @ mlp.down
             product = (x.T @ dropped).double()

@@ -18,25 +18,33 @@ from sparserve.model.weights import LayerWeights
 
 
 @dataclass(frozen=True, slots=True)
-class FeedForward:
-    """One layer's matrices in float32."""
+class UpperPlane:
+    """What the upper bits of a matrix say of it; the mean of all lower ones is added."""
 
-    gate: torch.Tensor  # [neurons, hidden]
-    up: torch.Tensor  # [neurons, hidden]
-    down: torch.Tensor  # [neurons, hidden]
-    # What the upper planes alone say, see SK_CHOICE_PLANES; None without planes.
-    upper_gate: torch.Tensor | None = None
-    upper_up: torch.Tensor | None = None
+    values: torch.Tensor  # float32 [neurons, hidden]
+    # float32 [neurons, groups]: variance of an element, its lower bits being anything.
+    variances: torch.Tensor
+    group_size: int
+
+    def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [tokens, hidden] -> (products, their variances), [tokens, neurons] each."""
+        padded = F.pad(x.square(), (0, -x.shape[1] % self.group_size))
+        squares = padded.view(len(x), -1, self.group_size).sum(dim=2)
+        return x @ self.values.T, squares @ self.variances.T
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """One layer's matrices, [neurons, hidden] in float32."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    upper: tuple[UpperPlane, UpperPlane] | None = None  # of gate and up, where they have planes
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden], after the norm -> [tokens, neurons]."""
         return F.silu(x @ self.gate.T) * (x @ self.up.T)
-
-    def approximate(self, x: torch.Tensor) -> torch.Tensor:
-        """The same by the upper planes; only where there are planes."""
-        assert self.upper_gate is not None
-        assert self.upper_up is not None
-        return F.silu(x @ self.upper_gate.T) * (x @ self.upper_up.T)
 
 
 def walk(
@@ -69,7 +77,8 @@ def _as_served(layer: LayerWeights, formats: DecoderFormats) -> tuple[LayerWeigh
         _values, (made.q, made.k, made.v, made.output, made.gate, made.up, made.down)
     )
     down = down if isinstance(made.down, QuantizedMatrix) else down.T.contiguous()
-    upper = [_upper(m, formats.gate_up.low_bits) for m in (made.gate, made.up)]
+    planes = [_upper(matrix, formats.gate_up.low_bits) for matrix in (made.gate, made.up)]
+    upper = None if planes[0] is None or planes[1] is None else (planes[0], planes[1])
     vectors = {
         name: None if (own := getattr(layer, name)) is None else own.float()
         for name in ("bq", "bk", "bv", "bo", "q_norm", "k_norm")
@@ -77,24 +86,24 @@ def _as_served(layer: LayerWeights, formats: DecoderFormats) -> tuple[LayerWeigh
     weights = LayerWeights(
         layer.attn_norm.float(), q, k, v, output, layer.mlp_norm.float(), gate, up, down, **vectors
     )
-    return weights, FeedForward(gate, up, down, *upper)
+    return weights, FeedForward(gate, up, down, upper)
 
 
 def _values(matrix: Matrix) -> torch.Tensor:
     return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix.float()
 
 
-def _upper(matrix: Matrix, low_bits: int) -> torch.Tensor | None:
-    """With the mean of all that the lower `low_bits` can be in their place."""
+def _upper(matrix: Matrix, low_bits: int) -> UpperPlane | None:
     if not isinstance(matrix, QuantizedMatrix) or not low_bits:
         return None
-    columns = matrix.codes.shape[1]
+    columns, unit = matrix.codes.shape[1], 1 << low_bits
     scales, zeros = (
         own.float().repeat_interleave(matrix.group_size, dim=1)[:, :columns]
         for own in (matrix.scales, matrix.zeros)
     )
-    codes = (matrix.codes >> low_bits << low_bits).float() + ((1 << low_bits) - 1) / 2
-    return scales * (codes - zeros)
+    codes = (matrix.codes >> low_bits << low_bits).float() + (unit - 1) / 2
+    variances = matrix.scales.float().square() * (unit**2 - 1) / 12
+    return UpperPlane(scales * (codes - zeros), variances, matrix.group_size)
 
 
 def _attention(

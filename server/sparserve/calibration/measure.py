@@ -63,7 +63,7 @@ def _decoded(
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
     """-> (logits [fed tokens, vocab] float32, shares of the neurons read)."""
     rows = torch.empty(len(window.fed), backend.config.vocab_size)
-    counts = torch.zeros(3, dtype=torch.int64)
+    counts = torch.zeros(4, dtype=torch.int64)
     # Several tokens of a sequence in one forward are computed as one after another.
     for start in range(0, len(window.fed), SK_CHOICE_TOKENS):
         part = window.fed[start : start + SK_CHOICE_TOKENS]

@@ -21,7 +21,7 @@ from sparserve.bench.quality import Window
 from sparserve.calibration.budgets import allocate
 from sparserve.calibration.candidates import core_setting, plan_of, token_setting, used_by
 from sparserve.calibration.clusters import spherical_kmeans
-from sparserve.calibration.factors import Factors, fit_corrections, fit_factors
+from sparserve.calibration.factors import Aim, Factors, Tiers, fit_corrections, fit_factors
 from sparserve.calibration.measure import WindowCost, costs, prefill
 from sparserve.calibration.stages import Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
@@ -29,9 +29,11 @@ from sparserve.config import EngineSettings
 from sparserve.engine.factory import choose_backend, format_name, make_backend
 from sparserve.engine.formats import weight_formats
 from sparserve.model.backend import Backend
+from sparserve.model.cpu import neuron_bytes
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel
 from sparserve.sparsity.index import IndexKey, NeuronIndex, Setting, write_index
+from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.predictors import embedding
 
 # Which version of the pipeline an unfinished calibration belongs to.
@@ -49,7 +51,9 @@ class Effort:
     core_densities: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     # Of what is left of a neuron once it was looked at.
     reaches: Sequence[float] = (0.1, 0.15, 0.22, 0.3, 0.4, 0.5, 0.65, 0.85)
-    wholes: Sequence[float] = (1.0, 0.6, 0.35, 0.2, 0.1)  # of neurons used, with planes
+    # Tried of a choice by planes, with down whole and in planes.
+    tiers: Sequence[Tiers] = (Tiers(0), Tiers(0.8), Tiers(1.0), Tiers(1.4))
+    down_tiers: Sequence[Tiers] = (Tiers(0.8, 5), Tiers(1.0, 3), Tiers(1.4, 8), Tiers(1.4, 12))
     token_core: float = 0.7  # share of a core that tokens choose in
     loss_grid: Sequence[float] = (0.3, 0.5, 0.7)
     loss_windows: int = 4
@@ -61,7 +65,8 @@ class Effort:
 QUICK = Effort(
     core_densities=(0.5, 0.7, 0.9),
     reaches=(0.15, 0.3, 0.5, 0.8),
-    wholes=(1.0, 0.3),
+    tiers=(Tiers(1.0),),
+    down_tiers=(Tiers(1.4, 8),),
     loss_grid=(0.5,),
     loss_windows=1,
     trial_windows=2,
@@ -137,6 +142,11 @@ class _Calibration:
         dtype = str(model.weights.dtype).removeprefix("torch.")
         native = choose_backend(settings, dtype)[0] == "cpu"
         self._formats = weight_formats(settings) if native else DecoderFormats()
+        self._aims = {
+            kind: Aim(own, self._tiers(kind, own), plan.effort.reaches)
+            for kind, own in neuron_bytes(model.config, self._formats).items()
+            if kind is not None
+        }
         windows = [window.prompt + window.fed for window in text.fitted]
         self._token_ids = torch.tensor(windows)  # [windows, tokens]
 
@@ -145,7 +155,6 @@ class _Calibration:
         values = {kind: own.values for kind, own in factors.items()}
         tensors = ChoiceTensors(values.get(ChoiceKind.PLANES), values.get(ChoiceKind.GATE))
         backend = self._backend(tensors)
-        factors = {kind: own for kind, own in factors.items() if kind in backend.info.choices}
         index = self._prior(backend, tensors)
         settings = [*self._cores(backend, index), *self._by_token(backend, index, factors)]
         corrections, corrected = self._corrections(backend, index, factors, settings)
@@ -169,7 +178,11 @@ class _Calibration:
         def compute() -> Tensors:
             with _torch_threads(self._settings):
                 found = fit_factors(
-                    self._model, self._formats, self._token_ids, self._telling("factors")
+                    self._model,
+                    self._formats,
+                    self._token_ids,
+                    self._aims,
+                    self._telling("factors"),
                 )
             return {
                 f"{kind.value}.{name}": getattr(own, name)
@@ -251,27 +264,29 @@ class _Calibration:
     def _by_token(
         self, backend: Backend, index: NeuronIndex, factors: dict[ChoiceKind, Factors]
     ) -> list[Setting]:
-        """For each reach the share of neurons read whole that is best on fitted text; each also inside
-        a core."""
+        """For each reach the tiers that are best on fitted text; each also inside a core."""
         effort, found = self._effort, []
         windows = self._text.fitted[: effort.trial_windows]
         for kind, own in factors.items():
-            neuron_bytes = backend.info.neuron_bytes[kind]
-            wholes = effort.wholes if neuron_bytes[2] else (1.0,)
+            aim = self._aims[kind]
             tried = [
-                [token_setting(kind, own, neuron_bytes, reach, whole) for whole in wholes]
-                for reach in effort.reaches
+                token_setting(kind, own, aim, tier, reach)
+                for tier in range(len(aim.tiers))
+                for reach in range(len(aim.reaches))
             ]
-            flat = [setting for row in tried for setting in row if setting is not None]
-            kl = iter(self._kl(f"tiers of {kind.value}", backend, index, windows, flat).tolist())
-            for row, reach in zip(tried, effort.reaches, strict=True):
-                costs_of = [next(kl) if s is not None else float("inf") for s in row]
-                best = costs_of.index(min(costs_of))
-                inside = token_setting(
-                    kind, own, neuron_bytes, reach, wholes[best], effort.token_core
-                )
-                found += [s for s in (row[best], inside) if s is not None]
+            best = [0] * len(aim.reaches)
+            if len(aim.tiers) > 1:
+                kl = self._kl(f"tiers of {kind.value}", backend, index, windows, tried)
+                best = kl.view(len(aim.tiers), -1).argmin(dim=0).tolist()
+            for reach, tier in enumerate(best):
+                found.append(tried[tier * len(best) + reach])
+                found.append(token_setting(kind, own, aim, tier, reach, effort.token_core))
         return found
+
+    def _tiers(self, kind: ChoiceKind, neuron_bytes: Sequence[float]) -> Sequence[Tiers]:
+        if kind is ChoiceKind.GATE:
+            return (Tiers(),)
+        return self._effort.down_tiers if neuron_bytes[3] else self._effort.tiers
 
     def _corrections(
         self,
@@ -280,13 +295,17 @@ class _Calibration:
         factors: dict[ChoiceKind, Factors],
         settings: Sequence[Setting],
     ) -> tuple[list[list[Correction]], list[Setting]]:
-        """-> (corrections, the settings that use them)."""
+        """-> (corrections, the settings that use them). Choices by planes gain nothing by one."""
         effort = self._effort
         rank = min(effort.correction_rank, self._key.hidden // 4)
         chosen = [
             own
             for own in settings
-            if own.density <= effort.corrected_up_to and (own.choice is None or own.shares is None)
+            if own.density <= effort.corrected_up_to
+            and (
+                own.kind is PolicyKind.CORE
+                or (own.choice is ChoiceKind.GATE and not _has_core(own))
+            )
         ]
         if rank == 0 or not chosen:
             return [], []
@@ -322,7 +341,7 @@ class _Calibration:
         """With what each of `settings` costs on the windows held out."""
         windows = self._text.held_out
         found = self._costs("costs on held-out text", backend, index, windows, settings)
-        costs_of = found.mean(dim=0)  # [settings, 5]
+        costs_of = found.mean(dim=0)  # [settings, 6]
         p95 = found[:, :, 0].quantile(0.95, dim=0)
         measured = []
         for own, (kl, top1, *reads), high in zip(
@@ -330,9 +349,7 @@ class _Calibration:
         ):
             density = _density(backend, own, reads, index)
             if density < 1:
-                measured.append(
-                    replace(own, density=density, kl=kl, kl_p95=high, top1=top1, reads=tuple(reads))
-                )
+                measured.append(replace(own, density=density, kl=kl, kl_p95=high, top1=top1))
         return replace(index, settings=measured)
 
     def _kl(
@@ -354,7 +371,7 @@ class _Calibration:
         windows: Sequence[Window],
         settings: Sequence[Setting],
     ) -> torch.Tensor:
-        """KL, top-1 and reads, float64 [windows, settings, 5]."""
+        """KL, top-1 and reads, float64 [windows, settings, 6]."""
         plans = [plan_of(own, index) for own in settings]
         tell, rows = self._telling(what), []
         for number, window in enumerate(windows):
@@ -371,6 +388,10 @@ class _Calibration:
         return lambda done, total: self._on_progress(what, done, total)
 
 
+def _has_core(setting: Setting) -> bool:
+    return setting.shares is not None
+
+
 def _row(cost: WindowCost) -> list[float]:
     return [cost.kl, cost.top1, *cost.reads]
 
@@ -379,8 +400,8 @@ def _density(
     backend: Backend, setting: Setting, reads: Sequence[float], index: NeuronIndex
 ) -> float:
     """Share of the feed-forward layers' bytes, with those of a correction."""
-    neuron_bytes = backend.info.neuron_bytes[setting.choice]
-    share = sum(n * own for n, own in zip(neuron_bytes, reads, strict=True)) / sum(neuron_bytes)
+    each = backend.info.neuron_bytes[setting.choice]
+    share = sum(part * own for part, own in zip(each, reads, strict=True)) / sum(each)
     if not setting.correction:
         return share
     pairs = index.corrections[setting.correction - 1]

@@ -221,7 +221,7 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
 
 
-def _neuron_bytes(
+def neuron_bytes(
     config: ModelConfig, formats: DecoderFormats
 ) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
     """See BackendInfo."""
@@ -259,7 +259,7 @@ class CpuBackend:
             str(decoder.formats),
             decoder.threads,
             choices=decoder.choices,
-            neuron_bytes=_neuron_bytes(config, decoder.formats),
+            neuron_bytes=neuron_bytes(config, decoder.formats),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,
