@@ -17,7 +17,7 @@ from sparserve.calibration.layers import FeedForward, walk
 from sparserve.model.loader import LoadedModel
 
 # Numbers that thresholds are quantiles of, and tokens that they come from, at least.
-IMPORTANCES, LEAST_TOKENS = 1 << 20, 256
+IMPORTANCES, LEAST_TOKENS = 1 << 19, 256
 BISECTIONS = 40
 # Tokens that a correction is fitted on, and how far it is drawn to zero, against the mean square of its inputs:
 # a hidden size has as many unknowns for each output as there are tokens.
@@ -72,8 +72,8 @@ def fit_factors(
         for kind, aim in aims.items():
             make = _by_gate if kind is ChoiceKind.GATE else _by_planes
             factors, importance, noise = make(mlp, x)
-            thresholds = [_first_thresholds(importance, noise, aim, tiers) for tiers in aim.tiers]
-            found.setdefault(kind, []).append((factors, torch.stack(thresholds)))
+            thresholds = _first_thresholds(importance, noise, aim)
+            found.setdefault(kind, []).append((factors, thresholds))
         on_layer(index + 1, model.config.num_layers)
     return {
         kind: Factors(*(torch.stack(own) for own in zip(*layers, strict=True)))
@@ -106,25 +106,36 @@ def _by_planes(mlp: FeedForward, x: torch.Tensor) -> Importance:
 
 
 def _first_thresholds(
-    importance: torch.Tensor, noise: torch.Tensor | None, aim: Aim, tiers: Tiers
+    importance: torch.Tensor, noise: torch.Tensor | None, aim: Aim
 ) -> torch.Tensor:
-    """float32 [reaches]. Each share read is one of numbers not below the first threshold, so that sorting
-    them once is enough for every threshold."""
-    whole = importance
-    if noise is not None and tiers.noise > 0:
-        whole = torch.minimum(importance, noise / tiers.noise)
-    rising = [
-        own.flatten().double().sort().values
-        for own in (importance, whole, importance / max(1.0, tiers.down))
-    ]
-    _looked, *parts = aim.neuron_bytes
+    """float32 [tiers, reaches]. Each share read is one of numbers not below the first threshold, so that
+    sorting them once is enough for every threshold."""
+    used = importance.flatten().sort().values
+    most = float(used[-1])
+    rows = []
+    for tiers in aim.tiers:
+        whole = used
+        if noise is not None and tiers.noise > 0:
+            least = torch.minimum(importance, noise / tiers.noise)
+            whole = least.flatten().sort().values
+        reads = _Reads((used, whole, used / max(1.0, tiers.down)), aim.neuron_bytes[1:])
+        rows.append([_bisected(reads, reach, most) for reach in aim.reaches])
+    return torch.tensor(rows)
 
-    def reads(threshold: float) -> float:
-        """Of what is left once a neuron was looked at."""
-        shares = (1 - float(torch.searchsorted(own, threshold)) / len(own) for own in rising)
-        return sum(part * share for part, share in zip(parts, shares, strict=True)) / sum(parts)
 
-    return torch.tensor([_bisected(reads, reach, float(rising[0][-1])) for reach in aim.reaches])
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """Of what is left once a neuron was looked at, the share that is read with a first threshold."""
+
+    rising: Sequence[
+        torch.Tensor
+    ]  # sorted; a part is read where its number is not below the threshold
+    parts: Sequence[float]  # bytes
+
+    def __call__(self, threshold: float) -> float:
+        shares = (1 - float(torch.searchsorted(own, threshold)) / len(own) for own in self.rising)
+        read = sum(part * share for part, share in zip(self.parts, shares, strict=True))
+        return read / sum(self.parts)
 
 
 def _bisected(reads: Callable[[float], float], reach: float, most: float) -> float:

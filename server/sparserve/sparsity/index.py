@@ -28,6 +28,7 @@ from sparserve.sparsity.policy import PolicyKind
 VERSION = 1
 METADATA_KEY = "sparserve_index"
 MAX_BYTES = 4 << 30
+TINY = 1e-6  # share of a layer's neurons, at least
 MAX_SETTINGS, MAX_CLUSTERS = 256, 256
 
 
@@ -258,7 +259,7 @@ class _Reader:
         name, layers = f"setting.{number}", self._key.layers
         shares = thresholds = None
         if kind is PolicyKind.CORE or raw.get("core") is True:
-            shares = self._tensor(f"{name}.shares", [layers], torch.float32, most=1)
+            shares = self._tensor(f"{name}.shares", [layers], torch.float32, least=TINY, most=1)
         if choice is not None:
             thresholds = self._tensor(f"{name}.thresholds", [layers, 3], torch.float32, most=None)
         correction = raw.get("correction")
