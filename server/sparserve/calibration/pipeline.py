@@ -56,6 +56,7 @@ class Effort:
     tiers: Sequence[Tiers] = (Tiers(0), Tiers(0.8), Tiers(1.0), Tiers(1.4))
     down_tiers: Sequence[Tiers] = (Tiers(0.8, 5), Tiers(1.0, 3), Tiers(1.4, 8), Tiers(1.4, 12))
     token_core: float = 0.7  # share of a core that tokens choose in
+    token_core_up_to: float = 0.4  # reach; beyond it what the core leaves out decides the cost
     loss_grid: Sequence[float] = (0.3, 0.5, 0.7)
     loss_windows: int = 4
     trial_windows: int = 8
@@ -287,7 +288,8 @@ class _Calibration:
                 best = kl.view(len(aim.tiers), -1).argmin(dim=0).tolist()
             for reach, tier in enumerate(best):
                 found.append(tried[tier * len(best) + reach])
-                if kind is ChoiceKind.PLANES or ChoiceKind.PLANES not in factors:
+                best_kind = kind is ChoiceKind.PLANES or ChoiceKind.PLANES not in factors
+                if best_kind and aim.reaches[reach] <= effort.token_core_up_to:
                     found.append(token_setting(kind, own, aim, tier, reach, effort.token_core))
         return found
 
