@@ -34,7 +34,7 @@ def test_what_reads_more_is_never_predicted_worse(curve, ways):
 
 
 @settings(max_examples=60, deadline=None)
-@given(curve=curves(), target=st.floats(1e-9, 20))
+@given(curve=curves(), target=st.floats(1e-13, 20))
 def test_the_density_for_a_target_is_where_the_curve_meets_it(curve, target):
     density = curve.density_for(target)
     if density is None:
