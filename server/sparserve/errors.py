@@ -2,6 +2,7 @@
 
     SparserveError
       ConfigError                 settings that cannot work together
+        UnusableIndex             a calibrated index is damaged or was made for something else
       ModelError
         ModelNotFound             no such model, file or cached download
         CorruptCheckpoint         the files are damaged, truncated or contradict themselves
@@ -14,6 +15,7 @@
         UnknownModel              another model than the one served
         DuplicateRequest          the request id is in flight already
         ChatUnavailable           the model has no chat template that works
+        SparsityUnavailable       the server cannot choose neurons as asked
       QueueFull                   too many requests or prompt tokens wait
       SlowReader                  a stream was not read
       Unavailable                 draining, stopped or broken
@@ -35,6 +37,10 @@ class SparserveError(Exception):
 
 class ConfigError(SparserveError):
     """Settings that cannot work together."""
+
+
+class UnusableIndex(ConfigError):
+    """A calibrated index is damaged, or was made for another model, tokenizer or format."""
 
 
 class ModelError(SparserveError):
@@ -105,6 +111,11 @@ class ChatUnavailable(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__("messages", message)
+
+
+class SparsityUnavailable(RequestError):
+    """What the server lacks (an index, a backend) keeps it from choosing neurons as asked; `field` is
+    what asked for it."""
 
 
 class QueueFull(SparserveError):

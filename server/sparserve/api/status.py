@@ -44,6 +44,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
         case errors.ChatUnavailable():
             info = _info("CHAT_UNAVAILABLE", field=error.field)
             return grpc.StatusCode.FAILED_PRECONDITION, message, [info]
+        case errors.SparsityUnavailable():
+            info = _info("SPARSITY_UNAVAILABLE", field=error.field)
+            return grpc.StatusCode.FAILED_PRECONDITION, message, [info]
         case errors.RequestError():
             return grpc.StatusCode.INVALID_ARGUMENT, message, [_violation(error)]
         case errors.QueueFull():

@@ -17,6 +17,7 @@ from sparse_kernels.native import (
     memory_room,
     usable_cpus,
 )
+from sparse_kernels.weights import ChoiceTensors
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
@@ -108,6 +109,13 @@ def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
     return "reference", obstacle
 
 
+def format_name(model: LoadedModel, settings: EngineSettings) -> str:
+    """What BackendInfo.dtype will be. Raises ConfigError."""
+    dtype = str(model.weights.dtype).removeprefix("torch.")
+    name, _ = choose_backend(settings, dtype)
+    return str(weight_formats(settings)) if name == "cpu" else dtype
+
+
 def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
     """What keeps the cpu backend from running, if anything. Raises ConfigError where the instruction
     set that SPARSE_KERNELS_ISA asks for cannot be had."""
@@ -133,7 +141,7 @@ def assemble_engine(
     """An engine over a model in memory; `on_layer` is told of layers that are quantized for it. Raises
     ConfigError or, of layers that are read only now, CorruptCheckpoint or UnsupportedModel."""
     max_context = _max_context(settings, model.config.max_position_embeddings)
-    backend, max_context = _make_backend(model, settings, max_context, on_layer)
+    backend, max_context = make_backend(model, settings, max_context, on_layer=on_layer)
     log.info(
         "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens in %s",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
@@ -164,10 +172,16 @@ def assemble_engine(
     )
 
 
-def _make_backend(
-    model: LoadedModel, settings: EngineSettings, max_context: int, on_layer: QuantizeProgress
+def make_backend(
+    model: LoadedModel,
+    settings: EngineSettings,
+    max_context: int,
+    *,
+    choice: ChoiceTensors | None = None,
+    on_layer: QuantizeProgress = lambda done, total: None,
 ) -> tuple[Backend, int]:
-    """-> (backend, context that fits its KV cache). Raises ConfigError or ModelError."""
+    """-> (backend, context that fits its KV cache); with `choice` its sequences can choose neurons by
+    importance. Raises ConfigError or ModelError."""
     config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
     dtype_name = str(dtype).removeprefix("torch.")
     name, reason = choose_backend(settings, dtype_name)
@@ -182,6 +196,7 @@ def _make_backend(
                 threads=threads,
                 kv_bits=_kv_bits(settings),
                 calibration=_calibration(model, formats),
+                choice=choice,
                 on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
@@ -193,7 +208,13 @@ def _make_backend(
             f"weights ({dtype_name}): {reason}; take --kv-dtype same, or what the cpu backend needs"
         )
     num_blocks, context = _size_cache(settings, bytes_per_block(config, dtype), max_context)
-    backend = ReferenceBackend(config, model.weights, num_blocks=num_blocks, threads=threads)
+    backend = ReferenceBackend(
+        config,
+        model.weights,
+        num_blocks=num_blocks,
+        threads=threads,
+        choice=choice or ChoiceTensors(),
+    )
     return backend, context
 
 

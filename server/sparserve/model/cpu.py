@@ -18,8 +18,9 @@ from sparse_kernels.arena import huge_pages
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.decoder import Decoder, Rows, Wanted
 from sparse_kernels.formats import SCAN, DecoderFormats
-from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_scan
+from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_choice, with_scan
 from sparse_kernels.weights import (
+    ChoiceTensors,
     DecoderConfig,
     EndTensors,
     LayerShape,
@@ -70,13 +71,20 @@ def make_decoder(
     threads: int,
     kv_bits: int = 16,
     calibration: Sequence[int] = (),
+    choice: ChoiceTensors | None = None,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
     library refuses.
     """
     packed = pack_model(
-        config, weights, formats, threads=threads, calibration=calibration, on_layer=on_layer
+        config,
+        weights,
+        formats,
+        threads=threads,
+        calibration=calibration,
+        choice=choice,
+        on_layer=on_layer,
     )
     return Decoder(packed, threads=threads, kv_bits=kv_bits)
 
@@ -88,11 +96,13 @@ def pack_model(
     *,
     threads: int = 1,
     calibration: Sequence[int] = (),
+    choice: ChoiceTensors | None = None,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> PackedDecoder:
     """The library's own copy of `weights`, which are in DTYPE in main memory; each layer is asked for
     once, quantized as `formats` says (then `on_layer` is told) and packed before the next is. A scan of the
-    LM head is made for what the model computes of the tokens `calibration`, on so many `threads`.
+    LM head is made for what the model computes of the tokens `calibration`, on so many `threads`. With
+    `choice` sequences can choose neurons by importance.
 
     Raises NativeCallError of what the library refuses, CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
     quantized, and MemoryError.
@@ -117,6 +127,8 @@ def pack_model(
     with _told_as_model_errors():
         ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
         packed = pack(decoder_config, ends, layers, formats)
+        if choice is not None:
+            packed = with_choice(packed, choice)
         if not formats.lm_head_scan:
             return packed
         inputs = _head_inputs(packed, calibration or range(min(config.vocab_size, 256)), threads)
@@ -161,7 +173,7 @@ def _layers(
     total = len(weights.layers)
 
     def layer(index: int) -> LayerTensors:
-        made = quantize_layer(_tensors(weights.layers[index]), formats, f"layer {index}: ")
+        made = quantize_layer(layer_tensors(weights.layers[index]), formats, f"layer {index}: ")
         if formats.quantized:
             on_layer(index + 1, total)
         return made
@@ -170,7 +182,7 @@ def _layers(
     return map(layer, range(total))
 
 
-def _tensors(layer: LayerWeights) -> LayerTensors:
+def layer_tensors(layer: LayerWeights) -> LayerTensors:
     return LayerTensors(
         q=layer.wq,
         k=layer.wk,
@@ -209,7 +221,7 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
 
 
-def _neuron_bytes(
+def neuron_bytes(
     config: ModelConfig, formats: DecoderFormats
 ) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
     """See BackendInfo."""
@@ -247,7 +259,7 @@ class CpuBackend:
             str(decoder.formats),
             decoder.threads,
             choices=decoder.choices,
-            neuron_bytes=_neuron_bytes(config, decoder.formats),
+            neuron_bytes=neuron_bytes(config, decoder.formats),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,

@@ -97,6 +97,14 @@ class PromptStatistics:
             total = last if total is None else total + last
         return None if total is None else NeuronStatistics(total, self._tokens)
 
+    def first_half(self) -> NeuronStatistics | None:
+        """Over the first half of its blocks, rounded down; None where that is none."""
+        half = self._whole[: (len(self._whole) + (self._open is not None)) // 2]
+        if not half:
+            return None
+        total = torch.stack([_in_units(rounded) for rounded in half]).sum(dim=0)
+        return NeuronStatistics(total, len(half) * self._block_size - 1)
+
     def _close(self) -> None:
         if self._open is not None:
             self._add(_rounded(self._open))
