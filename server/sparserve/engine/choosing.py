@@ -11,7 +11,7 @@ from sparse_kernels.choice import NeuronChoice, Score
 from sparserve.engine.block_manager import ALL_NEURONS, Provenance, StatisticsKind
 from sparserve.engine.request import SparsityReport
 from sparserve.model.backend import BackendInfo, NeuronReads, Phase
-from sparserve.sparsity.chooser import Chosen, ChoicePlan
+from sparserve.sparsity.chooser import ChoicePlan, Chosen
 from sparserve.sparsity.policy import DENSE, Policy
 from sparserve.sparsity.statistics import PromptStatistics
 
@@ -97,7 +97,7 @@ class ChoiceState:
         return True
 
     def _read_more(self) -> None:
-        density = self.plan.density + MORE_DENSITY
+        density = round(self.plan.density + MORE_DENSITY, 6)  # .8 + .1 is less than .9
         if density >= DENSE_FROM:
             self.plan = self._replan(DENSE)
             self.fallbacks += 1
@@ -124,7 +124,7 @@ class ChoiceState:
     def _bytes_of(self, choice: NeuronChoice, reads: NeuronReads) -> float:
         costs = self._info.neuron_bytes[choice.kind]
         counts = reads.counts.sum(dim=0).tolist()
-        neurons = sum(count * cost for count, cost in zip(counts, costs, strict=True))
+        neurons: float = sum(count * cost for count, cost in zip(counts, costs, strict=True))
         return neurons + reads.tokens * self._correction_bytes(choice)
 
     def _correction_bytes(self, choice: NeuronChoice) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from sparserve.errors import InvalidRequest, SparsityUnavailable
-from sparserve.sparsity.chooser import Chooser, ChoicePlan
+from sparserve.sparsity.chooser import ChoicePlan, Chooser
 from sparserve.sparsity.policy import Policy, PolicyKind
 
 # Those whose text is not the dense model's, so that bounds of quality are for them.
@@ -52,7 +52,7 @@ class Policies:
         if kind is PolicyKind.DENSE:
             return self._dense(policy)
         if policy.density is None and policy.target_kl is None and kind is not PolicyKind.EXACT:
-            policy = replace(policy, **self._default_amount(kind))
+            policy = self._with_default_amount(policy)
         if kind in _LOSSY:
             self._check_bounds(policy)
         return policy
@@ -81,12 +81,14 @@ class Policies:
             )
         return replace(policy, density=None, target_kl=None)
 
-    def _default_amount(self, kind: PolicyKind) -> dict[str, float | None]:
-        density, target_kl = self._rules.default_density, self._rules.default_target_kl
-        if kind is PolicyKind.AUTO or density is None:
-            # A core that was never calibrated has no target to go by: the chooser knows a density.
-            return {} if kind is PolicyKind.CORE else {"target_kl": target_kl}
-        return {"density": density}
+    def _with_default_amount(self, policy: Policy) -> Policy:
+        density = self._rules.default_density
+        if policy.kind is not PolicyKind.AUTO and density is not None:
+            return replace(policy, density=density)
+        if policy.kind is PolicyKind.CORE:
+            # One that was never calibrated has no target to go by: the chooser knows a density.
+            return policy
+        return replace(policy, target_kl=self._rules.default_target_kl)
 
     def _check_bounds(self, policy: Policy) -> None:
         rules = self._rules

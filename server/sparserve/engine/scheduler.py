@@ -23,7 +23,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 
-from sparserve.engine.block_manager import DECODED, BlockManager, blocks_for
+from sparserve.engine.block_manager import BlockManager, blocks_for
 from sparserve.engine.sequence import Sequence, Status
 from sparserve.model.backend import BLOCK_SIZE, Phase
 
@@ -105,7 +105,9 @@ class Scheduler:
         for item in plan.scheduled:
             sequence, before = item.sequence, item.sequence.num_computed
             if item.phase is Phase.DECODE:
-                self.blocks.mark(sequence.block_table[before // BLOCK_SIZE], DECODED)
+                self.blocks.mark(
+                    sequence.block_table[before // BLOCK_SIZE], sequence.neurons.decoded
+                )
             else:
                 self._publish(sequence, before, before + item.count)
             sequence.advance(item.count)
@@ -124,10 +126,13 @@ class Scheduler:
     def _publish(self, sequence: Sequence, start: int, stop: int) -> None:
         """Prefill wrote the positions [start, stop): what became whole may be shared."""
         for index in range(start // BLOCK_SIZE, min(stop // BLOCK_SIZE, len(sequence.keys))):
-            statistics = None
-            if sequence.wants_statistics and sequence.statistics is not None:
-                statistics = sequence.statistics.block(index)
-            self.blocks.publish(sequence.block_table[index], sequence.keys[index], statistics)
+            kind = sequence.wanted_statistics
+            statistics = (
+                None
+                if sequence.statistics is None or kind is None
+                else sequence.statistics.block(index)
+            )
+            self.blocks.publish(sequence.block_table[index], sequence.keys[index], kind, statistics)
 
     def _schedule_decode(self, sequence: Sequence, plan: Plan) -> None:
         if self._make_room(sequence, plan):
@@ -209,7 +214,7 @@ class Scheduler:
     def _seat(self, sequence: Sequence, plan: Plan) -> bool:
         """Blocks for all positions up to its next token, those of the prefix cache first. False: too few."""
         cached = self.blocks.share(
-            sequence.cacheable_keys, with_statistics=sequence.wants_statistics
+            sequence.cacheable_keys, with_statistics=sequence.wanted_statistics
         )
         shared = [c.block for c in cached]
         needed = blocks_for(sequence.positions_after_next_token) - len(shared)
@@ -230,7 +235,7 @@ class Scheduler:
         restored = tuple(sequence.block_table[first:last])
         plan.swaps_in.append(Swap(sequence, restored))
         for block in restored:
-            self.blocks.mark(block, DECODED)
+            self.blocks.mark(block, sequence.neurons.decoded)
         sequence.finish_recompute()
 
 
