@@ -223,17 +223,18 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
 
 def _neuron_bytes(
     config: ModelConfig, formats: DecoderFormats
-) -> dict[ChoiceKind | None, tuple[float, float, float]]:
+) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
     """See BackendInfo."""
     hidden, gate = config.hidden_size, formats.gate_up
     row = gate.bytes(1, hidden)
     low = hidden * gate.low_bits / 8
+    down_low = hidden * formats.down.low_bits / 8
     down = formats.down.bytes(1, hidden)
-    kinds: dict[ChoiceKind | None, tuple[float, float, float]] = dict.fromkeys(
-        (None, ChoiceKind.GATE), (row, row + down, 0)
+    kinds: dict[ChoiceKind | None, tuple[float, float, float, float]] = dict.fromkeys(
+        (None, ChoiceKind.GATE), (row, row + down, 0, 0)
     )
     if gate.low_bits:
-        kinds[ChoiceKind.PLANES] = (2 * (row - low), down, 2 * low)
+        kinds[ChoiceKind.PLANES] = (2 * (row - low), down - down_low, 2 * low, down_low)
     return kinds
 
 
@@ -314,7 +315,7 @@ class CpuBackend:
         rescored = array("I", bytes(4 * len(needed) * with_scan))
         wanted = [self._wanted(sequence) for sequence in sequences]
         choosing = any(own.reads is not None for own in wanted)
-        union = torch.zeros(self.config.num_layers, 3, dtype=torch.int64) if choosing else None
+        union = torch.zeros(self.config.num_layers, 4, dtype=torch.int64) if choosing else None
         rows = self._decoder.forward(
             sequences,
             self._kv,
@@ -359,7 +360,7 @@ class CpuBackend:
             statistics=self._new_sums(sequence) if sequence.collect_statistics else None,
             score=sequence.score,
             score_share=sequence.score_share,
-            reads=torch.zeros(self.config.num_layers, 3, dtype=torch.int64) if chooses else None,
+            reads=torch.zeros(self.config.num_layers, 4, dtype=torch.int64) if chooses else None,
         )
 
     def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:
