@@ -145,7 +145,8 @@ def _check_range(name: str, value: float | str) -> None:
     from sparserve.engine.request import SamplingParams, StoppingParams
 
     fields: Any = {name: value}
-    make_request("", **fields)
     for kind in (SamplingParams, StoppingParams):
         if name in kind.__annotations__:
             kind(**fields)
+            return
+    make_request("", **fields)
