@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
-from sparserve.engine.next_token import continue_text, draw, needed_candidates
+from sparserve.engine.next_token import continue_text, draft, draw, needed_candidates
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -21,8 +22,9 @@ from sparserve.engine.request import (
     Update,
 )
 from sparserve.engine.sampler import Row, rows_of
-from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap
+from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap, Work
 from sparserve.engine.sequence import Sequence
+from sparserve.engine.speculation import Speculation
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import (
     ConfigError,
@@ -34,6 +36,7 @@ from sparserve.errors import (
 )
 from sparserve.metrics import Metrics
 from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
+from sparserve.sparsity.chooser import Chooser
 from sparserve.sparsity.policy import PolicyKind
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = limits
         self.metrics = metrics
+        self._chooser = Chooser(backend.config, backend.info)
         self.broken: str | None = None  # the error id that ended it
         self._blocks = BlockManager(backend.num_blocks, prefix_cache=limits.prefix_cache)
         self._scheduler = Scheduler(
@@ -165,14 +169,21 @@ class Engine:
             include_stop=stopping.include_stop,
             skip_special_tokens=request.output.skip_special_tokens,
         )
+        max_tokens = stopping.max_tokens or self.limits.default_max_tokens
+        prompt = request.prompt_token_ids
+        plan = self._chooser.plan(request.policy)
         return Sequence(
             request,
-            max_tokens=stopping.max_tokens or self.limits.default_max_tokens,
+            max_tokens=max_tokens,
             detokenizer=detokenizer,
             adjuster=LogitAdjuster(request, config.vocab_size, config.eos_token_ids, refused),
             keys=keys,
             seed=seed,
             choice=choice,
+            speculation=Speculation.of(
+                plan, prompt, min(max_tokens, self.limits.max_context - len(prompt))
+            ),
+            refresh=Refresh.of(plan, len(prompt)),
         )
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
@@ -214,11 +225,15 @@ class Engine:
         for item, statistics, scores in parts:
             self._note_first_schedule(item.sequence, now)
             item.sequence.take_prompt_output(statistics, scores)
-        wanting = [(item.sequence, next(rows)) for item in plan.scheduled if item.wants_token]
+        wanting = [(item, [next(rows) for _ in item.outputs]) for item in plan.scheduled]
         self._scheduler.update(plan)
-        for sequence, row in wanting:
+        for item, own_rows in wanting:
+            sequence = item.sequence
             try:
-                updates.append(self._take_token(sequence, row))
+                if item.work is Work.DRAFT:
+                    draft(sequence, own_rows[0])
+                elif own_rows:
+                    self._take_tokens(sequence, own_rows, updates)
             except InvalidRequest as error:
                 updates += self._end_failed(sequence, error)
             except Exception:  # the step is done: nobody else is touched
@@ -232,6 +247,22 @@ class Engine:
             self.metrics.observe_scheduled(
                 queue_seconds=now - sequence.request.arrival, cached_tokens=sequence.cached_tokens
             )
+
+    def _take_tokens(self, sequence: Sequence, rows: list[Row], updates: list[Update]) -> None:
+        """A token from each row, as long as those before it are what the forward was given as drafts."""
+        speculation = sequence.speculation
+        drafts = speculation.drafts if speculation else []
+        accepted = 0
+        for row in rows:
+            update = self._take_token(sequence, row)
+            updates.append(update)
+            is_right = accepted < len(drafts) and update.tokens[0].id == drafts[accepted]
+            if update.finish is not None or not is_right:
+                break
+            self._scheduler.keep(sequence)
+            accepted += 1
+        if speculation is not None:
+            speculation.verified(accepted)
 
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
         token = draw(sequence, row)
@@ -383,7 +414,7 @@ class Engine:
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.observe_step(
             seconds=seconds,
-            tokens=sum(item.count for item in plan.scheduled),
+            tokens=plan.num_tokens,
             preempted=plan.preempted,
             prefix_queries=plan.prefix_queries,
             prefix_hits=plan.prefix_hits,
@@ -392,7 +423,7 @@ class Engine:
 
 def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
     sequence = item.sequence
-    start, count = sequence.num_computed, item.count
+    start, count = item.start, item.count
     in_prompt = item.phase is Phase.PREFILL
     targets: tuple[int, ...] = ()
     if in_prompt and sequence.wants_prompt_logprobs:
@@ -402,9 +433,9 @@ def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
         start=start,
         block_table=sequence.block_table,
         phase=item.phase,
-        output_offsets=(count - 1,) if item.wants_token else (),
+        output_offsets=item.outputs,
         temperature=sequence.request.sampling.softmax_temperature,
-        needed=needed_candidates(sequence, vocab_size) if item.wants_token else 0,
+        needed=needed_candidates(sequence, vocab_size) if item.outputs else 0,
         collect_statistics=in_prompt and sequence.wants_statistics,
         targets=targets,
         num_top=sequence.request.output.prompt_logprobs or 0,

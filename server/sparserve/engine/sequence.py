@@ -11,6 +11,7 @@ import torch
 from sparserve.engine.block_manager import CachedBlock
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -19,6 +20,7 @@ from sparserve.engine.request import (
     Timings,
     TopToken,
 )
+from sparserve.engine.speculation import Speculation
 from sparserve.errors import SparserveError
 from sparserve.model.backend import BLOCK_SIZE, Phase, TargetScores
 from sparserve.sparsity.statistics import NeuronStatistics, PromptStatistics
@@ -48,6 +50,8 @@ class Sequence:
         keys: Ordered[bytes] = (),
         seed: int = 0,
         choice: int = 0,
+        speculation: Speculation | None = None,
+        refresh: Refresh | None = None,
     ) -> None:
         """`keys` name the prompt's whole blocks in the prefix cache; (): neither looked for nor kept there."""
         self.request = request
@@ -57,6 +61,8 @@ class Sequence:
         self.keys = keys
         self.seed = seed
         self.choice = choice
+        self.speculation = speculation
+        self.refresh = refresh
         self.output_token_ids: list[int] = []
         self.status = Status.WAITING
         self.block_table: list[int] = []
@@ -120,10 +126,13 @@ class Sequence:
         return self.prompt_len + max(len(self.output_token_ids), 1)
 
     def tokens(self, start: int, count: int) -> tuple[int, ...]:
-        """Token ids at positions [start, start + count), prompt and output together."""
-        prompt = self.request.prompt_token_ids[start : start + count]
-        first = max(start - self.prompt_len, 0)
-        return (*prompt, *self.output_token_ids[first : first + count - len(prompt)])
+        """Token ids at positions [start, start + count) of prompt, output and drafts, one after another."""
+        drafts = self.speculation.drafts if self.speculation else ()
+        ids: list[int] = []
+        for part in (self.request.prompt_token_ids, self.output_token_ids, drafts):
+            ids += part[max(start, 0) : max(start + count, 0)]
+            start -= len(part)
+        return tuple(ids)
 
     def take_cached(self, cached: Ordered[CachedBlock]) -> None:
         """These blocks, from the cache, now begin this sequence; it has not computed anything yet."""
@@ -167,6 +176,8 @@ class Sequence:
         self.num_computed = 0
         self.block_table = []
         self.status = Status.WAITING
+        if self.speculation is not None:
+            self.speculation.drop()
         if self.in_first_prefill:
             self._begin_prompt()
 
