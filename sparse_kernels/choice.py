@@ -54,7 +54,7 @@ class NeuronChoice:
         None  # int64 [layers, words] of 64 bits, see `core_words`; None: all
     )
     kind: ChoiceKind | None = None
-    thresholds: torch.Tensor | None = None  # float32 [layers, 2]; None without `kind`
+    thresholds: torch.Tensor | None = None  # float32 [layers, 3]; None without `kind`
     correction: int = 0  # the number of one of the model's corrections, from 1; 0: none
     struct: _abi.sk_choice = field(init=False, repr=False)
 
@@ -71,12 +71,12 @@ class NeuronChoice:
         if thresholds is not None and (
             thresholds.dtype != torch.float32
             or thresholds.dim() != 2
-            or thresholds.shape[1] != 2
+            or thresholds.shape[1] != 3
             or not thresholds.is_contiguous()
         ):
             raise ValueError(
                 f"thresholds are {thresholds.dtype} {list(thresholds.shape)}; expected "
-                "torch.float32 [layers, 2]"
+                "torch.float32 [layers, 3]"
             )
         struct = new_struct(_abi.sk_choice)
         struct.kind, struct.correction = _KINDS[self.kind], self.correction

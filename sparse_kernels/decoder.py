@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
     statistics: torch.Tensor | None = None
     score: Score = Score.NORM
     score_share: float = 1.0  # with a count
-    reads: torch.Tensor | None = None  # None, or int64 [layers, 3]: see `reads` of sk_sequence
+    reads: torch.Tensor | None = None  # None, or int64 [layers, 4]: see `reads` of sk_sequence
 
 
 class Rows(NamedTuple):
@@ -84,7 +84,7 @@ class Decoder:
         self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)
         widest = max(shape.intermediate_size for shape in config.layers)
         self._sums_shape = (len(config.layers), widest)  # of a KV block's statistics
-        self._reads_shape = (len(config.layers), 3)
+        self._reads_shape = (len(config.layers), 4)
         self._logits = torch.empty(0, config.vocab_size)
         self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
@@ -131,7 +131,7 @@ class Decoder:
                 0, a scan may leave out all else: candidates are -1 then, normalizers NaN, logits rough.
             rescored: with `needed`, a number of type "I" for each output row, set to how many of its
                 logits were computed from the LM head itself: vocab_size where nothing is left out.
-            union_reads: int64 [layers, 3], set to what all tokens together read.
+            union_reads: int64 [layers, 4], set to what all tokens together read.
 
         Raises NativeCallError where the library refuses a value, ValueError where it could not know.
         """

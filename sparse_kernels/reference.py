@@ -6,12 +6,17 @@ that they stand for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 
 from sparse_kernels import _abi
 from sparse_kernels.arena import aligned
+from sparse_kernels.choice import ALL_NEURONS, ChoiceKind, NeuronChoice
+from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.weights import (
+    ChoiceTensors,
     DecoderConfig,
     EndTensors,
     LayerShape,
@@ -36,11 +41,16 @@ def forward(
     token_ids: list[int],
     cache: Cache,
     kv_bits: int = 16,
+    choice: NeuronChoice = ALL_NEURONS,
+    tensors: ChoiceTensors = ChoiceTensors(),
+    formats: DecoderFormats = DecoderFormats(),
+    reads: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Tokens that follow those of `cache`, which grows by them.
 
     -> the hidden states [tokens, hidden] before the last norm, and of each layer the norm scores
-    [tokens, intermediate].
+    [tokens, intermediate]. All tokens choose neurons by `choice`, in planes as `formats` says; what they
+    read is added to `reads` [layers, 4].
     """
     x, scores = ends.embedding[token_ids].double(), []
     for index, (shape, layer) in enumerate(zip(config.layers, layers, strict=True)):
@@ -53,11 +63,102 @@ def forward(
         out = attention(q, *cache[index], shape.window) @ exact(layer.output).T
         x = x + (out if layer.output_bias is None else out + layer.output_bias.double())
         normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        activations = F.silu(normed @ exact(layer.gate).T) * (normed @ exact(layer.up).T)
-        columns = exact(layer.down)  # quantized they are rows already
-        x = x + activations @ (columns if isinstance(layer.down, QuantizedMatrix) else columns.T)
+        chosen = choose(layer, index, normed, choice, tensors, formats)
+        if reads is not None:
+            kinds = (chosen.looked, chosen.used, chosen.whole, chosen.down_whole)
+            reads[index] += torch.stack([mask.sum() for mask in kinds])
+        activations = chosen.activations
+        x = x + down(layer.down, activations, chosen.down_whole, formats.down.low_bits)
+        if choice.correction:
+            inputs, outputs = tensors.corrections[choice.correction - 1][index]
+            x = x + (normed @ inputs.double().T) @ outputs.double()
         scores.append(activations.square() / activations.square().sum(1, keepdim=True))
     return x, scores
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What tokens make of a layer's neurons, [tokens, intermediate] each; see sk_choice."""
+
+    looked: torch.Tensor
+    used: torch.Tensor
+    whole: torch.Tensor
+    down_whole: torch.Tensor
+    activations: torch.Tensor  # float64, zero where not used
+
+
+def choose(
+    layer: LayerTensors,
+    index: int,
+    normed: torch.Tensor,
+    choice: NeuronChoice,
+    tensors: ChoiceTensors,
+    formats: DecoderFormats,
+) -> Chosen:
+    """normed [tokens, hidden] float64, the inputs of gate and up of the layer with this index."""
+    gate, up = normed @ exact(layer.gate).T, normed @ exact(layer.up).T
+    neurons = gate.shape[1]
+    core = choice.members(neurons)
+    looked = (
+        torch.ones_like(gate, dtype=torch.bool) if core is None else core[index].expand_as(gate)
+    )
+    if choice.kind is None:
+        return Chosen(looked, looked, looked, looked, F.silu(gate) * up * looked)
+    assert choice.thresholds is not None
+    use, complete, complete_down = choice.thresholds[index].double()
+    if choice.kind is ChoiceKind.GATE:
+        assert tensors.gate_factors is not None
+        used = looked & (F.silu(gate).abs() * tensors.gate_factors[index, :neurons] >= use)
+        return Chosen(looked, used, used, used, F.silu(gate) * up * used)
+    assert tensors.planes_factors is not None
+    factors = tensors.planes_factors[index, :neurons].double()
+    gate_high, gate_variance = upper(layer.gate, normed, formats.gate_up.low_bits)
+    up_high, up_variance = upper(layer.up, normed, formats.gate_up.low_bits)
+    approximate = F.silu(gate_high) * up_high
+    importance = approximate.abs() * factors
+    sigmoid = gate_high.sigmoid()
+    slope = sigmoid * (1 + gate_high * (1 - sigmoid))
+    noise = (
+        factors
+        * (
+            (slope * up_high).square() * gate_variance
+            + F.silu(gate_high).square() * up_variance
+            + slope.square() * gate_variance * up_variance
+        ).sqrt()
+    )
+    used = looked & (importance >= use)
+    whole = used & (noise >= complete)
+    down_whole = used & (importance >= complete_down)
+    if not formats.down.low_bits:
+        down_whole = used
+    activations = torch.where(whole, F.silu(gate) * up, approximate) * used
+    return Chosen(looked, used, whole, down_whole, activations)
+
+
+def upper(matrix: Matrix, normed: torch.Tensor, low_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """normed [tokens, hidden] -> its product with the upper bits, the mean of the lower ones added, and the
+    variance of what these make of it; [tokens, rows] each."""
+    assert isinstance(matrix, QuantizedMatrix)
+    unit, columns = 1 << low_bits, matrix.codes.shape[1]
+    high = replace(matrix, codes=matrix.codes // unit * unit).dequantize().double()
+    scales = matrix.scales.double()
+    by_column = scales.repeat_interleave(matrix.group_size, dim=1)[:, :columns]
+    product = normed @ (high + by_column * (unit - 1) / 2).T
+    return product, normed.square() @ by_column.square().T * (unit**2 - 1) / 12
+
+
+def down(
+    matrix: Matrix, activations: torch.Tensor, whole: torch.Tensor, low_bits: int
+) -> torch.Tensor:
+    """activations [tokens, intermediate] -> [tokens, hidden]; of neurons that are not `whole` only the upper
+    bits count, with half of the lower ones' range."""
+    if not isinstance(matrix, QuantizedMatrix):
+        return activations @ exact(matrix).T
+    if not low_bits:
+        return activations @ exact(matrix)
+    unit = 1 << low_bits
+    high = replace(matrix, codes=matrix.codes // unit * unit + unit // 2)
+    return (activations * whole) @ exact(matrix) + (activations * ~whole) @ exact(high)
 
 
 def logits(config: DecoderConfig, ends: EndTensors, hidden: torch.Tensor) -> torch.Tensor:

@@ -16,14 +16,18 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from sparse_kernels.choice import ChoiceKind
 from sparserve.api.server import Server
 from sparserve.config import ServerSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
 from sparserve.model.catalog import DEMO_MODEL
 from sparserve.model.config import ModelConfig
+from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.weights import HF_NAMES, layer_shapes
+from sparserve.sparsity.index import NeuronIndex, Setting, write_index
+from sparserve.sparsity.policy import PolicyKind
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -125,6 +129,45 @@ def demo_model() -> LoadedModel:
 @pytest.fixture(scope="session")
 def demo_bfloat16() -> LoadedModel:
     return load_model(DEMO_MODEL, dtype="bfloat16", layers_at_use=True)
+
+
+def index_for(model: LoadedModel, format: str) -> NeuronIndex:
+    """As if calibrated: half of the neurons of a core, or chosen by gate among all or in a core. What it
+    predicts is made up."""
+    layers, neurons = model.config.num_layers, model.config.intermediate_size
+    generator = torch.Generator().manual_seed(1)
+    clusters = torch.rand(2, layers, neurons, generator=generator).half()
+    shares = torch.linspace(0.4, 0.6, layers)
+    thresholds = torch.full((layers, 2), 0.3)
+    low_rank = torch.randn(layers, 2, 3, model.config.hidden_size, generator=generator) * 0.05
+    return NeuronIndex(
+        index_key(model, format),
+        prior=clusters.float().mean(dim=0),
+        cluster_layer=layers - 1,
+        centroids=torch.nn.functional.normalize(clusters[:, -1].float().sqrt(), dim=1),
+        clusters=clusters,
+        settings=(
+            Setting(PolicyKind.CORE, 0.5, 0.4, 0.8, 0.6, (0.5, 0.5, 0.0), shares=shares),
+            Setting(
+                PolicyKind.TOKEN, 0.7, 0.1, 0.2, 0.9, (1.0, 0.55, 0.0), choice=ChoiceKind.GATE,
+                thresholds=thresholds, correction=1,
+            ),
+            Setting(
+                PolicyKind.TOKEN, 0.4, 0.3, 0.6, 0.7, (0.5, 0.35, 0.0), choice=ChoiceKind.GATE,
+                shares=shares.clone(), thresholds=thresholds.clone(),
+            ),
+        ),
+        gate_factors=0.5 + torch.rand(layers, neurons, generator=generator),
+        corrections=([(a, b) for a, b in low_rank.bfloat16()],),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_index(tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of one for the tiny model on the reference backend."""
+    path = tmp_path_factory.mktemp("index") / "tiny.safetensors"
+    write_index(path, index_for(tiny_model, "float32"))
+    return path
 
 
 EngineFactory = Callable[..., Engine]

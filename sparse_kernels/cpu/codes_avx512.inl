@@ -11,10 +11,15 @@ struct Codes {  // 16 rows
 };
 
 // The planes that a code's bits are in.
-enum class Planes { k8, k44, k4, k31, k22 };
+enum class Planes { k8, k44, k4, k31, k22, k3, k2 };
 
 inline Planes planes_of(const Matrix& m) {
-  if (m.low == nullptr) return m.bits == 8 ? Planes::k8 : Planes::k4;
+  if (m.low == nullptr) {
+    return m.bits == 8   ? Planes::k8
+           : m.bits == 4 ? Planes::k4
+           : m.bits == 3 ? Planes::k3
+                         : Planes::k2;
+  }
   return m.low_bits == 4 ? Planes::k44 : m.low_bits == 1 ? Planes::k31 : Planes::k22;
 }
 
@@ -37,6 +42,10 @@ inline void with_planes(const Matrix& m, Body&& body) {
       return body(PlanesTag<Planes::k31>());
     case Planes::k22:
       return body(PlanesTag<Planes::k22>());
+    case Planes::k3:
+      return body(PlanesTag<Planes::k3>());
+    case Planes::k2:
+      return body(PlanesTag<Planes::k2>());
   }
 }
 
@@ -77,29 +86,49 @@ inline __m512i load_codes(const uint8_t* codes, const uint8_t* low, size_t block
   if constexpr (kPlanes == Planes::k22) {
     return _mm512_or_si512(_mm512_slli_epi16(twos(codes + 16 * block), 2), twos(low + 16 * block));
   }
+  if constexpr (kPlanes == Planes::k2) return twos(codes + 16 * block);
   const uint8_t* upper = codes + 24 * block;
+  if constexpr (kPlanes == Planes::k3) {
+    return _mm512_or_si512(_mm512_slli_epi16(twos(upper), 1), ones(upper + 16, 1));
+  }
   return _mm512_or_si512(_mm512_or_si512(_mm512_slli_epi16(twos(upper), 2), ones(upper + 16, 2)),
                          ones(low + 8 * block, 1));
 }
 
 template <Planes kPlanes>
-inline void unpack_rows(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
-  for (size_t i = row; i < row + 16; ++i, out += columns) {
-    const uint8_t *codes = m.codes + i * m.stride, *low = m.low + i * m.low_stride;
-    for (size_t j = 0; j < columns; j += 64) {
-      _mm512_store_si512(out + j, load_codes<kPlanes>(codes, low, (column + j) / 64));
-    }
+inline void unpack_row(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
+  const uint8_t *codes = m.codes + row * m.stride, *low = m.low + row * m.low_stride;
+  for (size_t j = 0; j < columns; j += 64) {
+    _mm512_store_si512(out + j, load_codes<kPlanes>(codes, low, (column + j) / 64));
   }
 }
 
 inline Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, uint8_t* out) {
   if (planes_of(m) == Planes::k8) return {m.codes + row * m.stride + column, m.stride};
-  with_planes(
-      m, [&](auto planes) { unpack_rows<decltype(planes)::value>(m, row, column, columns, out); });
+  with_planes(m, [&](auto planes) {
+    for (size_t i = 0; i < 16; ++i) {
+      unpack_row<decltype(planes)::value>(m, row + i, column, columns, out + i * columns);
+    }
+  });
   return {out, columns};
 }
 
 constexpr size_t kAheadNeurons = 16;  // between what is read and what is fetched
+constexpr size_t kAheadChosen = 8;
+
+// A block of columns of four neurons side by side, in vectors 1024 bytes apart.
+template <Planes kPlanes>
+inline void interleave_four(const uint8_t* const* codes, const uint8_t* const* low, size_t block,
+                            uint8_t* to) {
+  __m512i row[4];
+  for (size_t i = 0; i < 4; ++i) row[i] = load_codes<kPlanes>(codes[i], low[i], block);
+  const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
+  const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+  _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+  _mm512_store_si512(to + 1024, _mm512_unpackhi_epi16(a, c));
+  _mm512_store_si512(to + 2048, _mm512_unpacklo_epi16(b, d));
+  _mm512_store_si512(to + 3072, _mm512_unpackhi_epi16(b, d));
+}
 
 // Codes of 64 neurons, four neurons side by side: [columns / 16][16 fours of neurons][16
 // columns][4]. Vector j of a block of 64 columns has columns 4 j ... 4 j + 3 of each 16.
@@ -117,26 +146,32 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
       for (size_t i = 0; i < 4; ++i) {
         __builtin_prefetch(codes[i] + kAheadNeurons * m.stride + (column + j) * m.bits / 8, 0, 2);
       }
-      __m512i row[4];
-      for (size_t i = 0; i < 4; ++i)
-        row[i] = load_codes<kPlanes>(codes[i], low[i], (column + j) / 64);
-      const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]),
-                    b = _mm512_unpackhi_epi8(row[0], row[1]);
-      const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]),
-                    d = _mm512_unpackhi_epi8(row[2], row[3]);
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
-      _mm512_store_si512(to + 1024, _mm512_unpackhi_epi16(a, c));
-      _mm512_store_si512(to + 2048, _mm512_unpacklo_epi16(b, d));
-      _mm512_store_si512(to + 3072, _mm512_unpackhi_epi16(b, d));
+      interleave_four<kPlanes>(codes, low, (column + j) / 64, to);
     }
   }
 }
 
-inline void gather_fours(const Matrix& m, size_t neuron, size_t column, size_t columns,
-                         uint8_t* out) {
-  with_planes(m, [&](auto planes) {
-    gather_rows<decltype(planes)::value>(m, neuron, column, columns, out);
-  });
+// The same of some neurons, whose number is made a multiple of four by the last one again.
+template <Planes kPlanes>
+inline void gather_chosen_rows(const Matrix& m, const ChosenRows& rows, size_t column,
+                               size_t columns, uint8_t* out) {
+  for (size_t first = 0; first < rows.count; first += 4, out += 64) {
+    const uint8_t *codes[4], *low[4];
+    for (size_t i = 0; i < 4; ++i) {
+      const size_t row = rows.at[at_most(first + i, rows.count - 1)];
+      codes[i] = m.codes + row * m.stride;
+      low[i] = m.low + row * m.low_stride;
+    }
+    const uint8_t* ahead[4];
+    for (size_t i = 0; i < 4; ++i) {
+      ahead[i] = m.codes + rows.at[at_most(first + kAheadChosen + i, rows.count - 1)] * m.stride;
+    }
+    uint8_t* to = out;
+    for (size_t j = 0; j < columns; j += 64, to += 4096) {
+      for (size_t i = 0; i < 4; ++i) __builtin_prefetch(ahead[i] + (column + j) * m.bits / 8, 0, 2);
+      interleave_four<kPlanes>(codes, low, (column + j) / 64, to);
+    }
+  }
 }
 
 // 64 columns in the order of their vectors above -> in their own.
@@ -194,13 +229,14 @@ inline __mmask16 lanes_of(size_t first, size_t n) {
 
 // Four vectors of columns for kTokens tokens, by VNNI: sums[token][64] += factor * exact.
 template <int kBits, size_t kTokens>
-inline void add_vectors(const uint8_t* codes, const uint8_t* upper, const uint8_t* lower,
-                        const float* factors, __mmask16 lanes, float* sums, size_t stride) {
+inline void add_vectors(const uint8_t* codes, size_t fours, const uint8_t* upper,
+                        const uint8_t* lower, const float* factors, __mmask16 lanes, float* sums,
+                        size_t stride) {
   __m512i high[kTokens][4], low[kTokens][4];
   for (size_t t = 0; t < kTokens; ++t) {
     for (size_t i = 0; i < 4; ++i) high[t][i] = low[t][i] = _mm512_setzero_si512();
   }
-  for (size_t four = 0; four < 16; ++four) {
+  for (size_t four = 0; four < fours; ++four) {
     __m512i w[4];
     for (size_t i = 0; i < 4; ++i) w[i] = _mm512_load_si512(codes + i * 1024 + four * 64);
     for (size_t t = 0; t < kTokens; ++t) {
@@ -231,8 +267,9 @@ inline void add_vectors(const uint8_t* codes, const uint8_t* upper, const uint8_
 
 template <int kBits>
 inline void add_columns_by_vectors(const uint8_t* codes, size_t columns, size_t first, size_t n,
-                                   const ActivationBytes& activations, size_t tokens,
-                                   const float* factors, float* sums) {
+                                   size_t neurons, const ActivationBytes& activations,
+                                   size_t tokens, const float* factors, float* sums) {
+  const size_t fours = (neurons + 3) / 4;
   const uint8_t* upper = activations.bytes;
   const uint8_t* lower = upper + ActivationBytes::low_at(tokens);
   const __mmask16 lanes = lanes_of(first, n);
@@ -240,11 +277,11 @@ inline void add_columns_by_vectors(const uint8_t* codes, size_t columns, size_t 
     const uint8_t* at = codes + column * 64;
     size_t t = 0;
     for (; t + 2 <= tokens; t += 2) {
-      add_vectors<kBits, 2>(at, upper + t * 64, lower + t * 64, factors + t, lanes,
+      add_vectors<kBits, 2>(at, fours, upper + t * 64, lower + t * 64, factors + t, lanes,
                             sums + t * columns + column, columns);
     }
     if (t < tokens) {
-      add_vectors<kBits, 1>(at, upper + t * 64, lower + t * 64, factors + t, lanes,
+      add_vectors<kBits, 1>(at, fours, upper + t * 64, lower + t * 64, factors + t, lanes,
                             sums + t * columns + column, columns);
     }
   }

@@ -1,5 +1,8 @@
 // The feed-forward layers: few tokens fused per partition of the neurons, many in two phases; the
 // same sums.
+#include <cmath>
+#include <functional>
+
 #include "forward.hpp"
 
 namespace sk {
@@ -14,6 +17,33 @@ size_t prompt_columns(size_t columns, size_t threads) {
   return round_up(std::clamp<size_t>(share, kDownColumns, 4 * kDownColumns), SK_COLUMN_TILE);
 }
 
+// One more for the neurons of a token that a count counts; `ranked` has room for n numbers.
+void add_counts(const float* a, size_t n, const sk_sequence& sequence, float* ranked,
+                int64_t* sums) {
+  constexpr int64_t kOne = int64_t{1} << 32;
+  const bool positive = sequence.score == SK_SCORE_SIGNED_COUNT;
+  size_t eligible = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const float v = positive ? a[i] : std::abs(a[i]);
+    ranked[eligible] = v;
+    eligible += !positive || v > 0;
+  }
+  const double share = static_cast<double>(sequence.score_share);
+  const size_t counted = static_cast<size_t>(std::ceil(share * static_cast<double>(eligible)));
+  if (counted == 0) return;
+  std::nth_element(ranked, ranked + (counted - 1), ranked + eligible, std::greater<float>());
+  const float least = ranked[counted - 1];
+  size_t above = 0;
+  for (size_t i = 0; i < counted; ++i) above += ranked[i] > least;
+  size_t equal = counted - above;  // of those that are just as large; the first ones
+  for (size_t i = 0; i < n; ++i) {
+    const float v = positive ? a[i] : std::abs(a[i]);
+    const bool tied = v == least && equal != 0;
+    equal -= tied;
+    if (v > least || tied) sums[i] += kOne;
+  }
+}
+
 }  // namespace
 
 void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
@@ -25,19 +55,30 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
   // Prompts that are rounded otherwise need no partitions.
   const bool own_way = &products(layer.down) != layer.down.products;
   if (fused_ && !own_way) {
+    const size_t partitions = layer.partitions + corrected_;
     const auto finish = [&](size_t from, size_t to) {
-      for (size_t t = from; t < to; ++t) add_partitions(layer, t);
+      for (size_t t = from; t < to; ++t) add_partitions(partitions, t);
       if (m_.reduce.add_up == nullptr) norm(from, to);
     };
     phase(
-        own, layer.partitions,
+        own, partitions,
         [&](size_t p) {
+          float* const out = partial_ + p * count_ * m_.columns;
+          if (p == layer.partitions) return correct(index, scratch, out);
           const uint32_t part = static_cast<uint32_t>(p);
           const size_t begin = layer.partition_begin(part), end = layer.partition_begin(part + 1);
-          activate(layer, begin, end, scratch);
-          down(layer, begin, end, 0, m_.columns, partial_ + p * count_ * m_.columns, false);
+          if (choosing_) {
+            for (size_t b = begin; b < end; ++b) activate_chosen(layer, index, b, own);
+          } else {
+            activate(layer, begin, end, scratch);
+          }
+          down(layer, begin, end, 0, m_.columns, out, false);
         },
-        [&] { if_few_tokens(finish); }, next_share(index, own));
+        [&] {
+          if (choosing_) tell_reads(index);
+          if_few_tokens(finish);
+        },
+        next_share(index, own));
     then_per_token(own, finish);
   } else {
     phase(own, layer.blocks, [&](size_t block) { activate(layer, block, block + 1, scratch); });
@@ -66,7 +107,8 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
     then_per_token(own, norm);
   }
   if (!statistics_.empty()) {
-    phase(own, statistics_.size(), [&](size_t i) { add_statistics(statistics_[i], layer, index); });
+    phase(own, statistics_.size(),
+          [&](size_t i) { add_statistics(statistics_[i], layer, index, scratch); });
   }
 }
 
@@ -101,24 +143,31 @@ void Forward::down(const Layer& layer, size_t first, size_t last, size_t column,
   task.columns = columns;
   task.activations = activations_;
   task.tokens = count_;
+  if (choosing_) task.used = used_.data() + first;
   task.out = out;
   task.out_stride = m_.columns;
   task.add = add;
   products(layer.down).down(&task);
 }
 
-void Forward::add_partitions(const Layer& layer, size_t token) {
+void Forward::add_partitions(size_t partitions, size_t token) {
   float* first = partial_ + token * m_.columns;
-  k_.sum_rows(first, count_ * m_.columns, layer.partitions, m_.columns, first);
+  k_.sum_rows(first, count_ * m_.columns, partitions, m_.columns, first);
   take(token, 0, first, m_.columns);
 }
 
-void Forward::add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index) {
+void Forward::add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index,
+                             float* scratch) {
   const size_t stride = size_t{layer.blocks} * SK_NEURON_BLOCK;
+  int64_t* const sums = unit.sums + index * m_.widest;
   for (uint32_t i = 0; i < unit.count; ++i) {
     const float* a = plain_ + (unit.row + i) * stride;
-    k_.add_norm_scores(a, layer.neurons, k_.sum_of_squares(a, layer.neurons),
-                       unit.sums + index * m_.widest);
+    const double total = k_.sum_of_squares(a, layer.neurons);
+    if (unit.sequence->score == SK_SCORE_NORM) {
+      k_.add_norm_scores(a, layer.neurons, total, sums);
+    } else if (std::isfinite(total)) {
+      add_counts(a, layer.neurons, *unit.sequence, scratch, sums);
+    }
   }
 }
 

@@ -28,6 +28,9 @@ void Forward::run() {
     std::fill_n(args_.phase_seconds, SK_NUM_PHASES, 0.0);
     mark_ = Clock::now();
   }
+  for (size_t i = 0; args_.union_reads != nullptr && i < m_.layers.size() * kReadKinds; ++i) {
+    args_.union_reads[i] = choosing_ ? 0 : m_.layers[i / kReadKinds].neurons;
+  }
   m_.pool.run([](void* self, uint32_t index) { static_cast<Forward*>(self)->work(index); }, this);
   if (out_of_memory_ || (scan_ && scan_->out_of_memory())) throw std::bad_alloc();
 }
@@ -37,7 +40,11 @@ void Forward::lay_out() {
     const sk_sequence& sequence = args_.sequences[s];
     const uint32_t row = static_cast<uint32_t>(tokens_.size());
     for (uint32_t i = 0; i < sequence.num_tokens; ++i) {
-      tokens_.push_back({sequence.token_ids[i], sequence.start + i, &sequence});
+      tokens_.push_back({sequence.token_ids[i], sequence.start + i, &sequence, s});
+    }
+    if (sequence.choice != nullptr) {
+      choosing_ = true;
+      corrected_ = corrected_ || sequence.choice->correction != 0;
     }
     if (sequence.statistics != nullptr) lay_out_statistics(sequence, row);
   }
@@ -54,7 +61,7 @@ void Forward::lay_out_statistics(const sk_sequence& sequence, uint32_t first_row
     const uint32_t from = std::max({block * SK_BLOCK_SIZE, sequence.start, 1u});
     const uint32_t to = std::min((block + 1) * SK_BLOCK_SIZE, end);
     if (from >= to) continue;
-    statistics_.push_back({first_row + from - sequence.start, to - from,
+    statistics_.push_back({&sequence, first_row + from - sequence.start, to - from,
                            sequence.statistics + (block - first_block) * block_sums});
   }
 }
@@ -97,7 +104,7 @@ void Forward::allocate() {
   attention_operand_ = m_.attention_operand.get(attention_operand);
   queries_ = m_.queries.get<float>(t * m_.most_heads * m_.dim);
   mixed_ = m_.mixed.get<float>(t * mixed_columns);
-  partial_ = m_.partial.get<float>((fused_ ? partitions : 1) * t * columns);
+  partial_ = m_.partial.get<float>((fused_ ? partitions + corrected_ : 1) * t * columns);
   activations_ = m_.activations.get(activations);
   if (!statistics_.empty()) plain_ = m_.plain.get<float>(t * neurons);
   if (m_.reduce.add_up != nullptr) reduced_ = m_.reduced.get<float>(t * columns);
@@ -108,13 +115,28 @@ void Forward::allocate() {
     output_operand_ =
         m_.output_operand.get(m_.lm_head.products->operand_bytes(&m_.lm_head, args_.num_outputs));
   }
+  if (corrected_) {
+    Matrix shape = {};
+    shape.columns = m_.columns;
+    correction_operand_ = m_.correction_operand.get(k_.bfloat16.operand_bytes(&shape, t));
+  }
+  if (choosing_) {
+    size_t groups = 0;
+    for (const Layer& layer : m_.layers) groups = std::max<size_t>(groups, layer.gate.groups);
+    squares_ = m_.squares.get<float>(t * groups);
+    used_.resize(m_.words);
+    reads_.assign(ranges_.size() * reads_stride(), 0);
+  }
   if (Scan::wanted(m_, args_)) scan_.emplace(m_, args_);
   const size_t rows = std::max<size_t>(t, args_.num_outputs);
   const size_t per_token = std::max<size_t>(
-      std::max<size_t>(2 * SK_NEURON_BLOCK * (fused_ ? most_blocks : 1), m_.dim), kOutputRows);
+      std::max<size_t>(2 * SK_NEURON_BLOCK * (fused_ ? std::max<size_t>(most_blocks, 2) : 1),
+                       m_.dim),
+      kOutputRows);
   const size_t floats = std::max(rows * per_token, args_.num_outputs * kHeadRows) + columns +
                         mixed_columns + kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
-  const size_t most = std::max(floats, columns + Scan::scratch_floats(m_));
+  const size_t most = std::max(
+      {floats, columns + Scan::scratch_floats(m_), columns + neurons /* counted scores */});
   for (Scratch& scratch : m_.scratch) scratch.get<float>(most);
 }
 
@@ -212,6 +234,22 @@ void Forward::norm_tokens(const float* weight, const Matrix& matrix, size_t from
   }
 }
 
+void Forward::norm_for_choices(const Layer& layer, size_t from, size_t to, float* normed) {
+  for (size_t t = from; t < to; ++t) {
+    k_.rms_norm(x_ + t * m_.columns, layer.mlp_norm, m_.hidden, m_.eps, normed);
+    if (corrected_) {
+      Matrix shape = {};
+      shape.columns = m_.columns;
+      k_.bfloat16.store_operand(&shape, normed, m_.hidden, t, count_, correction_operand_);
+    }
+    if (!layer.planes_factors.empty()) {
+      float* const squares = squares_ + t * layer.gate.groups;
+      std::fill_n(squares, layer.gate.groups, 0.0f);
+      k_.group_squares(normed, m_.hidden, layer.gate.group, squares);
+    }
+  }
+}
+
 void Forward::project(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
   phase(
@@ -268,6 +306,7 @@ void Forward::output(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
   const auto norm = [&](size_t from, size_t to) {
     norm_tokens(layer.mlp_norm, layer.gate, from, to, own.normed);
+    if (choosing_) norm_for_choices(layer, from, to, own.normed);
   };
   const size_t rows = round_up(m_.hidden, SK_ROW_TILE);
   phase(

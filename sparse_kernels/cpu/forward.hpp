@@ -22,6 +22,7 @@ struct Token {
   int32_t id;
   uint32_t position;
   const sk_sequence* sequence;
+  uint32_t place;  // of the sequence in the batch
 };
 
 // Some queries of one sequence that attend together.
@@ -32,6 +33,7 @@ struct QueryTile {
 
 // Tokens of one sequence in one KV block, whose statistics are wanted.
 struct StatisticsUnit {
+  const sk_sequence* sequence;
   uint32_t row, count;
   int64_t* sums;  // [num_layers, widest]
 };
@@ -47,6 +49,12 @@ struct Own {
   float* normed;   // [hidden]
   float* scratch;  // for one unit of work
 };
+
+// What of a block of neurons a token looks at, uses, reads whole; see `reads` of sk_sequence.
+struct BlockReads {
+  BlockMask looked, used, whole, down_whole;
+};
+constexpr size_t kReadKinds = sizeof(BlockReads) / sizeof(BlockMask);
 
 // Weights that a thread will read after the next barrier; while it waits there it fetches them into
 // its cache.
@@ -146,6 +154,8 @@ class Forward {
   // The inputs of the products with `matrix`: normed residuals.
   void norm_tokens(const float* weight, const Matrix& matrix, size_t from, size_t to,
                    float* normed);
+  // What choices need of the same tokens beside.
+  void norm_for_choices(const Layer& layer, size_t from, size_t to, float* normed);
   // A unit is a head of q, k or v.
   void project(const Layer& layer, const Own& own);
   void append(const Layer& layer, uint32_t head, bool is_key, const float* heads);
@@ -182,12 +192,30 @@ class Forward {
   void feed_forward(const Layer& layer, size_t index, const Own& own);
   // Blocks [first, last) of neurons.
   void activate(const Layer& layer, size_t first, size_t last, float* scratch);
+  // choice.cpp
+  // The same of one block, where some sequence chooses its neurons; sets what any token uses of it.
+  void activate_chosen(const Layer& layer, size_t index, size_t block, const Own& own);
+  // Of a token before it chooses.
+  BlockMask core_of(const Layer& layer, size_t index, size_t block, const Token& token) const;
+  // By the upper bits of gate and up, for all tokens that choose so; their gate and up are in
+  // `high`.
+  void choose_by_planes(const Layer& layer, size_t index, size_t block, const float* high,
+                        BlockReads* reads) const;
+  void choose_by_gate(const Layer& layer, size_t index, size_t block, const float* gate,
+                      BlockReads* reads) const;
+  void count_reads(const BlockReads* reads, const Own& own);
+  // Hands all threads' counts on; on one thread.
+  void tell_reads(size_t index);
+  // What stands in for the neurons left out, for all tokens.
+  void correct(size_t index, float* scratch, float* out);
+  size_t reads_stride() const { return (args_.num_sequences + 1) * kReadKinds + 8; }
+
   // Some neurons' part of the down product in some columns; the neurons are a partition.
   void down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
             float* out, bool add);
   // The partitions' sums of one token, in order, are added to its residual.
-  void add_partitions(const Layer& layer, size_t token);
-  void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index);
+  void add_partitions(size_t partitions, size_t token);
+  void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index, float* scratch);
 
   Model& m_;
   const Kernels& k_;
@@ -196,6 +224,10 @@ class Forward {
   std::vector<Token> tokens_;  // rows of the batch
   size_t count_ = 0;           // of them
   bool fused_ = false;
+  bool choosing_ = false,
+       corrected_ = false;       // some sequence chooses neurons; and has a correction
+  std::vector<BlockMask> used_;  // of each block, by any token
+  std::vector<uint64_t> reads_;  // [threads][sequences, and their union][kReadKinds]
   std::vector<std::vector<QueryTile>> tiles_;  // by heads per KV head
   std::vector<StatisticsUnit> statistics_;
   bool split_ = false;
@@ -203,9 +235,10 @@ class Forward {
 
   float *x_ = nullptr, *queries_ = nullptr, *mixed_ = nullptr, *partial_ = nullptr;
   float *plain_ = nullptr, *reduced_ = nullptr, *cos_ = nullptr, *sin_ = nullptr;
+  float* squares_ = nullptr;  // of the feed-forward's inputs, by groups, for choices by planes
   float *chunk_values_ = nullptr, *chunk_largest_ = nullptr, *chunk_total_ = nullptr;
   void *operand_ = nullptr, *attention_operand_ = nullptr, *activations_ = nullptr;
-  void* output_operand_ = nullptr;
+  void *output_operand_ = nullptr, *correction_operand_ = nullptr;
 
   std::vector<Range> ranges_;  // of each thread
   std::optional<Scan> scan_;   // where the candidates that matter are enough

@@ -10,6 +10,56 @@
 namespace sk {
 namespace {
 
+int32_t check_thresholds(const Model& model, const sk_choice& choice, uint32_t index) {
+  const uint64_t wanted = choice.kind == SK_CHOICE_CORE ? 0 : 3 * uint64_t{model.layers.size()};
+  if (choice.thresholds_count != wanted || (choice.thresholds == nullptr) != (wanted == 0)) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "sequence %" PRIu32 " has thresholds_count %" PRIu64 "; its kind %" PRIu32
+                " needs %" PRIu64 ", null where none",
+                index, choice.thresholds_count, choice.kind, wanted);
+  }
+  for (uint64_t i = 0; i < wanted; ++i) {
+    if (!(choice.thresholds[i] >= 0)) {
+      return fail(SK_STATUS_BAD_VALUE,
+                  "sequence %" PRIu32 " has the threshold %g at %" PRIu64 "; it must be >= 0",
+                  index, static_cast<double>(choice.thresholds[i]), i);
+    }
+  }
+  for (const Layer& layer : model.layers) {
+    if ((choice.kind == SK_CHOICE_PLANES && layer.planes_factors.empty()) ||
+        (choice.kind == SK_CHOICE_GATE && layer.gate_factors.empty())) {
+      return fail(SK_STATUS_UNSUPPORTED,
+                  "sequence %" PRIu32 " has the choice kind %" PRIu32
+                  ", for which the model was given no factors",
+                  index, choice.kind);
+    }
+  }
+  return SK_STATUS_OK;
+}
+
+int32_t check_choice(const Model& model, const sk_forward_args& args, const sk_choice& choice,
+                     uint32_t index) {
+  if (const int32_t status = check_struct(&choice, "sk_choice")) return status;
+  if (args.prompts != 0) {
+    return fail(SK_STATUS_UNSUPPORTED,
+                "sequence %" PRIu32 " has a choice; prompts cannot choose their neurons", index);
+  }
+  const uint64_t corrections = model.corrections.size() / model.layers.size();
+  if (choice.kind > SK_CHOICE_GATE || choice.correction > corrections) {
+    return fail(SK_STATUS_BAD_VALUE,
+                "sequence %" PRIu32 " has the choice kind %" PRIu32 " and correction %" PRIu32
+                "; they can be up to %d and %" PRIu64,
+                index, choice.kind, choice.correction, SK_CHOICE_GATE, corrections);
+  }
+  const uint64_t words = choice.core == nullptr ? 0 : uint64_t{model.words} * model.layers.size();
+  if (choice.core_count != words) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "sequence %" PRIu32 " has core_count %" PRIu64 "; it must be %" PRIu64, index,
+                choice.core_count, words);
+  }
+  return check_thresholds(model, choice, index);
+}
+
 int32_t check_sequence(const Model& model, const sk_forward_args& args, uint32_t index) {
   const sk_sequence& sequence = args.sequences[index];
   if (const int32_t status = check_struct(&sequence, "sk_sequence")) return status;
@@ -53,7 +103,18 @@ int32_t check_sequence(const Model& model, const sk_forward_args& args, uint32_t
                 " blocks, and without statistics it is 0",
                 index, sequence.statistics_blocks, touched);
   }
-  return SK_STATUS_OK;
+  if (sequence.score > SK_SCORE_SIGNED_COUNT ||
+      (sequence.score != SK_SCORE_NORM &&
+       !(sequence.score_share > 0 && sequence.score_share <= 1))) {
+    return fail(SK_STATUS_BAD_VALUE,
+                "sequence %" PRIu32 " has the score %" PRIu32
+                " and score_share %g; a score is 0 to %d, "
+                "and the share of a count above 0 and at most 1",
+                index, sequence.score, static_cast<double>(sequence.score_share),
+                SK_SCORE_SIGNED_COUNT);
+  }
+  if (sequence.choice == nullptr) return SK_STATUS_OK;
+  return check_choice(model, args, *sequence.choice, index);
 }
 
 int32_t check_rows(const char* name, const uint32_t* rows, uint32_t count, uint64_t tokens) {
@@ -144,9 +205,17 @@ int32_t check_forward(const Model& model, const sk_forward_args& args) {
     return fail(SK_STATUS_BAD_VALUE, "kv is not aligned to %d bytes", SK_ALIGNMENT);
   }
   uint64_t tokens = 0;
+  bool choosing = false;
   for (uint32_t i = 0; i < args.num_sequences; ++i) {
     if (const int32_t status = check_sequence(model, args, i)) return status;
     tokens += args.sequences[i].num_tokens;
+    choosing = choosing || args.sequences[i].choice != nullptr;
+  }
+  if (choosing && tokens > SK_CHOICE_TOKENS) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "the batch has %" PRIu64
+                " tokens; where a sequence chooses neurons it can have 1 to %d",
+                tokens, SK_CHOICE_TOKENS);
   }
   if (tokens > SK_MAX_TOKENS) {
     return fail(SK_STATUS_BAD_SIZE, "the batch has %" PRIu64 " tokens; it can have 1 to %d", tokens,

@@ -115,14 +115,41 @@ inline void quantize_input(const Matrix& m, const float* x, size_t n, Unit&& uni
   }
 }
 
-// The scales of 16 rows in groups [first, last), and minus scale times zero: [group][16].
+// Of lanes at `place` in the scales of a matrix: those of its codes, and what is added per column.
+inline F load_scales_at(const Matrix& m, size_t place, F* offset) {
+  const F scale = Simd::load_half(m.scales + place);
+  *offset = scale * (Simd::set(m.middle) - Simd::widen_bytes(m.zeros + place));
+  return scale * Simd::set(m.unit);
+}
+
+// The scales of 16 rows in groups [first, last), and scale times (middle - zero): [group][16].
 inline void load_scales(const Matrix& m, size_t row, size_t first, size_t last, float* scales,
                         float* offsets) {
   const size_t from = (row / kRowTile * m.groups + first) * kRowTile;
   for (size_t i = 0; i < (last - first) * kRowTile; i += kLanes) {
-    const F scale = Simd::load_half(m.scales + from + i);
-    Simd::store(scales + i, scale);
-    Simd::store(offsets + i, Simd::zero() - scale * Simd::widen_bytes(m.zeros + from + i));
+    F offset;
+    Simd::store(scales + i, load_scales_at(m, from + i, &offset));
+    Simd::store(offsets + i, offset);
+  }
+}
+
+// The same of some rows of a block, side by side: [group][kChosenStride].
+constexpr size_t kChosenStride = kBlock + 16;  // room for what compress writes too much
+
+inline void load_chosen_scales(const Matrix& m, size_t first_row, BlockMask rows, size_t first,
+                               size_t last, float* scales, float* offsets) {
+  for (size_t i = 0, done = 0; i < kBlock; i += kLanes) {
+    const BlockMask own = rows >> i & ((BlockMask{1} << kLanes) - 1);
+    if (own == 0) continue;
+    const size_t row = first_row + i;
+    for (size_t g = first; g < last; ++g) {
+      const size_t place = (row / kRowTile * m.groups + g) * kRowTile + row % kRowTile;
+      const size_t to = (g - first) * kChosenStride + done;
+      F offset;
+      Simd::compress(scales + to, load_scales_at(m, place, &offset), own);
+      Simd::compress(offsets + to, offset, own);
+    }
+    done += static_cast<size_t>(__builtin_popcountll(own));
   }
 }
 
@@ -173,50 +200,55 @@ struct DownStrip {
   size_t column, columns;                            // at most kWideStrip
   size_t groups;                                     // of columns
   alignas(64) float sums[kTokenGroup * kWideStrip];  // [token][columns], as Integers orders them
-  alignas(64) float offsets[kTokenGroup * kMostStripGroups * kLanes];  // [token][groups][lanes]
+  float offsets[kTokenGroup * kMostStripGroups];     // [token][groups]
 };
 
-// The activations of a block of neurons for a group of columns; their part of the offsets is added.
+// The activations of a block of neurons for a group of columns, those of `used` side by side; their
+// part of the offsets is added.
 template <int kBits>
-inline void quantize_activations(const DownTask& task, size_t neuron, size_t group,
+inline void quantize_activations(const DownTask& task, size_t neuron, BlockMask used, size_t group,
                                  size_t strip_group, DownStrip* strip, const float* factors,
                                  typename Integers::Activations* out) {
   constexpr size_t kVectors = kBlock / kLanes;
   const Matrix& m = *task.weights;
-  F scales[kVectors], zeros[kVectors];
+  const size_t tile = m.groups * kRowTile;
+  const size_t place = neuron / kRowTile * tile + group * kRowTile;
+  F scales[kVectors];
   for (size_t i = 0; i < kVectors; ++i) {
-    const size_t row = neuron + i * kLanes;
-    const size_t at = (row / kRowTile * m.groups + group) * kRowTile + row % kRowTile;
-    scales[i] = Simd::load_half(m.scales + at);
-    zeros[i] = Simd::widen_bytes(m.zeros + at);
+    const size_t row = i * kLanes;
+    scales[i] = Simd::load_half(m.scales + place + row / kRowTile * tile + row % kRowTile);
   }
   for (size_t t = 0; t < strip->tokens; ++t) {
     const float* from = static_cast<const float*>(task.activations) + neuron * task.tokens +
                         (strip->token + t) * kBlock;
     alignas(64) int16_t integers[kBlock];
-    F offset = Simd::zero();
     for (size_t i = 0; i < kVectors; ++i) {
-      const F v = Simd::round_to(Simd::load(from + i * kLanes) * scales[i], integers + i * kLanes);
-      offset = Simd::fma(v, zeros[i], offset);
+      Simd::round_to(Simd::load(from + i * kLanes) * scales[i], integers + i * kLanes);
     }
+    // Exact, as the sums of the codes are: who else is in the block makes no difference.
+    const int32_t offset = Simd::dot_bytes(integers, m.zeros + place, tile);
+    strip->offsets[t * strip->groups + strip_group] += static_cast<float>(offset) * factors[t];
+    if (used != kWholeBlock) Integers::side_by_side(used, integers);
     out->template put<kBits>(t, strip->tokens, integers);
-    float* sum = strip->offsets + (t * strip->groups + strip_group) * kLanes;
-    Simd::store(sum, Simd::fma(offset, Simd::set(factors[t]), Simd::load(sum)));
   }
 }
 
-// Block `neuron` of the neurons, whose codes are in `codes`, is added to the sums of a strip.
+// Block `neuron` of the neurons, whose codes of those in `used` are in `codes`, is added to the
+// sums of a strip.
 template <int kBits>
-inline void add_block(const DownTask& task, size_t neuron, const uint8_t* codes, DownStrip* strip) {
+inline void add_block(const DownTask& task, size_t neuron, BlockMask used, const uint8_t* codes,
+                      DownStrip* strip) {
   const Matrix& m = *task.weights;
   const float* factors = static_cast<const float*>(task.activations) + task.tokens * task.neurons +
                          neuron / kBlock * task.tokens + strip->token;
+  const size_t neurons = static_cast<size_t>(__builtin_popcountll(used));
   Integers::Activations activations;
   for (size_t begin = 0; begin < strip->columns; begin += m.group) {
     const size_t group = (strip->column + begin) / m.group;
-    quantize_activations<kBits>(task, neuron, group, begin / m.group, strip, factors, &activations);
+    quantize_activations<kBits>(task, neuron, used, group, begin / m.group, strip, factors,
+                                &activations);
     Integers::add_columns<kBits>(codes, strip->columns, begin,
-                                 at_most(m.group, strip->columns - begin), activations,
+                                 at_most(m.group, strip->columns - begin), neurons, activations,
                                  strip->tokens, factors, strip->sums);
   }
 }
@@ -233,8 +265,7 @@ inline void finish_strip(const DownTask& task, DownStrip* strip) {
       for (size_t i = 0; i < kBlock; i += kLanes) {
         if ((begin + i) % group == 0) {
           const size_t g = (begin + i) / group;
-          offset =
-              Simd::set(Simd::sum(Simd::load(strip->offsets + (t * strip->groups + g) * kLanes)));
+          offset = Simd::set(strip->offsets[t * strip->groups + g]);
         }
         F v = Simd::load(sums + i) - offset;
         if (task.add) v = Simd::load(out + begin + i) + v;
@@ -257,9 +288,18 @@ void down(const DownTask* task) {
     strip.columns = at_most(most, end - strip.column);
     strip.groups = (strip.columns + task->weights->group - 1) / task->weights->group;
     const size_t block_bytes = few ? 0 : kBlock * strip.columns;
+    const auto used = [&](size_t neuron) {
+      return task->used == nullptr ? kWholeBlock
+                                   : task->used[(neuron - task->first_neuron) / kBlock];
+    };
     const auto gather = [&](size_t neuron) {
-      Integers::gather(*task->weights, neuron, strip.column, strip.columns,
-                       codes + (neuron - task->first_neuron) / kBlock * block_bytes);
+      uint8_t* to = codes + (neuron - task->first_neuron) / kBlock * block_bytes;
+      if (used(neuron) == kWholeBlock) {
+        Integers::gather(*task->weights, neuron, strip.column, strip.columns, to);
+      } else {
+        const ChosenRows rows(used(neuron), neuron);
+        Integers::gather_chosen(*task->weights, rows, strip.column, strip.columns, to);
+      }
     };
     if (!few) {
       for (size_t n = task->first_neuron; n < task->last_neuron; n += kBlock) gather(n);
@@ -267,10 +307,12 @@ void down(const DownTask* task) {
     for (strip.token = 0; strip.token < task->tokens; strip.token += kTokenGroup) {
       strip.tokens = at_most(kTokenGroup, task->tokens - strip.token);
       memset(strip.sums, 0, strip.tokens * strip.columns * sizeof(float));
-      memset(strip.offsets, 0, strip.tokens * strip.groups * kLanes * sizeof(float));
+      memset(strip.offsets, 0, strip.tokens * strip.groups * sizeof(float));
       for (size_t n = task->first_neuron; n < task->last_neuron; n += kBlock) {
+        if (used(n) == 0) continue;
         if (few) gather(n);
-        add_block<kBits>(*task, n, codes + (n - task->first_neuron) / kBlock * block_bytes, &strip);
+        add_block<kBits>(*task, n, used(n), codes + (n - task->first_neuron) / kBlock * block_bytes,
+                         &strip);
       }
       finish_strip(*task, &strip);
     }

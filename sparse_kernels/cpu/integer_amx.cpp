@@ -73,12 +73,14 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
       });
 }
 
-// A piece of 16 rows: the codes of groups [first, last), their scales and offsets [group][16].
+// A piece of 16 rows: the codes of groups [first, last), their scales and offsets
+// [group][scale_stride].
 struct Piece {
   const uint8_t* codes;
   size_t stride;
   size_t first, last, group;  // columns of one
   const float *scales, *offsets;
+  size_t scale_stride;
 };
 
 // Adds one group's exact sums, [16 rows][16 lanes] in `c`, to those of 16 rows. Tokens are the
@@ -87,8 +89,8 @@ template <int kBits, bool kHalf>
 inline void add_group(const int32_t (*c)[256], const Piece& piece, size_t g, const float* scale,
                       const float* sum, __m512* rows) {
   const __m512 a = _mm512_loadu_ps(scale), b = _mm512_loadu_ps(sum);
-  const float* scales = piece.scales + (g - piece.first) * 16;
-  const float* offsets = piece.offsets + (g - piece.first) * 16;
+  const float* scales = piece.scales + (g - piece.first) * piece.scale_stride;
+  const float* offsets = piece.offsets + (g - piece.first) * piece.scale_stride;
 #pragma GCC unroll 16
   for (size_t i = 0; i < 16; ++i) {
     __m512i exact = _mm512_load_si512(c[0] + 16 * i);
@@ -192,6 +194,16 @@ void dot_tokens(const Units& units, const Piece& piece, const Inputs<kBits>& inp
   for (size_t t = 0; t < inputs.count; ++t) _mm512_storeu_ps(out + t * out_stride, tokens[t]);
 }
 
+template <int kBits>
+void dot_piece(const Matrix& m, const Piece& piece, const Inputs<kBits>& inputs,
+               const integer::Ahead& ahead, bool add, float* out, size_t out_stride) {
+  if (kBits == 16 && inputs.count <= kHalfGroup) {
+    dot_tokens<kBits, true>(Units(m), piece, inputs, ahead, add, out, out_stride);
+  } else {
+    dot_tokens<kBits, false>(Units(m), piece, inputs, ahead, add, out, out_stride);
+  }
+}
+
 // Row tiles that are multiplied with one group of tokens after the other: the group's inputs stay
 // in the first-level cache meanwhile.
 constexpr size_t kRowTiles = 4;
@@ -200,7 +212,6 @@ constexpr size_t kRowTiles = 4;
 template <int kBits>
 void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const void* operand,
               size_t tokens, float* out, size_t out_stride) {
-  const Units units(m);
   const size_t columns = at_most(kChunkColumns, m.columns - begin);
   const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
   alignas(64) uint8_t unpacked[kRowTiles][16 * kChunkColumns];
@@ -210,20 +221,46 @@ void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const voi
   for (size_t i = 0; i < tiles; ++i) {
     const Codes codes = unpack(m, row + 16 * i, begin, columns, unpacked[i]);
     integer::load_scales(m, row + 16 * i, first, last, scales[i], offsets[i]);
-    pieces[i] = {codes.at, codes.stride, first, last, m.group, scales[i], offsets[i]};
+    pieces[i] = {codes.at, codes.stride, first, last, m.group, scales[i], offsets[i], 16};
   }
   for (size_t t = 0; t < tokens; t += 16) {
     const Inputs<kBits> inputs(m, tokens, t, operand);
     for (size_t i = 0; i < tiles; ++i) {
-      const integer::Ahead ahead(m, row + 16 * (tiles + i), begin, t == 0);
-      float* to = out + t * out_stride + 16 * i;
-      if (kBits == 16 && inputs.count <= kHalfGroup) {
-        dot_tokens<kBits, true>(units, pieces[i], inputs, ahead, begin != 0, to, out_stride);
-      } else {
-        dot_tokens<kBits, false>(units, pieces[i], inputs, ahead, begin != 0, to, out_stride);
-      }
+      dot_piece<kBits>(m, pieces[i], inputs,
+                       integer::Ahead(m, row + 16 * (tiles + i), begin, t == 0), begin != 0,
+                       out + t * out_stride + 16 * i, out_stride);
     }
   }
+}
+
+// Rows side by side, so that few tiles hold them.
+template <int kBits>
+void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
+                size_t tokens, float* out, size_t out_stride) {
+  if (tokens == 1) {
+    return integer::dot_chosen<kBits>(weights, first_row, mask, operand, 1, out, out_stride);
+  }
+  constexpr size_t kBlock = integer::kBlock, kStride = integer::kChosenStride;
+  const Matrix& m = *weights;
+  const ChosenRows rows(mask, first_row);
+  const Inputs<kBits> inputs(m, tokens, 0, operand);
+  alignas(64) float values[integer::kTokenGroup * kBlock];
+  for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
+    const size_t columns = at_most(kChunkColumns, m.columns - begin);
+    alignas(64) float scales[kMostChunkGroups * kStride], offsets[kMostChunkGroups * kStride];
+    const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
+    integer::load_chosen_scales(m, first_row, mask, first, last, scales, offsets);
+    for (size_t i = 0; i < rows.count; i += 16) {
+      alignas(64) uint8_t unpacked[16 * kChunkColumns];
+      const Codes codes = Integers::unpack_chosen(m, rows.at + i, at_most(16, rows.count - i),
+                                                  begin, columns, unpacked);
+      const Piece piece = {codes.at, codes.stride, first,       last,
+                           m.group,  scales + i,   offsets + i, kStride};
+      dot_piece<kBits>(m, piece, inputs, integer::Ahead(m, 0, 0, false), begin != 0, values + i,
+                       kBlock);
+    }
+  }
+  spread(rows, first_row, values, kBlock, tokens, out, out_stride);
 }
 
 template <int kBits>
@@ -295,10 +332,11 @@ void add_columns_by_tiles(const uint8_t* codes, size_t columns, size_t first, si
 
 template <int kBits>
 void Integers::add_columns(const uint8_t* codes, size_t columns, size_t first, size_t n,
-                           const Activations& activations, size_t tokens, const float* factors,
-                           float* sums) {
+                           size_t neurons, const Activations& activations, size_t tokens,
+                           const float* factors, float* sums) {
   if (tokens < kTileTokens) {
-    add_columns_by_vectors<kBits>(codes, columns, first, n, activations, tokens, factors, sums);
+    add_columns_by_vectors<kBits>(codes, columns, first, n, neurons, activations, tokens, factors,
+                                  sums);
   } else if (kBits == 16 && tokens <= kHalfGroup) {
     add_columns_by_tiles<kBits, true>(codes, columns, first, n, activations, tokens, factors, sums);
   } else {
@@ -309,8 +347,9 @@ void Integers::add_columns(const uint8_t* codes, size_t columns, size_t first, s
 
 template <int kBits>
 Products products() {
-  return {operand_bytes,          store_operand<kBits>, dot<kBits>, integer::activation_bytes,
-          integer::swiglu<kBits>, integer::down<kBits>};
+  return {operand_bytes,       store_operand<kBits>,      dot<kBits>,
+          dot_chosen<kBits>,   integer::activation_bytes, integer::swiglu<kBits>,
+          integer::down<kBits>};
 }
 
 }  // namespace

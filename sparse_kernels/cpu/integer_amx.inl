@@ -6,8 +6,8 @@ namespace {
 struct Integers : VectorIntegers {
   template <int kBits>
   static void add_columns(const uint8_t* codes, size_t columns, size_t first, size_t n,
-                          const Activations& activations, size_t tokens, const float* factors,
-                          float* sums);
+                          size_t neurons, const Activations& activations, size_t tokens,
+                          const float* factors, float* sums);
 };
 
 }  // namespace

@@ -36,16 +36,17 @@ struct Integers : WordIntegers {
                             _mm256_permute2x128_si256(quads[0], quads[1], 0x31));
   }
 
-  // sums[token, first ... first + n) += factor * the sum of codes and activations.
+  // Of `neurons` neurons: sums[token, first ... first + n) += factor * the sum of codes and
+  // activations.
   template <int>
   static void add_columns(const uint8_t* codes, size_t columns, size_t first, size_t n,
-                          const Activations& activations, size_t tokens, const float* factors,
-                          float* sums) {
+                          size_t neurons, const Activations& activations, size_t tokens,
+                          const float* factors, float* sums) {
     for (size_t column = first; column < first + n; column += 32) {
       for (size_t token = 0; token < tokens; ++token) {
         __m256i acc[4];  // columns 0-7, 8-15, 16-23, 24-31
         for (__m256i& sum : acc) sum = _mm256_setzero_si256();
-        for (size_t i = 0; i < 64; i += 2) {
+        for (size_t i = 0; i < neurons; i += 2) {
           int32_t pair;
           memcpy(&pair, activations.values + token * 64 + i, sizeof(pair));
           const __m256i v = _mm256_set1_epi32(pair);

@@ -19,6 +19,16 @@ struct VectorIntegers {
     return ::unpack(m, row, column, columns, out);
   }
 
+  static Codes unpack_chosen(const Matrix& m, const uint32_t* rows, size_t count, size_t column,
+                             size_t columns, uint8_t* out) {
+    with_planes(m, [&](auto planes) {
+      for (size_t i = 0; i < count; ++i) {
+        unpack_row<decltype(planes)::value>(m, rows[i], column, columns, out + i * columns);
+      }
+    });
+    return {out, columns};
+  }
+
   // Of 16 rows with some units of an input.
   template <int kBits>
   static void sums(const uint8_t* codes, size_t stride, const uint8_t* input, size_t units,
@@ -66,14 +76,43 @@ struct VectorIntegers {
   typedef ActivationBytes Activations;
 
   static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
-    gather_fours(m, neuron, column, columns, out);
+    with_planes(m, [&](auto planes) {
+      gather_rows<decltype(planes)::value>(m, neuron, column, columns, out);
+    });
+  }
+  static void gather_chosen(const Matrix& m, const ChosenRows& rows, size_t column, size_t columns,
+                            uint8_t* out) {
+    with_planes(m, [&](auto planes) {
+      gather_chosen_rows<decltype(planes)::value>(m, rows, column, columns, out);
+    });
+  }
+
+  // Moves the integers of a mask side by side, zeros behind them.
+  static void side_by_side(BlockMask used, int16_t* integers) {
+    __m512i all[4];
+    for (size_t i = 0; i < 4; ++i) {
+      const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers + 16 * i));
+      all[i] = _mm512_cvtepi16_epi32(own);
+    }
+    int16_t* to = integers;
+    for (size_t i = 0; i < 4; ++i) {
+      const __mmask16 own = static_cast<__mmask16>(used >> 16 * i);
+      const __m512i moved = _mm512_maskz_compress_epi32(own, all[i]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(moved));
+      to += __builtin_popcount(own);
+    }
+    for (; to < integers + 48; to += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
+    }
+    for (; to < integers + 64; ++to) *to = 0;
   }
 
   template <int kBits>
   static void add_columns(const uint8_t* codes, size_t columns, size_t first, size_t n,
-                          const Activations& activations, size_t tokens, const float* factors,
-                          float* sums) {
-    add_columns_by_vectors<kBits>(codes, columns, first, n, activations, tokens, factors, sums);
+                          size_t neurons, const Activations& activations, size_t tokens,
+                          const float* factors, float* sums) {
+    add_columns_by_vectors<kBits>(codes, columns, first, n, neurons, activations, tokens, factors,
+                                  sums);
   }
 
   static void in_order(const float* sums, float* out) { order_columns(sums, out); }

@@ -72,13 +72,39 @@ struct WordIntegers {
     }
   };
 
-  // Codes of 64 neurons, [neuron][columns].
-  static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
-    for (size_t i = 0; i < 64; ++i) {
+  // Up to 16 rows.
+  static Codes unpack_chosen(const Matrix& m, const uint32_t* rows, size_t count, size_t column,
+                             size_t columns, uint8_t* out) {
+    for (size_t i = 0; i < count; ++i) {
       for (size_t j = 0; j < columns; j += 64) {
-        unpack_block(m, neuron + i, (column + j) / 64, out + i * columns + j);
+        unpack_block(m, rows[i], (column + j) / 64, out + i * columns + j);
       }
     }
+    return {out, columns};
+  }
+
+  // Codes of 64 neurons, [neuron][columns].
+  static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
+    gather_chosen(m, ChosenRows(kWholeBlock, neuron), column, columns, out);
+  }
+  // Of some; their number is made even.
+  static void gather_chosen(const Matrix& m, const ChosenRows& rows, size_t column, size_t columns,
+                            uint8_t* out) {
+    for (size_t i = 0; i < rows.count; ++i) {
+      for (size_t j = 0; j < columns; j += 64) {
+        unpack_block(m, rows.at[i], (column + j) / 64, out + i * columns + j);
+      }
+    }
+    memset(out + rows.count * columns, 0, rows.count % 2 * columns);
+  }
+
+  // Moves the integers of a mask side by side, zeros behind them.
+  static void side_by_side(BlockMask used, int16_t* integers) {
+    size_t count = 0;
+    for (; used != 0; used &= used - 1) {
+      integers[count++] = integers[static_cast<size_t>(__builtin_ctzll(used))];
+    }
+    memset(integers + count, 0, (64 - count) * sizeof(int16_t));
   }
 
   // A block of columns of `sums`.

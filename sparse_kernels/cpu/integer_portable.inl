@@ -16,14 +16,15 @@ struct Integers : WordIntegers {
     }
   }
 
-  // sums[token, first ... first + n) += factor * the sum of codes and activations.
+  // Of `neurons` neurons: sums[token, first ... first + n) += factor * the sum of codes and
+  // activations.
   template <int>
   static void add_columns(const uint8_t* codes, size_t columns, size_t first, size_t n,
-                          const Activations& activations, size_t tokens, const float* factors,
-                          float* sums) {
+                          size_t neurons, const Activations& activations, size_t tokens,
+                          const float* factors, float* sums) {
     for (size_t token = 0; token < tokens; ++token) {
       int32_t exact[128] = {};
-      for (size_t i = 0; i < 64; ++i) {
+      for (size_t i = 0; i < neurons; ++i) {
         const int32_t v = activations.values[token * 64 + i];
         const uint8_t* row = codes + i * columns + first;
         for (size_t j = 0; j < n; ++j) exact[j] += row[j] * v;

@@ -66,11 +66,12 @@ struct Ahead {
   size_t stride, low_stride, bits, low_bits;
 };
 
-// Groups [first, last) of 16 rows, whose codes begin with the first group's.
+// Groups [first, last) of 16 rows, whose codes begin with the first group's; the next group's
+// scales are `scale_stride` further.
 template <int kBits>
-inline void dot_tile(const Matrix& m, const uint8_t* codes, size_t stride, size_t first,
-                     size_t last, const float* scales, const float* offsets, const uint8_t* input,
-                     bool add, float* out, const Ahead& ahead) {
+inline void dot_tile(const Matrix& m, const Codes& codes, size_t first, size_t last,
+                     const float* scales, const float* offsets, size_t scale_stride,
+                     const uint8_t* input, bool add, float* out, const Ahead& ahead) {
   constexpr size_t kVectors = kRowTile / kLanes;
   const Units units(m);
   const float* input_scale = input_scales(m, const_cast<uint8_t*>(input));
@@ -81,11 +82,11 @@ inline void dot_tile(const Matrix& m, const uint8_t* codes, size_t stride, size_
     const size_t unit = units.first(g);
     ahead.prefetch((g - first) * m.group);
     alignas(64) int32_t exact[kRowTile];
-    Integers::sums<kBits>(codes + (units.block(unit) - first_block) * kBlock, stride,
+    Integers::sums<kBits>(codes.at + (units.block(unit) - first_block) * kBlock, codes.stride,
                           input + unit * Integers::kUnitBytes, units.last(g) - unit, exact);
     const F scale = Simd::set(input_scale[g]), sum = Simd::set(input_scale[m.groups + g]);
     for (size_t i = 0; i < kVectors; ++i) {
-      const size_t at = (g - first) * kRowTile + i * kLanes;
+      const size_t at = (g - first) * scale_stride + i * kLanes;
       sums[i] =
           Simd::fma(Simd::load_int32(exact + i * kLanes) * scale, Simd::load(scales + at), sums[i]);
       sums[i] = Simd::fma(sum, Simd::load(offsets + at), sums[i]);
@@ -108,7 +109,7 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
       const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
       load_scales(m, row, first, last, scales, offsets);
       for (size_t token = 0; token < tokens; ++token) {
-        dot_tile<kBits>(m, codes.at, codes.stride, first, last, scales, offsets,
+        dot_tile<kBits>(m, codes, first, last, scales, offsets, kRowTile,
                         static_cast<const uint8_t*>(operand) + token * bytes, begin != 0,
                         out + token * out_stride + row - first_row,
                         Ahead(m, row + kRowTile, begin, token == 0));
@@ -117,9 +118,37 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   }
 }
 
+// Rows side by side, so that few groups of 16 hold them.
+template <int kBits>
+void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
+                size_t tokens, float* out, size_t out_stride) {
+  const Matrix& m = *weights;
+  const ChosenRows rows(mask, first_row);
+  const size_t bytes = input_bytes(m);
+  alignas(64) float values[kTokenGroup * kBlock];
+  for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
+    const size_t columns = at_most(kChunkColumns, m.columns - begin);
+    alignas(64) float scales[kMostChunkGroups * kChosenStride];
+    alignas(64) float offsets[kMostChunkGroups * kChosenStride];
+    const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
+    load_chosen_scales(m, first_row, mask, first, last, scales, offsets);
+    for (size_t i = 0; i < rows.count; i += kRowTile) {
+      alignas(64) uint8_t unpacked[kRowTile * kChunkColumns];
+      const Codes codes = Integers::unpack_chosen(m, rows.at + i, at_most(kRowTile, rows.count - i),
+                                                  begin, columns, unpacked);
+      for (size_t token = 0; token < tokens; ++token) {
+        dot_tile<kBits>(m, codes, first, last, scales + i, offsets + i, kChosenStride,
+                        static_cast<const uint8_t*>(operand) + token * bytes, begin != 0,
+                        values + token * kBlock + i, Ahead(m, 0, 0, false));
+      }
+    }
+  }
+  spread(rows, first_row, values, kBlock, tokens, out, out_stride);
+}
+
 template <int kBits>
 Products products() {
-  return {operand_bytes,    store_operand<kBits>, dot<kBits>,
+  return {operand_bytes,    store_operand<kBits>, dot<kBits>, dot_chosen<kBits>,
           activation_bytes, swiglu<kBits>,        down<kBits>};
 }
 

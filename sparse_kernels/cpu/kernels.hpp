@@ -25,7 +25,14 @@ struct Matrix {
       groups;  // columns with one scale (the last group may have fewer); groups of a row
   const uint16_t* scales;  // float16 [rows / 16][groups][16]
   const uint8_t* zeros;    // the same shape
+  // What a code stands for: element = scale * (unit * code + middle - zero). Where `codes` are only
+  // the upper bits, `unit` is 2^bits of the others and `middle` the mean of these.
+  float unit, middle;
 };
+
+// The neurons of a block of 64, one bit each.
+typedef uint64_t BlockMask;
+constexpr BlockMask kWholeBlock = ~BlockMask{0};
 
 // What some queries of one sequence see of one KV head in positions [begin, end), which lie in one
 // chunk. Row i sees positions [first[i], last[i]].
@@ -47,6 +54,7 @@ struct AttentionChunk {
 };
 constexpr uint32_t kMaxHeadDim = 1024;
 constexpr size_t kMaxDownNeurons = 512;  // in one call of `down`
+constexpr size_t kMaxChoiceTokens = 16;  // in one call of `dot_chosen`
 constexpr uint32_t kAttentionRows = 32;
 constexpr uint32_t kAttentionChunk = 128;  // positions; partial results of chunks merge in order
 
@@ -70,9 +78,21 @@ struct SwigluTask {
   const float *gate, *up;        // [tokens, stride]
   size_t stride, tokens, first;  // neuron
   size_t neurons;                // in a row of activations
+  const BlockMask* used;         // null, or [tokens]: the others' activations are zero
   void* activations;
   float* plain;  // null, or [tokens, plain_stride]: gets the activations too
   size_t plain_stride;
+};
+
+// A token's choice among a block of neurons; see sk_choice_kind.
+struct ChooseTask {
+  const float *gate, *up;                    // [64]; up null: by gate
+  const float* factors;                      // [64]
+  const float *gate_variance, *up_variance;  // [64], with up
+  const float* bounds;                       // [3]
+};
+struct Chosen {
+  BlockMask used, whole, down_whole;
 };
 
 // A partition of the neurons, some columns of the down product.
@@ -80,7 +100,9 @@ struct DownTask {
   const Matrix* weights;
   size_t neurons;                    // in a row of activations
   size_t first_neuron, last_neuron;  // multiples of 64, at most kMaxDownNeurons between
-  size_t first_column, columns;      // multiples of 64
+  const BlockMask* used;  // null, or of each block in between: the others are not read, and all
+                          // their activations are zero
+  size_t first_column, columns;  // multiples of 64
   const void* activations;
   size_t tokens;
   float* out;  // [tokens, out_stride], of the first column
@@ -99,6 +121,10 @@ struct Products {
   // out[token * out_stride + i] = <row first_row + i of the weights, token's input>.
   void (*dot)(const Matrix* weights, size_t first_row, size_t rows, const void* operand,
               size_t tokens, float* out, size_t out_stride);
+  // The same for some rows of a block of 64 and at most kMaxChoiceTokens: out[token * out_stride +
+  // i] for each bit i.
+  void (*dot_chosen)(const Matrix* weights, size_t first_row, BlockMask rows, const void* operand,
+                     size_t tokens, float* out, size_t out_stride);
 
   // Activations silu(gate) * up of the neurons, in the form that `down` takes.
   size_t (*activation_bytes)(size_t tokens, size_t neurons);
@@ -130,6 +156,15 @@ struct Kernels {
   void (*sum_rows)(const float* rows, size_t stride, size_t count, size_t n, float* out);
 
   void (*finish_heads)(const HeadTask* task);
+
+  void (*choose)(const ChooseTask* task, Chosen* chosen);
+  // out[c] += z[0] rows[0][c] + z[1] rows[1][c] + ..., in this order, of a matrix in bfloat16.
+  void (*add_rows)(const Matrix* rows, const float* z, size_t count, float* out);
+  // The sum of squares of each group of x [n].
+  void (*group_squares)(const float* x, size_t n, size_t group, float* out);
+  // Of 64 rows of a matrix by its upper bits: what the lower ones make of its product with an input
+  // whose groups have these squares, as a variance.
+  void (*variance)(const Matrix* high, size_t first_row, const float* squares, float* out);
 
   // Norm score of one token's activations [n]: sums[i] += round(2^32 a_i^2 / total).
   double (*sum_of_squares)(const float* a, size_t n);

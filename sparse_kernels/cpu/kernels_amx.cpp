@@ -205,6 +205,75 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   }
 }
 
+constexpr size_t kChosenColumns = 512;                 // of rows that are copied side by side
+constexpr size_t kChosenStride = kChosenColumns + 32;  // so that they do not compete in a cache
+
+// Columns [begin, begin + n) of up to 32 rows, copied side by side; those that come next are
+// fetched.
+inline void copy_rows(const Matrix& m, const ChosenRows& rows, size_t first, size_t begin, size_t n,
+                      uint16_t* out) {
+  const size_t end = at_most(first + 32, rows.count);
+  for (size_t i = first; i < end; ++i, out += kChosenStride) {
+    const uint16_t* from = bf16_row(m, rows.at[i]) + begin;
+    const bool more = begin + n < m.columns;
+    const uint16_t* next = more ? from + n : bf16_row(m, rows.at[at_most(i + 32, rows.count - 1)]);
+    for (size_t j = 0; j < n; j += 32) {
+      __builtin_prefetch(next + j, 0, 2);
+      _mm512_storeu_si512(out + j, _mm512_loadu_si512(from + j));
+    }
+  }
+}
+
+// Up to 32 rows and 16 tokens: sums [rows / 16][token group] in tiles.
+template <bool kTwoGroups>
+void dot_32(const Matrix& m, const ChosenRows& rows, size_t first, const uint16_t* inputs,
+            size_t group_size, size_t tokens, float* out) {
+  alignas(64) uint16_t copied[32 * kChosenStride];
+  zero_sums<4>();
+  for (size_t begin = 0; begin < m.columns; begin += kChosenColumns) {
+    const size_t n = at_most(kChosenColumns, m.columns - begin);
+    copy_rows(m, rows, first, begin, n, copied);
+    finish_stores();
+    for (size_t i = 0; i < n; i += kTileK) {
+      const uint16_t* x = inputs + (begin + i) / kTileK * kTile;
+      _tile_loadd(4, copied + i, kChosenStride * sizeof(uint16_t));
+      _tile_loadd(5, copied + 16 * kChosenStride + i, kChosenStride * sizeof(uint16_t));
+      _tile_loadd(6, x, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kTwoGroups) {
+        _tile_loadd(7, x + group_size, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  alignas(64) float c[4][kTileFloats];
+  store_sums<4>(c);
+  finish_stores();
+  for (size_t half = 0; half < 2; ++half) {
+    float* to = out + 16 * half;
+    store_dots(c[2 * half], at_most(tokens, kGroup), to, 64);
+    if constexpr (kTwoGroups) store_dots(c[2 * half + 1], tokens - kGroup, to + kGroup * 64, 64);
+  }
+}
+
+void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
+                size_t tokens, float* out, size_t out_stride) {
+  const ChosenRows rows(mask, first_row);
+  const size_t group_size = weights->columns / kTileK * kTile;
+  const uint16_t* inputs = static_cast<const uint16_t*>(operand);
+  alignas(64) float values[sk::kMaxChoiceTokens * 64];
+  for (size_t i = 0; i < rows.count; i += 32) {
+    if (tokens <= kGroup) {
+      dot_32<false>(*weights, rows, i, inputs, group_size, tokens, values + i);
+    } else {
+      dot_32<true>(*weights, rows, i, inputs, group_size, tokens, values + i);
+    }
+  }
+  spread(rows, first_row, values, 64, tokens, out, out_stride);
+}
+
 // [group][neurons / 32][8 high | 8 low][32]
 size_t activation_bytes(size_t tokens, size_t neurons) {
   return groups_of(tokens) * (neurons / 32) * kTile * sizeof(uint16_t);
@@ -225,6 +294,8 @@ void swiglu(const SwigluTask* task) {
     }
   }
 }
+
+alignas(64) const uint16_t kZeros[32] = {};
 
 // 32 columns of two neurons side by side: pairs of columns {0-3, 8-11, ...} and of {4-7, 12-15,
 // ...}.
@@ -332,8 +403,11 @@ void down(const DownTask* task) {
     for (size_t pair = 0; pair < blocks * 16; ++pair) {
       const uint16_t* row = from + 2 * pair * stride;
       uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
+      const uint64_t used = task->used == nullptr ? 3 : task->used[pair / 32] >> pair % 32 * 2 & 3;
+      // What is not used keeps its place, for the sums' order, but is not read.
       for (size_t column = begin; column < end; column += 32, low += blocks * 2 * kTile) {
-        pair_up(row + column, row + stride + column, low, low + kTile);
+        const uint16_t* first = used & 1 ? row + column : kZeros;
+        pair_up(first, used & 2 ? row + stride + column : kZeros, low, low + kTile);
       }
     }
     down_tiles(tiles, end - begin, inputs, group_stride, blocks, *task, task->out + begin);
@@ -346,7 +420,8 @@ Kernels make_kernels() {
   set_attention(&kernels);
   kernels.begin_thread = begin_thread;
   kernels.end_thread = end_thread;
-  kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.bfloat16 = {operand_bytes,    store_operand, dot, dot_chosen,
+                      activation_bytes, swiglu,        down};
   kernels.integer16 = sk::integer_amx(false);
   kernels.integer8 = sk::integer_amx(true);
   kernels.prompts = sk::prompt_amx();

@@ -59,6 +59,70 @@ void finish_heads(const HeadTask* task) {
   }
 }
 
+void choose(const ChooseTask* task, Chosen* chosen) {
+  const F bounds[] = {Simd::set(task->bounds[0]), Simd::set(task->bounds[1]),
+                      Simd::set(task->bounds[2])};
+  Chosen found = {};
+  for (size_t i = 0; i < 64; i += kLanes) {
+    const F gate = Simd::load(task->gate + i), factor = Simd::load(task->factors + i);
+    const F sigmoid = Simd::set(1.0f) / (Simd::set(1.0f) + exp_of(Simd::zero() - gate));
+    const F activated = gate * sigmoid;
+    if (task->up == nullptr) {
+      found.used |= Simd::not_below(Simd::abs(activated) * factor, bounds[0]) << i;
+      continue;
+    }
+    const F up = Simd::load(task->up + i);
+    const F importance = Simd::abs(activated * up) * factor;
+    found.used |= Simd::not_below(importance, bounds[0]) << i;
+    found.down_whole |= Simd::not_below(importance, bounds[2]) << i;
+    const F slope = sigmoid + activated * (Simd::set(1.0f) - sigmoid);
+    const F gates = slope * slope * Simd::load(task->gate_variance + i);
+    const F ups = Simd::load(task->up_variance + i);
+    const F variance = gates * (up * up + ups) + activated * activated * ups;
+    found.whole |= Simd::not_below(variance * factor * factor, bounds[1] * bounds[1]) << i;
+  }
+  *chosen = found;
+}
+
+void add_rows(const Matrix* rows, const float* z, size_t count, float* out) {
+  for (size_t row = 0; row < count; ++row) {
+    const uint16_t* weights = bf16_row(*rows, row);
+    const F factor = Simd::set(z[row]);
+    for (size_t i = 0; i < rows->columns; i += kLanes) {
+      Simd::store(out + i, Simd::fma(factor, Simd::widen(weights + i), Simd::load(out + i)));
+    }
+  }
+}
+
+void group_squares(const float* x, size_t n, size_t group, float* out) {
+  for (size_t begin = 0; begin < n; begin += group, ++out) {
+    F sum = Simd::zero();
+    size_t i = begin;
+    const size_t end = at_most(begin + group, n);
+    for (; i + kLanes <= end; i += kLanes) {
+      const F v = Simd::load(x + i);
+      sum = Simd::fma(v, v, sum);
+    }
+    float total = Simd::sum(sum);
+    for (; i < end; ++i) total += x[i] * x[i];
+    *out = total;
+  }
+}
+
+void variance(const Matrix* high, size_t first_row, const float* squares, float* out) {
+  const F factor = Simd::set((high->unit * high->unit - 1) / 12);
+  for (size_t i = 0; i < 64; i += kLanes) {
+    const size_t row = first_row + i;
+    const uint16_t* scales = high->scales + row / 16 * high->groups * 16 + row % 16;
+    F sum = Simd::zero();
+    for (size_t g = 0; g < high->groups; ++g) {
+      const F scale = Simd::load_half(scales + g * 16);
+      sum = Simd::fma(scale * scale, Simd::set(squares[g]), sum);
+    }
+    Simd::store(out + i, sum * factor);
+  }
+}
+
 double sum_of_squares(const float* a, size_t n) {
   double sums[8] = {};
   size_t i = 0;
@@ -153,6 +217,10 @@ void set_common(Kernels* kernels) {
   kernels->rms_norm = rms_norm;
   kernels->sum_rows = sum_rows;
   kernels->finish_heads = finish_heads;
+  kernels->choose = choose;
+  kernels->add_rows = add_rows;
+  kernels->group_squares = group_squares;
+  kernels->variance = variance;
   kernels->sum_of_squares = sum_of_squares;
   kernels->add_norm_scores = add_norm_scores;
   kernels->embed = embed;

@@ -29,8 +29,8 @@ void store_operand(const Matrix* weights, const float* x, size_t n, size_t token
 }
 
 template <size_t kRows, size_t kTokens>
-inline void dot_tile(const uint16_t* weights, size_t stride, size_t k, const float* inputs,
-                     float* out, size_t out_stride) {
+inline void dot_tile(const uint16_t* const* rows, size_t k, const float* inputs, float* out,
+                     size_t out_stride) {
   F sums[kRows][kTokens];
   for (size_t row = 0; row < kRows; ++row) {
     for (size_t token = 0; token < kTokens; ++token) sums[row][token] = Simd::zero();
@@ -38,7 +38,7 @@ inline void dot_tile(const uint16_t* weights, size_t stride, size_t k, const flo
   for (size_t i = 0; i < k; i += kChunk) {
     F even[kRows], odd[kRows];
     for (size_t row = 0; row < kRows; ++row) {
-      Simd::load_bf16(weights + row * stride + i, &even[row], &odd[row]);
+      Simd::load_bf16(rows[row] + i, &even[row], &odd[row]);
     }
     for (size_t token = 0; token < kTokens; ++token) {
       const F x_even = Simd::load(inputs + token * k + i);
@@ -59,27 +59,46 @@ inline void dot_tile(const uint16_t* weights, size_t stride, size_t k, const flo
 // A single token: more rows at once, to hide the latency of the sums.
 constexpr size_t kSingleRows = 8;
 
+// As many rows as are multiplied at once.
+inline size_t rows_at_once(size_t tokens) { return tokens == 1 ? kSingleRows : Simd::kRows; }
+
+void dot_rows(const uint16_t* const* rows, size_t k, const float* inputs, size_t tokens, float* out,
+              size_t out_stride) {
+  if (tokens == 1) return dot_tile<kSingleRows, 1>(rows, k, inputs, out, out_stride);
+  size_t token = 0;
+  for (; token + Simd::kTokens <= tokens; token += Simd::kTokens) {
+    dot_tile<Simd::kRows, Simd::kTokens>(rows, k, inputs + token * k, out + token * out_stride,
+                                         out_stride);
+  }
+  for (; token < tokens; ++token) {
+    dot_tile<Simd::kRows, 1>(rows, k, inputs + token * k, out + token * out_stride, out_stride);
+  }
+}
+
 void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
          float* out, size_t out_stride) {
-  const float* inputs = static_cast<const float*>(operand);
-  const size_t step = tokens == 1 ? kSingleRows : Simd::kRows;
-  const size_t k = weights->columns, stride = weights->stride / sizeof(uint16_t);
+  const size_t step = rows_at_once(tokens);
   for (size_t row = 0; row < rows; row += step) {
-    const uint16_t* at = bf16_row(*weights, first_row + row);
-    if (tokens == 1) {
-      dot_tile<kSingleRows, 1>(at, stride, k, inputs, out + row, out_stride);
-      continue;
-    }
-    size_t token = 0;
-    for (; token + Simd::kTokens <= tokens; token += Simd::kTokens) {
-      dot_tile<Simd::kRows, Simd::kTokens>(at, stride, k, inputs + token * k,
-                                           out + token * out_stride + row, out_stride);
-    }
-    for (; token < tokens; ++token) {
-      dot_tile<Simd::kRows, 1>(at, stride, k, inputs + token * k, out + token * out_stride + row,
-                               out_stride);
-    }
+    const uint16_t* at[kSingleRows];
+    for (size_t i = 0; i < step; ++i) at[i] = bf16_row(*weights, first_row + row + i);
+    dot_rows(at, weights->columns, static_cast<const float*>(operand), tokens, out + row,
+             out_stride);
   }
+}
+
+void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
+                size_t tokens, float* out, size_t out_stride) {
+  const ChosenRows rows(mask, first_row);
+  const size_t step = rows_at_once(tokens);
+  alignas(64) float values[sk::kMaxChoiceTokens * 64];
+  for (size_t i = 0; i < rows.count; i += step) {
+    const uint16_t* at[kSingleRows];
+    for (size_t j = 0; j < step; ++j) {
+      at[j] = bf16_row(*weights, rows.at[at_most(i + j, rows.count - 1)]);
+    }
+    dot_rows(at, weights->columns, static_cast<const float*>(operand), tokens, values + i, 64);
+  }
+  spread(rows, first_row, values, 64, tokens, out, out_stride);
 }
 
 // Plain float32, [tokens, neurons].
@@ -93,16 +112,16 @@ void swiglu(const SwigluTask* task) {
 }
 
 template <size_t kTokens, size_t kVectors>
-inline void down_tile(const DownTask& task, size_t column, size_t token) {
-  const size_t first = task.first_neuron, count = task.last_neuron - first;
+inline void down_tile(const DownTask& task, const ChosenRows& rows, size_t column, size_t token) {
   const size_t stride = task.weights->stride / sizeof(uint16_t);
-  const uint16_t* weights = bf16_row(*task.weights, first) + task.first_column + column;
-  const float* inputs = static_cast<const float*>(task.activations) + token * task.neurons + first;
+  const uint16_t* weights = bf16_row(*task.weights, 0) + task.first_column + column;
+  const float* inputs = static_cast<const float*>(task.activations) + token * task.neurons;
   F even[kTokens][kVectors / 2], odd[kTokens][kVectors / 2];
   for (size_t t = 0; t < kTokens; ++t) {
     for (size_t i = 0; i < kVectors / 2; ++i) even[t][i] = odd[t][i] = Simd::zero();
   }
-  for (size_t neuron = 0; neuron < count; ++neuron) {
+  for (size_t place = 0; place < rows.count; ++place) {
+    const size_t neuron = rows.at[place];
     for (size_t i = 0; i < kVectors / 2; ++i) {
       F w_even, w_odd;
       Simd::load_bf16(weights + neuron * stride + i * kChunk, &w_even, &w_odd);
@@ -130,13 +149,13 @@ inline void down_tile(const DownTask& task, size_t column, size_t token) {
 
 // From `column` on, as far as tiles of this width go; returns where they end.
 template <size_t kVectors>
-size_t down_columns(const DownTask& task, size_t column) {
+size_t down_columns(const DownTask& task, const ChosenRows& rows, size_t column) {
   for (; column + kVectors * kLanes <= task.columns; column += kVectors * kLanes) {
     size_t token = 0;
     for (; token + Simd::kDownTokens <= task.tokens; token += Simd::kDownTokens) {
-      down_tile<Simd::kDownTokens, kVectors>(task, column, token);
+      down_tile<Simd::kDownTokens, kVectors>(task, rows, column, token);
     }
-    for (; token < task.tokens; ++token) down_tile<1, kVectors>(task, column, token);
+    for (; token < task.tokens; ++token) down_tile<1, kVectors>(task, rows, column, token);
   }
   return column;
 }
@@ -145,10 +164,15 @@ size_t down_columns(const DownTask& task, size_t column) {
 constexpr size_t kSingleVectors = Simd::kLanes == 16 ? 12 : 8;
 
 void down(const DownTask* task) {
+  ChosenRows rows;
+  for (size_t n = task->first_neuron; n < task->last_neuron; n += 64) {
+    const size_t block = (n - task->first_neuron) / 64;
+    rows.add(task->used == nullptr ? kWholeBlock : task->used[block], n);
+  }
   size_t column = 0;
-  if (task->tokens == 1) column = down_columns<kSingleVectors>(*task, column);
-  column = down_columns<Simd::kDownVectors>(*task, column);
-  down_columns<2>(*task, column);
+  if (task->tokens == 1) column = down_columns<kSingleVectors>(*task, rows, column);
+  column = down_columns<Simd::kDownVectors>(*task, rows, column);
+  down_columns<2>(*task, rows, column);
 }
 
 void nothing() {}
@@ -159,7 +183,8 @@ Kernels make_kernels() {
   set_attention(&kernels);
   kernels.begin_thread = nothing;
   kernels.end_thread = nothing;
-  kernels.bfloat16 = {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  kernels.bfloat16 = {operand_bytes,    store_operand, dot, dot_chosen,
+                      activation_bytes, swiglu,        down};
   kernels.integer16 = integer::products<16>();
   kernels.integer8 = integer::products<8>();
   return kernels;

@@ -10,12 +10,16 @@
 namespace {
 
 using sk::AttentionChunk;
+using sk::BlockMask;
+using sk::ChooseTask;
+using sk::Chosen;
 using sk::DownTask;
 using sk::HeadTask;
 using sk::kAttentionChunk;
 using sk::kAttentionRows;
 using sk::Kernels;
 using sk::kMaxDownNeurons;
+using sk::kWholeBlock;
 using sk::Matrix;
 using sk::Products;
 using sk::SwigluTask;
@@ -64,6 +68,30 @@ inline const uint16_t* bf16_row(const Matrix& matrix, size_t row) {
   return reinterpret_cast<const uint16_t*>(matrix.codes + row * matrix.stride);
 }
 
+// The bits of a mask that are set, in order: `at` those of a block, after `first`.
+struct ChosenRows {
+  ChosenRows() : count(0) {}
+  ChosenRows(BlockMask mask, size_t first) : count(0) { add(mask, first); }
+  void add(BlockMask mask, size_t first) {
+    for (; mask != 0; mask &= mask - 1) {
+      at[count++] = static_cast<uint32_t>(first) + static_cast<uint32_t>(__builtin_ctzll(mask));
+    }
+  }
+
+  size_t count;
+  uint32_t at[kMaxDownNeurons];
+};
+
+// Where a block's rows were computed side by side -> their places.
+inline void spread(const ChosenRows& rows, size_t first_row, const float* values, size_t stride,
+                   size_t tokens, float* out, size_t out_stride) {
+  for (size_t t = 0; t < tokens; ++t) {
+    for (size_t i = 0; i < rows.count; ++i) {
+      out[t * out_stride + rows.at[i] - first_row] = values[t * stride + i];
+    }
+  }
+}
+
 // Rows that will be read after others: some at a time are multiplied side by side, which is no
 // order that the CPU would foresee. Beyond the last row a prefetch does nothing. Always inline: GCC
 // drops calls of a function that does nothing but prefetch.
@@ -78,8 +106,10 @@ __attribute__((always_inline)) inline void prefetch_rows(const Matrix& m, size_t
 // A token's activations of a block -> out [64].
 inline void swiglu_row(const SwigluTask& task, size_t token, float* out) {
   const float *gate = task.gate + token * task.stride, *up = task.up + token * task.stride;
+  const BlockMask used = task.used == nullptr ? kWholeBlock : task.used[token];
   for (size_t i = 0; i < 64; i += kLanes) {
-    Simd::store(out + i, silu(Simd::load(gate + i)) * Simd::load(up + i));
+    const F v = silu(Simd::load(gate + i)) * Simd::load(up + i);
+    Simd::store(out + i, Simd::keep_bits(v, used >> i));
   }
   if (task.plain == nullptr) return;
   memcpy(task.plain + token * task.plain_stride + task.first, out, 64 * sizeof(float));

@@ -88,6 +88,15 @@ bool known_bits(uint32_t codes, uint32_t low) {
 
 }  // namespace
 
+Matrix upper_bits(const Matrix& matrix) {
+  Matrix upper = matrix;
+  upper.low = nullptr;
+  upper.low_stride = upper.low_bits = 0;
+  upper.unit = static_cast<float>(1u << matrix.low_bits);
+  upper.middle = (upper.unit - 1) / 2;
+  return upper;
+}
+
 int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
                     const MatrixKinds& kinds, Matrix* out) {
   SK_TRY(check_struct(&from, name));
@@ -121,6 +130,7 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
   matrix.codes = static_cast<const uint8_t*>(from.codes.data);
   matrix.stride = from.codes.row_stride;
   matrix.bits = from.codes.bits;
+  matrix.unit = 1;
   SK_TRY(check_plane(name, from.codes, stored_rows, matrix.columns));
   if (low_bits != 0) {
     SK_TRY(check_plane(name, from.low, stored_rows, matrix.columns));

@@ -23,6 +23,9 @@ struct MatrixKinds {
   uint32_t activation_bits;
 };
 
+// A matrix in two planes by its upper bits alone, the mean of all lower ones added.
+Matrix upper_bits(const Matrix& matrix);
+
 // Of `rows` x `columns`; also reads every bfloat16 number and every scale.
 int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
                     const MatrixKinds& kinds, Matrix* out);

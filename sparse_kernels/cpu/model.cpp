@@ -67,6 +67,20 @@ int32_t check_vector(const char* name, const float* data, size_t count, bool req
   return SK_STATUS_OK;
 }
 
+int32_t take_factors(const char* name, const float* data, const Layer& layer,
+                     std::vector<float>* out) {
+  if (data == nullptr) return SK_STATUS_OK;
+  out->assign(size_t{layer.blocks} * SK_NEURON_BLOCK, 0.0f);
+  for (uint32_t i = 0; i < layer.neurons; ++i) {
+    if (!(data[i] >= 0 && std::isfinite(data[i]))) {
+      return fail(SK_STATUS_BAD_VALUE, "%s has %g at %" PRIu32 "; they must be finite and >= 0",
+                  name, static_cast<double>(data[i]), i);
+    }
+    (*out)[i] = data[i];
+  }
+  return SK_STATUS_OK;
+}
+
 int32_t take_layer(Model& model, const sk_layer& from) {
   SK_TRY(check_struct(&from, "sk_layer"));
   SK_TRY(check_range("num_heads", from.num_heads, 1, SK_MAX_HEADS));
@@ -103,6 +117,16 @@ int32_t take_layer(Model& model, const sk_layer& from) {
                 "group_size of gate is %" PRIu32 " and of up %" PRIu32 "; it must be the same",
                 layer.gate.group, layer.up.group);
   }
+  SK_TRY(take_factors("planes_factors", from.planes_factors, layer, &layer.planes_factors));
+  SK_TRY(take_factors("gate_factors", from.gate_factors, layer, &layer.gate_factors));
+  if (!layer.planes_factors.empty()) {
+    if (layer.gate.low == nullptr || layer.up.low == nullptr) {
+      return fail(SK_STATUS_BAD_VALUE,
+                  "planes_factors are given; gate and up must be in two planes for them");
+    }
+    layer.gate_high = upper_bits(layer.gate);
+    layer.up_high = upper_bits(layer.up);
+  }
   SK_TRY(check_vector("attention_norm", from.attention_norm, model.hidden, true));
   SK_TRY(check_vector("mlp_norm", from.mlp_norm, model.hidden, true));
   SK_TRY(check_vector("qkv_bias", from.qkv_bias, heads * model.dim, false));
@@ -119,7 +143,7 @@ int32_t take_layer(Model& model, const sk_layer& from) {
   model.kv_bytes += from.num_kv_heads * model.kv_head_bytes;
   if (model.widest < layer.neurons) model.widest = layer.neurons;
   if (model.most_heads < layer.heads) model.most_heads = layer.heads;
-  model.layers.push_back(layer);
+  model.layers.push_back(std::move(layer));
   return SK_STATUS_OK;
 }
 
@@ -158,6 +182,35 @@ int32_t check_args(const sk_model_args& args) {
   }
   if (args.layers == nullptr) return fail(SK_STATUS_NULL_POINTER, "layers is a null pointer");
   return check_struct(&args.reduce, "sk_reduce");
+}
+
+int32_t take_corrections(const sk_model_args& args, const MatrixKinds& kinds, Model* model) {
+  SK_TRY(check_range("num_corrections", args.num_corrections, 0, SK_MAX_CORRECTIONS));
+  if (args.num_corrections == 0) return SK_STATUS_OK;
+  if (args.corrections == nullptr) {
+    return fail(SK_STATUS_NULL_POINTER, "corrections is a null pointer");
+  }
+  model->corrections.resize(size_t{args.num_corrections} * args.num_layers);
+  for (size_t i = 0; i < model->corrections.size(); ++i) {
+    const sk_correction& from = args.corrections[i];
+    Correction& to = model->corrections[i];
+    SK_TRY(check_struct(&from, "sk_correction"));
+    SK_TRY(check_range("a correction's rank", from.rank, 0, SK_MAX_CORRECTION_RANK));
+    if (from.reserved != 0) {
+      return fail(SK_STATUS_BAD_VALUE, "reserved is %" PRIu32 "; it must be 0", from.reserved);
+    }
+    to.rank = from.rank;
+    if (from.rank == 0) continue;
+    constexpr uint64_t kRows = SK_MAX_CORRECTION_RANK;
+    SK_TRY(take_matrix("a correction's inputs", from.inputs, kRows, args.hidden_size, kinds,
+                       &to.inputs));
+    SK_TRY(take_matrix("a correction's outputs", from.outputs, kRows, args.hidden_size, kinds,
+                       &to.outputs));
+    if (to.inputs.bits != 16 || to.outputs.bits != 16) {
+      return fail(SK_STATUS_UNSUPPORTED, "a correction has other elements than bfloat16");
+    }
+  }
+  return SK_STATUS_OK;
 }
 
 int32_t create(const sk_model_args& args, sk_model_info* info) {
@@ -200,6 +253,8 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
                        &model->lm_head));
   }
   SK_TRY(take_scan(args, kinds, model.get()));
+  SK_TRY(take_corrections(args, kinds, model.get()));
+  model->words = (model->widest + SK_NEURON_BLOCK - 1) / SK_NEURON_BLOCK;
   const std::lock_guard<std::mutex> lock(registry_mutex);
   static uint64_t last_handle = 0;
   registry()[++last_handle] = model;

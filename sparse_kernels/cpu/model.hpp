@@ -40,12 +40,21 @@ struct Layer {
   uint32_t heads, kv_heads, neurons, blocks, partitions, window;
   Matrix qkv, output, gate, up, down;
   const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
+  // For choices by planes, if planes_factors is not empty: gate and up by their upper bits.
+  Matrix gate_high, up_high;
+  std::vector<float> planes_factors, gate_factors;  // [neurons in whole blocks], zeros at the end
   size_t kv_offset;  // bytes from the beginning of KV, for each of its blocks
 
   // Blocks of neurons in a partition: [begin(p), begin(p + 1)).
   uint32_t partition_begin(uint32_t partition) const {
     return static_cast<uint32_t>(uint64_t{partition} * blocks / partitions);
   }
+};
+
+// What stands in for neurons that a choice leaves out of a layer.
+struct Correction {
+  uint32_t rank = 0;
+  Matrix inputs, outputs;
 };
 
 // A coarse copy of the LM head, and how far off its products can be. See sk_model_args.
@@ -67,6 +76,8 @@ struct Model {
   std::vector<float> rope_frequencies;
   uint32_t rope_rows;
   std::vector<Layer> layers;
+  std::vector<Correction> corrections;  // [number - 1][layer]
+  uint32_t words;                       // of 64 neurons of the widest layer
   const float* norm;
   Matrix embedding, lm_head;
   ScanHead scan;
@@ -85,7 +96,7 @@ struct Model {
   SpinBarrier barrier;  // of the threads inside a forward
   // Buffers of a forward, see forward.cpp.
   Scratch x, operand, attention_operand, queries, mixed, partial, activations, plain, cos, sin,
-      chunk_state, output_operand, reduced, scan_operand, scan_inputs;
+      chunk_state, output_operand, reduced, scan_operand, scan_inputs, correction_operand, squares;
   std::vector<Scratch> scratch;  // of each thread
 };
 

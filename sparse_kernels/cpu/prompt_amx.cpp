@@ -247,5 +247,5 @@ void down(const DownTask* task) {
 }  // namespace
 
 sk::Products sk::prompt_amx() {
-  return {operand_bytes, store_operand, dot, activation_bytes, swiglu, down};
+  return {operand_bytes, store_operand, dot, nullptr, activation_bytes, swiglu, down};
 }

@@ -41,6 +41,28 @@ struct Simd {
     const __m256i above = _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(last));
     return _mm256_blendv_ps(v, other, _mm256_castsi256_ps(_mm256_or_si256(below, above)));
   }
+  // Lanes whose bit is set keep v, the others become zero.
+  static F keep_bits(F v, uint64_t bits) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set =
+        _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits & 255)), lanes);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lanes)));
+  }
+  // A bit for each lane where v is not below bound.
+  static uint64_t not_below(F v, F bound) {
+    return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, bound, _CMP_NLT_UQ)));
+  }
+  // The lanes whose bit is set, side by side; what is behind them, up to kLanes numbers, is
+  // overwritten.
+  static void compress(float* p, F v, uint64_t bits) {
+    alignas(32) float lanes[kLanes];
+    store(lanes, v);
+    size_t count = 0;
+    for (size_t i = 0; i < kLanes; ++i) {
+      p[count] = lanes[i];
+      count += bits >> i & 1;
+    }
+  }
   static float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -74,6 +96,16 @@ struct Simd {
     const __m128i low = _mm256_castsi256_si128(n), high = _mm256_extracti128_si256(n, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packs_epi32(low, high));
     return _mm256_cvtepi32_ps(n);
+  }
+  // Exact sum of 64 products; b are four times 16 bytes, `stride` apart.
+  static int32_t dot_bytes(const int16_t* a, const uint8_t* b, size_t stride) {
+    __m256i total = _mm256_setzero_si256();
+    for (size_t i = 0; i < 4; ++i) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i * stride));
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + 16 * i));
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_cvtepu8_epi16(bytes), x));
+    }
+    return sum(total);
   }
 
   // kLanes bfloat16 numbers, in their order.

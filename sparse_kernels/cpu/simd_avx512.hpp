@@ -44,6 +44,17 @@ struct Simd {
                                _mm512_cmple_epi32_mask(lane, _mm512_set1_epi32(last)));
     return _mm512_mask_blend_ps(mask, other, v);
   }
+  // Lanes whose bit is set keep v, the others become zero.
+  static F keep_bits(F v, uint64_t bits) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+  }
+  // A bit for each lane where v is not below bound.
+  static uint64_t not_below(F v, F bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ); }
+  // The lanes whose bit is set, side by side; what is behind them, up to kLanes numbers, is
+  // overwritten.
+  static void compress(float* p, F v, uint64_t bits) {
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), v));
+  }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
   static float largest(F v) { return _mm512_reduce_max_ps(v); }
   static F round(F v) {
@@ -65,6 +76,17 @@ struct Simd {
     const __m512i n = _mm512_cvtps_epi32(v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(n));
     return _mm512_cvtepi32_ps(n);
+  }
+  // Exact sum of 64 products; b are four times 16 bytes, `stride` apart.
+  static int32_t dot_bytes(const int16_t* a, const uint8_t* b, size_t stride) {
+    const auto pieces = [&](size_t i) {
+      const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i * stride));
+      const __m128i second =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + (i + 1) * stride));
+      const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+      return _mm512_madd_epi16(_mm512_cvtepu8_epi16(bytes), _mm512_loadu_si512(a + 16 * i));
+    };
+    return sum(_mm512_add_epi32(pieces(0), pieces(2)));
   }
 
   // kLanes bfloat16 numbers, in their order.

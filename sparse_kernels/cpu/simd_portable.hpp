@@ -54,6 +54,27 @@ struct Simd {
     return reinterpret_cast<F>((reinterpret_cast<I>(v) & mask) |
                                (reinterpret_cast<I>(other) & ~mask));
   }
+  // Lanes whose bit is set keep v, the others become zero.
+  static F keep_bits(F v, uint64_t bits) {
+    F kept = {};
+    for (size_t i = 0; i < kLanes; ++i) kept[i] = bits >> i & 1 ? v[i] : 0.0f;
+    return kept;
+  }
+  // A bit for each lane where v is not below bound.
+  static uint64_t not_below(F v, F bound) {
+    uint64_t bits = 0;
+    for (size_t i = 0; i < kLanes; ++i) bits |= uint64_t{!(v[i] < bound[i])} << i;
+    return bits;
+  }
+  // The lanes whose bit is set, side by side; what is behind them, up to kLanes numbers, is
+  // overwritten.
+  static void compress(float* p, F v, uint64_t bits) {
+    size_t count = 0;
+    for (size_t i = 0; i < kLanes; ++i) {
+      p[count] = v[i];
+      count += bits >> i & 1;
+    }
+  }
   static float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static float largest(F v) {
     const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
@@ -87,6 +108,12 @@ struct Simd {
     v = round(v);
     for (size_t i = 0; i < kLanes; ++i) out[i] = static_cast<int16_t>(v[i]);
     return v;
+  }
+  // Exact sum of 64 products; b are four times 16 bytes, `stride` apart.
+  static int32_t dot_bytes(const int16_t* a, const uint8_t* b, size_t stride) {
+    int32_t total = 0;
+    for (size_t i = 0; i < 64; ++i) total += a[i] * b[i / 16 * stride + i % 16];
+    return total;
   }
   // A finite float16.
   static float half(uint16_t x) {

@@ -277,10 +277,15 @@ struct sk_model_info {
 
 /* How a token chooses neurons by their importance, with g = <gate, x>, u = <up, x>. */
 enum sk_choice_kind {
-  SK_CHOICE_CORE = 0,   /* not at all: all of the core are used */
-  SK_CHOICE_PLANES = 1, /* |silu(g') u'| planes_factors, g' and u' from the upper planes of the
-                           codes, to which the mean of all lower bits is added */
-  SK_CHOICE_GATE = 2    /* |silu(g)| gate_factors */
+  SK_CHOICE_CORE = 0, /* not at all: all of the core are used */
+  /* By g' and u', from the upper planes of the codes, to which the mean of all lower bits is added.
+   * The importance is |silu(g') u'| planes_factors. What the lower bits may change of it, their
+   * noise, is
+   *
+   *   planes_factors sqrt((d u')^2 v_g + silu(g')^2 v_u + d^2 v_g v_u),  d = silu'(g'),
+   *   v = sum over groups of scale^2 (4^lower bits - 1) / 12 (sum of x^2 in the group) */
+  SK_CHOICE_PLANES = 1,
+  SK_CHOICE_GATE = 2 /* |silu(g)| gate_factors */
 };
 
 /* Which neurons some tokens use; the others' activations count as zero. What is computed does not
@@ -293,12 +298,14 @@ struct sk_choice {
   uint32_t correction;  /* 0: none; else the number of one of the model's, from 1 */
   const uint64_t* core; /* null: all neurons; else [num_layers, words], a word for 64 neurons of the
                            widest layer: bit n % 64 of word n / 64 says that neuron n may be used */
-  /* Null with SK_CHOICE_CORE, else [num_layers, 2], >= 0, infinity included: a neuron of the core
-   * is used where its importance is not below the first; its activation is silu(g') u' unless it is
-   * not below the second, then silu(g) u. With SK_CHOICE_GATE the second is not read. */
+  /* Null with SK_CHOICE_CORE, else [num_layers, 3], >= 0, infinity included. A neuron of the core
+   * is used where its importance is not below the first. With SK_CHOICE_PLANES its activation is
+   * silu(g') u', and where its noise is not below the second silu(g) u; of down the upper plane
+   * counts, the mean of all lower bits added and rounded up, and both where its importance is not
+   * below the third (and where down is in one plane). */
   const float* thresholds;
   uint64_t core_count;       /* num_layers * words, or 0 */
-  uint64_t thresholds_count; /* 2 * num_layers, or 0 */
+  uint64_t thresholds_count; /* 3 * num_layers, or 0 */
 };
 
 /* What of an activation a (of silu(g) u) the statistics add up, in units of 2^-32. */
@@ -326,9 +333,10 @@ struct sk_sequence {
   uint32_t score;      /* sk_score */
   float score_share;   /* with a count, > 0, <= 1; equal values: the lower neuron first */
   const struct sk_choice* choice; /* null: all neurons are used; without `prompts` alone */
-  uint64_t* reads; /* null, or [num_layers, 3], to which is added, over the tokens: neurons whose
+  uint64_t* reads; /* null, or [num_layers, 4], to which is added, over the tokens: neurons whose
                       gate (with SK_CHOICE_PLANES, the upper planes of gate and up) was looked at;
-                      that were used; whose up, or lower planes, were read */
+                      that were used; whose up, or lower planes of gate and up, were read; and
+                      whose down was read whole */
 };
 
 /* What a forward does with a ragged batch. Row r of the batch is the r-th of all sequences' tokens,
@@ -367,7 +375,7 @@ struct sk_forward_args {
   const uint32_t* needed;
   uint32_t*
       rescored; /* with `needed`, [num_outputs]: logits of the row computed from lm_head; set */
-  uint64_t* union_reads; /* null, or [num_layers, 3]: `reads` of all tokens together, each neuron
+  uint64_t* union_reads; /* null, or [num_layers, 4]: `reads` of all tokens together, each neuron
                             once; set. All neurons are, where no sequence chooses */
 };
 

@@ -84,7 +84,11 @@ async def test_server_info_tells_backend_limits_and_policies(serving, connect):
     assert (limits.max_batched_tokens, limits.max_message_bytes) == (77, 2 << 20)
     assert limits.kv_block_size == 16
     assert limits.num_kv_blocks >= 128 // 16
-    assert list(info.policies) == [inference_pb2.SPARSITY_POLICY_DENSE]
+    assert list(info.policies) == [
+        inference_pb2.SPARSITY_POLICY_DENSE,
+        inference_pb2.SPARSITY_POLICY_CORE,
+        inference_pb2.SPARSITY_POLICY_EXACT,
+    ]
     assert info.default_policy == inference_pb2.SPARSITY_POLICY_DENSE
 
 

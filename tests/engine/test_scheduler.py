@@ -8,16 +8,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserve.engine.block_manager import PREFILLED, BlockManager, blocks_for, prefix_keys
+from sparse_kernels.choice import Score
+from sparserve.engine.block_manager import (
+    PREFILLED,
+    BlockManager,
+    StatisticsKind,
+    blocks_for,
+    prefix_keys,
+)
+from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
 from sparserve.engine.request import GenerationRequest
 from sparserve.engine.scheduler import Plan, Scheduler
 from sparserve.engine.sequence import Sequence, Status
-from sparserve.model.backend import BLOCK_SIZE, Phase
+from sparserve.model.backend import BLOCK_SIZE, BackendInfo, Phase
 from sparserve.model.loader import LoadedModel
+from sparserve.sparsity.chooser import ChoicePlan
+from sparserve.sparsity.policy import DENSE
 
 _ids = itertools.count()
+NO_BYTES = BackendInfo("", "", "", 1, frozenset(), 0, 0, {}, 0, "", 0)
+DENSE_PLAN = ChoicePlan(DENSE, 1.0)
 
 
 def sequence_of(
@@ -38,6 +50,7 @@ def sequence_of(
         max_tokens=output,
         detokenizer=Detokenizer(model.tokenizer),
         adjuster=LogitAdjuster(request, 259, ()),
+        neurons=ChoiceState(DENSE_PLAN, NO_BYTES, lambda policy: DENSE_PLAN),
         keys=prefix_keys(tokens, "") if cached else (),
     )
 
@@ -246,7 +259,7 @@ def test_the_least_recently_used_prompt_is_forgotten_first_from_its_end(tiny_mod
     blocks = scheduler.blocks
     assert (blocks.num_idle, blocks.num_free) == (6, 9)
     blocks.free(blocks.allocate(4))  # one more than were free
-    held = [len(found := blocks.share(s.keys, with_statistics=False)) for s in (first, second)]
+    held = [len(found := blocks.share(s.keys)) for s in (first, second)]
     assert held == [2, 3]
     assert found
 
@@ -256,12 +269,26 @@ def test_a_request_for_statistics_shares_only_blocks_that_have_them():
     keys = prefix_keys(range(48), "")
     table = blocks.allocate(3)
     statistics = torch.zeros(1, 2, dtype=torch.float16)
-    for block, key, known in zip(table, keys, (statistics, None, statistics), strict=True):
-        blocks.publish(block, key, known)
-    assert len(blocks.share(keys, with_statistics=False)) == 3
-    assert len(blocks.share(keys, with_statistics=True)) == 1
-    blocks.publish(table[1], keys[1], statistics)  # known, and now with statistics
-    assert len(blocks.share(keys, with_statistics=True)) == 3
+    norm, count = StatisticsKind(), StatisticsKind(Score.COUNT, 0.1)
+    for block, key, kind in zip(table, keys, (norm, None, norm), strict=True):
+        blocks.publish(block, key, kind, statistics if kind else None)
+    assert len(blocks.share(keys)) == 3
+    assert len(blocks.share(keys, with_statistics=norm)) == 1
+    blocks.publish(table[1], keys[1], norm, statistics)  # known, and now with statistics
+    assert len(blocks.share(keys, with_statistics=norm)) == 3
+    assert blocks.share(keys, with_statistics=count) == []
+
+
+def test_a_block_keeps_the_latest_kinds_of_statistics():
+    blocks = BlockManager(1)
+    key, table = prefix_keys(range(16), ""), blocks.allocate(1)
+    kinds = [StatisticsKind(Score.COUNT, share) for share in (0.1, 0.2, 0.3, 0.4)]
+    for number, kind in enumerate(kinds):
+        blocks.publish(table[0], key[0], kind, torch.full((1, 2), number).half())
+    assert blocks.share(key, with_statistics=kinds[0]) == []
+    for number, kind in enumerate(kinds[1:], 1):
+        (found,) = blocks.share(key, with_statistics=kind)
+        assert found.statistics[kind].tolist() == [[number, number]]
 
 
 def test_keys_tell_tokens_their_past_and_their_salt_apart():

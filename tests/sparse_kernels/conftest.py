@@ -8,10 +8,17 @@ import torch
 
 from sparse_kernels import native, reference
 from sparse_kernels.arena import huge_pages
+from sparse_kernels.choice import NeuronChoice, Score
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
 from sparse_kernels.formats import DecoderFormats
-from sparse_kernels.pack import PackedDecoder, pack
-from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+from sparse_kernels.pack import PackedDecoder, pack, with_choice
+from sparse_kernels.weights import (
+    ChoiceTensors,
+    DecoderConfig,
+    EndTensors,
+    LayerShape,
+    LayerTensors,
+)
 from sparserve.compression.quantize import quantize, quantize_layer
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
@@ -25,9 +32,11 @@ class Tiny:
     ends: EndTensors
     layers: list[LayerTensors]
     formats: DecoderFormats = BFLOAT16_MODEL
+    choice: ChoiceTensors | None = None
 
     def packed(self) -> PackedDecoder:
-        return pack(self.config, self.ends, self.layers, self.formats)
+        packed = pack(self.config, self.ends, self.layers, self.formats)
+        return packed if self.choice is None else with_choice(packed, self.choice)
 
     def quantized(self, formats: DecoderFormats) -> "Tiny":
         ends = self.ends
@@ -139,6 +148,10 @@ class Run:
     done: int = 0
     rows: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     statistics: torch.Tensor | None = None  # [KV blocks, layers, neurons]
+    choice: NeuronChoice | None = None
+    reads: torch.Tensor | None = None  # [layers, 4]
+    score: Score = Score.NORM
+    score_share: float = 1.0
 
 
 class Machine:
@@ -149,7 +162,12 @@ class Machine:
         self.decoder = Decoder(tiny.packed(), threads=threads, isa=isa, kv_bits=kv_bits)
         self.kv = huge_pages(blocks * self.decoder.kv_block_bytes)
 
-    def step(self, *steps: tuple[Run, int], prompts: bool = False) -> Rows:
+    def step(
+        self,
+        *steps: tuple[Run, int],
+        prompts: bool = False,
+        union_reads: torch.Tensor | None = None,
+    ) -> Rows:
         """The next tokens of some runs, as one batch; every row is an output."""
         layers = self.tiny.config.layers
         parts, sums, temperatures = [], [], []
@@ -168,7 +186,11 @@ class Machine:
             temperatures=temperatures,
             hidden_rows=everything,
             prompts=prompts,
-            wanted=[Wanted(statistics=part) for part in sums],
+            wanted=[
+                Wanted(run.choice, part, run.score, run.score_share, run.reads)
+                for (run, _), part in zip(steps, sums, strict=True)
+            ],
+            union_reads=union_reads,
         )
         row = 0
         for (run, count), part in zip(steps, sums, strict=True):

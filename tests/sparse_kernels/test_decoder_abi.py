@@ -583,10 +583,13 @@ def test_records_are_laid_out_as_the_structs(record: struct.Struct, kind: Any) -
     record.pack_into(made, 0, *range(1, len(kind._fields_) + 1))
     assert record.size == ctypes.sizeof(kind)
     raw = bytes(made)
-    for value, (name, *_) in enumerate(kind._fields_, start=1):
+    for value, (name, kind_of_field, *_) in enumerate(kind._fields_, start=1):
         place = getattr(kind, name)
         own = raw[place.offset : place.offset + place.size]
-        assert int.from_bytes(own, "little") == value, name
+        if kind_of_field is ctypes.c_float:
+            assert struct.unpack("f", own) == (value,), name
+        else:
+            assert int.from_bytes(own, "little") == value, name
 
 
 def mapped(address: int) -> bool:

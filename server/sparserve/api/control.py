@@ -18,7 +18,6 @@ from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.errors import InvalidRequest, NotBuiltYet
 from sparserve.model.backend import BLOCK_SIZE
-from sparserve.sparsity.policy import DENSE
 from sparserve.v1 import control_pb2 as pb
 from sparserve.v1 import control_pb2_grpc
 
@@ -100,8 +99,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_stream_backlog=settings.max_stream_backlog,
             ),
-            policies=[POLICY_NUMBERS[kind] for kind in engine.policies],
-            default_policy=POLICY_NUMBERS[DENSE.kind],
+            policies=[POLICY_NUMBERS[kind] for kind in engine.policies.kinds],
+            default_policy=POLICY_NUMBERS[engine.policies.default],
         )
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:

@@ -27,7 +27,7 @@ from bisect import insort
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from sparserve.engine.block_manager import DECODED, BlockManager, blocks_for
+from sparserve.engine.block_manager import BlockManager, blocks_for
 from sparserve.engine.sequence import Sequence, Status
 from sparserve.engine.speculation import Speculation
 from sparserve.model.backend import BLOCK_SIZE, Phase
@@ -151,7 +151,8 @@ class Scheduler:
 
     def keep(self, sequence: Sequence) -> None:
         """The KV of its next position, which decoding wrote, stays."""
-        self.blocks.mark(sequence.block_table[sequence.num_computed // BLOCK_SIZE], DECODED)
+        block = sequence.block_table[sequence.num_computed // BLOCK_SIZE]
+        self.blocks.mark(block, sequence.neurons.decoded)
         sequence.advance(1)
 
     def remove(self, sequence: Sequence) -> None:
@@ -168,10 +169,13 @@ class Scheduler:
     def _publish(self, sequence: Sequence, start: int, stop: int) -> None:
         """Prefill wrote the positions [start, stop): what became whole may be shared."""
         for index in range(start // BLOCK_SIZE, min(stop // BLOCK_SIZE, len(sequence.keys))):
-            statistics = None
-            if sequence.wants_statistics and sequence.statistics is not None:
-                statistics = sequence.statistics.block(index)
-            self.blocks.publish(sequence.block_table[index], sequence.keys[index], statistics)
+            kind = sequence.wanted_statistics
+            statistics = (
+                None
+                if sequence.statistics is None or kind is None
+                else sequence.statistics.block(index)
+            )
+            self.blocks.publish(sequence.block_table[index], sequence.keys[index], kind, statistics)
 
     def _schedule_decode(self, sequence: Sequence, plan: Plan) -> None:
         if self._make_room(sequence, plan):
@@ -307,7 +311,7 @@ class Scheduler:
     def _seat(self, sequence: Sequence, plan: Plan) -> bool:
         """Blocks for all positions up to its next token, those of the prefix cache first. False: too few."""
         cached = self.blocks.share(
-            sequence.cacheable_keys, with_statistics=sequence.wants_statistics
+            sequence.cacheable_keys, with_statistics=sequence.wanted_statistics
         )
         shared = [c.block for c in cached]
         needed = blocks_for(sequence.positions_after_next_token) - len(shared)
@@ -329,7 +333,7 @@ class Scheduler:
         restored = tuple(sequence.block_table[first:last])
         plan.swaps_in.append(Swap(sequence, restored))
         for block in restored:
-            self.blocks.mark(block, DECODED)
+            self.blocks.mark(block, sequence.neurons.decoded)
         sequence.finish_recompute()
 
 

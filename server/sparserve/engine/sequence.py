@@ -8,7 +8,8 @@ from enum import Enum
 
 import torch
 
-from sparserve.engine.block_manager import CachedBlock
+from sparserve.engine.block_manager import CachedBlock, StatisticsKind
+from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
 from sparserve.engine.refresh import Refresh
@@ -47,6 +48,7 @@ class Sequence:
         max_tokens: int,
         detokenizer: Detokenizer,
         adjuster: LogitAdjuster,
+        neurons: ChoiceState,
         keys: Ordered[bytes] = (),
         seed: int = 0,
         choice: int = 0,
@@ -58,6 +60,7 @@ class Sequence:
         self.max_tokens = max_tokens
         self.detokenizer = detokenizer
         self.adjuster = adjuster
+        self.neurons = neurons
         self.keys = keys
         self.seed = seed
         self.choice = choice
@@ -101,9 +104,11 @@ class Sequence:
         return not self.output_token_ids
 
     @property
-    def wants_statistics(self) -> bool:
+    def wanted_statistics(self) -> StatisticsKind | None:
         """Of the prompt; one choice of a request collects them."""
-        return self.request.report_statistics and self.choice == 0 and self.in_first_prefill
+        wanted = self.request.report_statistics or self.neurons.needs_statistics
+        collects = wanted and self.choice == 0 and self.in_first_prefill
+        return self.neurons.statistics_kind if collects else None
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -140,11 +145,10 @@ class Sequence:
         self.num_computed = len(cached) * BLOCK_SIZE
         if self.first_scheduled is None:
             self.cached_tokens = self.num_computed
-        if self.wants_statistics:
+        if (kind := self.wanted_statistics) is not None:
             assert self.statistics is not None
             for block in cached:
-                assert block.statistics is not None
-                self.statistics.append_block(block.statistics)
+                self.statistics.append_block(block.statistics[kind])
 
     def take_prompt_output(
         self, parts: Ordered[NeuronStatistics] | None, scores: TargetScores | None
@@ -166,6 +170,14 @@ class Sequence:
                 token_id = self.request.prompt_token_ids[position]
                 self.prompt_tokens.append(PromptToken(token_id, logprob, top))
 
+    def choose_neurons(self) -> None:
+        """The prompt is in, and its first token is about to be drawn. Raises InvalidRequest of a prompt that
+        is too short for the policy.
+        """
+        self.neurons.choose(self.statistics)
+        if not self.request.report_statistics and not self.request.policy.refresh_interval:
+            self.statistics = None  # as large as the prompt's KV
+
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""
         self.num_computed += count
@@ -182,7 +194,7 @@ class Sequence:
             self._begin_prompt()
 
     def _begin_prompt(self) -> None:
-        if self.wants_statistics:
+        if self.wanted_statistics is not None:
             self.statistics = PromptStatistics(BLOCK_SIZE)
         if self.wants_prompt_logprobs:
             self.prompt_tokens = [PromptToken(self.request.prompt_token_ids[0], None)]
@@ -212,7 +224,8 @@ class Sequence:
     ) -> Finish:
         """The record of this sequence's end; freeing its blocks is the scheduler's."""
         # Sorting them takes long for a large model, so only where somebody will read it.
-        ended = error is None and reason is not FinishReason.CANCELLED
+        wanted = self.request.report_statistics and error is None
+        ended = wanted and reason is not FinishReason.CANCELLED
         total = self.statistics.total() if self.statistics and ended else None
         return Finish(
             reason=reason,
@@ -222,6 +235,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
+            sparsity=self.neurons.report(),
             core_share=total.share_holding(0.9) if total and total.tokens else None,
             error=error,
         )

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sparse_kernels.choice import ALL_NEURONS
 from sparserve.engine.logits import LogitAdjuster
 from sparserve.sparsity.chooser import ChoicePlan
 from sparserve.sparsity.policy import PolicyKind
@@ -76,7 +75,6 @@ class Speculation:
         self.drafts: list[int] = []  # of the tokens after the output's last one
         self.drafted_tokens = 0  # that were verified
         self.accepted_tokens = 0
-        self.choice = ALL_NEURONS  # of the model's draft steps
         self._ngrams = None if by_model else Ngrams(prompt, room)
         self._room = room
         self._max_drafts = max_drafts
@@ -93,7 +91,7 @@ class Speculation:
         return cls(prompt, room, plan.policy.draft_tokens, by_model=plan.drafts is not None)
 
     def wants_step(self, output: Sequence[int]) -> bool:
-        """The next step drafts a token, with `choice`."""
+        """The next step drafts a token."""
         return (
             self._ngrams is None
             and not self._is_over

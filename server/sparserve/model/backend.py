@@ -102,9 +102,9 @@ class HeadCounts:
 
 @dataclass(frozen=True, slots=True)
 class NeuronReads:
-    """Neurons of feed-forward layers that tokens looked at, used, and read whole; see `reads` of sk_sequence."""
+    """Neurons of feed-forward layers that tokens looked at, used, read whole; see `reads` of sk_sequence."""
 
-    counts: torch.Tensor  # [num_layers, 3] int64
+    counts: torch.Tensor  # [num_layers, 4] int64
     tokens: int  # that these are the sums over; 1 for a batch whose tokens read together
 
 
@@ -133,9 +133,9 @@ class BackendInfo:
         int  # read by a dense decode step: all but the embedding, of which it takes one row
     )
     mlp_bytes: int  # of these, by the feed-forward layers
-    # Bytes of a neuron that are read when it is looked at, when it is used, and when it is read whole, by the
-    # kind of choice (None: a core); together they are all of it.
-    neuron_bytes: Mapping[ChoiceKind | None, tuple[float, float, float]]
+    # Bytes of a neuron for each of NeuronReads' counts, by the kind of choice (None: a core); together they are
+    # all of it.
+    neuron_bytes: Mapping[ChoiceKind | None, tuple[float, float, float, float]]
     packed_bytes: int  # all weights as they lie in memory, padding included
     kv_dtype: str
     kv_bytes_per_token: int  # K and V of one position in all layers

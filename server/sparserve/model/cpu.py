@@ -18,8 +18,9 @@ from sparse_kernels.arena import huge_pages
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.decoder import Decoder, Rows, Wanted
 from sparse_kernels.formats import SCAN, DecoderFormats
-from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_scan
+from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_choice, with_scan
 from sparse_kernels.weights import (
+    ChoiceTensors,
     DecoderConfig,
     EndTensors,
     LayerShape,
@@ -70,13 +71,20 @@ def make_decoder(
     threads: int,
     kv_bits: int = 16,
     calibration: Sequence[int] = (),
+    choice: ChoiceTensors | None = None,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
     library refuses.
     """
     packed = pack_model(
-        config, weights, formats, threads=threads, calibration=calibration, on_layer=on_layer
+        config,
+        weights,
+        formats,
+        threads=threads,
+        calibration=calibration,
+        choice=choice,
+        on_layer=on_layer,
     )
     return Decoder(packed, threads=threads, kv_bits=kv_bits)
 
@@ -88,11 +96,13 @@ def pack_model(
     *,
     threads: int = 1,
     calibration: Sequence[int] = (),
+    choice: ChoiceTensors | None = None,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> PackedDecoder:
     """The library's own copy of `weights`, which are in DTYPE in main memory; each layer is asked for
     once, quantized as `formats` says (then `on_layer` is told) and packed before the next is. A scan of the
-    LM head is made for what the model computes of the tokens `calibration`, on so many `threads`.
+    LM head is made for what the model computes of the tokens `calibration`, on so many `threads`. With
+    `choice` sequences can choose neurons by importance.
 
     Raises NativeCallError of what the library refuses, CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
     quantized, and MemoryError.
@@ -117,6 +127,8 @@ def pack_model(
     with _told_as_model_errors():
         ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
         packed = pack(decoder_config, ends, layers, formats)
+        if choice is not None:
+            packed = with_choice(packed, choice)
         if not formats.lm_head_scan:
             return packed
         inputs = _head_inputs(packed, calibration or range(min(config.vocab_size, 256)), threads)
@@ -211,17 +223,18 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
 
 def _neuron_bytes(
     config: ModelConfig, formats: DecoderFormats
-) -> dict[ChoiceKind | None, tuple[float, float, float]]:
+) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
     """See BackendInfo."""
     hidden, gate = config.hidden_size, formats.gate_up
     row = gate.bytes(1, hidden)
     low = hidden * gate.low_bits / 8
+    down_low = hidden * formats.down.low_bits / 8
     down = formats.down.bytes(1, hidden)
-    kinds: dict[ChoiceKind | None, tuple[float, float, float]] = dict.fromkeys(
-        (None, ChoiceKind.GATE), (row, row + down, 0)
+    kinds: dict[ChoiceKind | None, tuple[float, float, float, float]] = dict.fromkeys(
+        (None, ChoiceKind.GATE), (row, row + down, 0, 0)
     )
     if gate.low_bits:
-        kinds[ChoiceKind.PLANES] = (2 * (row - low), down, 2 * low)
+        kinds[ChoiceKind.PLANES] = (2 * (row - low), down - down_low, 2 * low, down_low)
     return kinds
 
 
@@ -302,7 +315,7 @@ class CpuBackend:
         rescored = array("I", bytes(4 * len(needed) * with_scan))
         wanted = [self._wanted(sequence) for sequence in sequences]
         choosing = any(own.reads is not None for own in wanted)
-        union = torch.zeros(self.config.num_layers, 3, dtype=torch.int64) if choosing else None
+        union = torch.zeros(self.config.num_layers, 4, dtype=torch.int64) if choosing else None
         rows = self._decoder.forward(
             sequences,
             self._kv,
@@ -347,7 +360,7 @@ class CpuBackend:
             statistics=self._new_sums(sequence) if sequence.collect_statistics else None,
             score=sequence.score,
             score_share=sequence.score_share,
-            reads=torch.zeros(self.config.num_layers, 3, dtype=torch.int64) if chooses else None,
+            reads=torch.zeros(self.config.num_layers, 4, dtype=torch.int64) if chooses else None,
         )
 
     def _new_sums(self, sequence: SequenceInput) -> torch.Tensor:

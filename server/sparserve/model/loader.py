@@ -51,6 +51,7 @@ class LoadedModel:
     weights: ModelWeights
     tokenizer: Tokenizer
     chat_template: str | None
+    path: Path  # of the checkpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -160,4 +161,6 @@ def load_model(
             f"the tokenizer of {path} has token ids up to {highest}, the embedding only "
             f"{checkpoint.config.vocab_size} rows"
         )
-    return LoadedModel(name, checkpoint.config, weights, tokenizer, checkpoint.chat_template())
+    return LoadedModel(
+        name, checkpoint.config, weights, tokenizer, checkpoint.chat_template(), path
+    )

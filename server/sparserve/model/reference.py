@@ -103,7 +103,7 @@ class ReferenceBackend:
             dtype,
             threads,
             choices=frozenset() if choice.gate_factors is None else frozenset({ChoiceKind.GATE}),
-            neuron_bytes=dict.fromkeys((None, ChoiceKind.GATE), (row, 2 * row, 0)),
+            neuron_bytes=dict.fromkeys((None, ChoiceKind.GATE), (row, 2 * row, 0, 0)),
             weight_bytes=step_weight_bytes(config, weights.dtype),
             packed_bytes=step_weight_bytes(config, weights.dtype)
             + (0 if config.tie_word_embeddings else weights.embedding.nbytes),

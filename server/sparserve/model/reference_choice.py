@@ -20,7 +20,7 @@ class LayerUnion:
 
     def counts(self) -> torch.Tensor:
         used = self.used.sum()
-        return torch.stack((self.looked.sum(), used, used))
+        return torch.stack((self.looked.sum(), used, used, used))
 
 
 @dataclass(slots=True)
@@ -30,18 +30,18 @@ class Choosing:
     tensors: ChoiceTensors
     layers: int
     reads: list[NeuronReads | None] = field(default_factory=list)
-    union: torch.Tensor | None = None  # [layers, 3]
+    union: torch.Tensor | None = None  # [layers, 4]
 
     @classmethod
     def of(cls, tensors: ChoiceTensors, layers: int, batch: list[SequenceInput]) -> Choosing:
         reads = [
-            NeuronReads(torch.zeros(layers, 3, dtype=torch.int64), len(s.token_ids))
+            NeuronReads(torch.zeros(layers, 4, dtype=torch.int64), len(s.token_ids))
             if s.phase is Phase.DECODE and not s.choice.is_dense
             else None
             for s in batch
         ]
         chooses = any(own is not None for own in reads)
-        union = torch.zeros(layers, 3, dtype=torch.int64) if chooses else None
+        union = torch.zeros(layers, 4, dtype=torch.int64) if chooses else None
         return cls(tensors, layers, reads, union)
 
     def used(
@@ -64,7 +64,7 @@ class Choosing:
             importance = gate.abs() * self.tensors.gate_factors[layer, :neurons]
             used = used & ~(importance < choice.thresholds[layer, 0])
         count = used.sum()
-        reads.counts[layer] += torch.stack((looked.sum() * len(gate), count, count))
+        reads.counts[layer] += torch.stack((looked.sum() * len(gate), count, count, count))
         union.looked |= looked
         union.used |= used.any(dim=0)
         return used

@@ -86,7 +86,7 @@ class ChoicePlan:
             members = best_neurons(scores, counts)
             core = core_words(members)
             total = None if prompt is None else prompt.total()
-            held = None if total is None else coverage(total.scores(), members)
+            held = None if total is None or not total.tokens else coverage(total.scores(), members)
         choice = NeuronChoice(core, setting.choice, setting.thresholds, setting.correction)
         return Chosen(choice, held, stable)
 

@@ -1,0 +1,46 @@
+"""What tells one model from another, so that an index made for one is not used with another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparserve.model.loader import LoadedModel
+from sparserve.sparsity.index import IndexKey
+
+
+def index_key(model: LoadedModel, format: str) -> IndexKey:
+    """Of `model` with weights in `format` (BackendInfo.dtype). Reads the checkpoint once: a second for a
+    GB or so. Raises OSError."""
+    config = model.config
+    tokenizer = hashlib.blake2b(model.tokenizer.to_str().encode(), digest_size=32).hexdigest()
+    return IndexKey(
+        model.name,
+        _hash_of_files(model.path),
+        tokenizer,
+        format,
+        config.num_layers,
+        config.intermediate_size,
+        config.hidden_size,
+    )
+
+
+def _hash_of_files(path: Path) -> str:
+    """BLAKE2b over the names and contents of what a checkpoint's weights are read from."""
+    digest = hashlib.blake2b(digest_size=32)
+    for file in _files(path):
+        name = file.name.encode() if path.is_dir() else b""  # a single file may be renamed
+        digest.update(len(name).to_bytes(8, "little") + name)
+        with file.open("rb") as content:
+            inner = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=32))
+        digest.update(inner.digest())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield path / "config.json"
+        yield from sorted(path.glob("*.safetensors"))
+    else:
+        yield path

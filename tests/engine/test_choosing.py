@@ -1,0 +1,276 @@
+"""Neurons chosen for a request: from its own prompt, whatever else the engine is doing."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_kernels.choice import ALL_NEURONS, ChoiceKind, NeuronChoice, Score, core_words
+from sparserve.engine.choosing import ChoiceState, neurons_name
+from sparserve.engine.request import (
+    GenerationRequest,
+    OutputParams,
+    SamplingParams,
+    StoppingParams,
+)
+from sparserve.model.backend import BackendInfo, ForwardBatch, NeuronReads
+from sparserve.sparsity.chooser import ChoicePlan, Chosen
+from sparserve.sparsity.policy import DENSE, Policy, PolicyKind, PredictorKind
+
+NEURONS = 96  # of each of the tiny model's 2 layers
+CORE = Policy(PolicyKind.CORE, 0.5)
+GATE = Policy(PolicyKind.TOKEN, 0.7, choice=ChoiceKind.GATE)
+POLICIES = [
+    DENSE,
+    CORE,
+    replace(CORE, density=0.3, predictor=PredictorKind.STABILITY),
+    replace(CORE, predictor=PredictorKind.SIMILARITY),
+    replace(CORE, score=Score.COUNT, predictor=PredictorKind.STABILITY),
+    replace(CORE, score=Score.SIGNED_COUNT, alpha=0.3, predictor=PredictorKind.STABILITY),
+    replace(CORE, density=0.7, first_layer=1),
+    GATE,
+    replace(GATE, density=0.45, core_density=0.5),
+    Policy(PolicyKind.AUTO, target_kl=0.2),
+]
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    source = random.Random(seed)
+    return tuple(source.randrange(256) for _ in range(length))
+
+
+def asking(key: str, prompt, policy: Policy, n: int = 1, max_tokens: int = 20, **fields):
+    return GenerationRequest(
+        key,
+        tuple(prompt),
+        SamplingParams(seed=7, n=n),
+        StoppingParams(max_tokens=max_tokens, ignore_eos=True),
+        OutputParams(top_logprobs=2),
+        policy=policy,
+        **fields,
+    )
+
+
+def outcome(update):
+    """All that a request's own choice says, without clock and cache."""
+    return update.tokens, update.text, update.finish.sparsity, update.finish.core_share
+
+
+@pytest.fixture
+def engine_of(tiny_engine, tiny_index):
+    return lambda **settings: tiny_engine(index=str(tiny_index), **settings)
+
+
+@pytest.fixture
+def alone(engine_of, finish_all):
+    """Each choice of each request, with the engine to itself."""
+
+    def run(requests):
+        engine = engine_of(prefix_cache=False, max_running=1)
+        found = [finish_all(engine, [request]) for request in requests]
+        return {key: outcome(update) for results in found for key, update in results.items()}
+
+    return run
+
+
+def mixed_requests(count: int) -> list[GenerationRequest]:
+    source = random.Random(5)
+    stems = [prompt_of(length, 9) for length in (0, 20, 48, 100)]
+    requests = []
+    for number in range(count):
+        prompt = source.choice(stems) + prompt_of(source.randint(2, 40), source.randrange(4))
+        policy = POLICIES[number % len(POLICIES)]
+        n, tokens = source.choice([1, 1, 3]), source.randint(1, 30)
+        report = source.random() < 0.2
+        requests.append(asking(str(number), prompt, policy, n, tokens, report_statistics=report))
+    return requests
+
+
+# Of the engine, then steps between two requests.
+SCHEDULES = {
+    "at once": ({}, 0),
+    "in small chunks": (
+        {"max_batched_tokens": 24, "max_running": 5, "mixed_prefill_tokens": 7},
+        2,
+    ),
+    "preempted": ({"max_running": 8, "max_context": 160, "kv_cache_gib": 0.0002}, 1),
+    "not cached": ({"prefix_cache": False}, 3),
+}
+
+
+def test_a_policy_of_any_kind_gets_what_it_gets_alone(engine_of, alone, finish_all):
+    requests = mixed_requests(30)
+    expected = alone(requests)
+    for name, (settings, stagger) in SCHEDULES.items():
+        requests.reverse()  # another order each time
+        engine = engine_of(**settings)
+        for key, update in finish_all(engine, requests, stagger).items():
+            assert outcome(update) == expected[key], (name, key)
+        hits = engine.metrics.prefix_cache_hits._value.get()
+        assert (hits > 0) == settings.get("prefix_cache", True)
+        assert (engine.metrics.preemptions._value.get() > 0) == (name == "preempted")
+
+
+def test_policies_differ_in_what_they_say(alone):
+    """Or the test above would compare dense with dense."""
+    requests = [asking(str(i), prompt_of(40), policy) for i, policy in enumerate(POLICIES)]
+    results = alone(requests)
+    assert len({repr(tokens) for tokens, *_ in results.values()}) >= len(POLICIES) - 1
+
+
+def test_density_1_is_dense_to_the_bit(engine_of, finish_all):
+    requests = [
+        asking("dense", prompt_of(40), DENSE),
+        asking("core", prompt_of(40), replace(CORE, density=1.0)),
+    ]
+    results = finish_all(engine_of(), requests)
+    dense, core = results["dense", 0], results["core", 0]
+    assert dense.tokens == core.tokens
+    assert core.finish.sparsity.density == dense.finish.sparsity.density == 1
+    assert core.finish.sparsity.mlp_bytes == dense.finish.sparsity.mlp_bytes
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("length", [9, 40])
+def test_the_choices_of_a_request_share_one_set_and_one_gathering(
+    engine_of, finish_all, monkeypatch, length, prefix_cache
+):
+    engine = engine_of(prefix_cache=prefix_cache)
+    gathered, cores, real = [], set(), engine.backend.forward
+
+    def forward(batch: ForwardBatch):
+        gathered.extend(s for s in batch.sequences if s.collect_statistics)
+        cores.update(id(s.choice) for s in batch.sequences if not s.choice.is_dense)
+        return real(batch)
+
+    monkeypatch.setattr(engine.backend, "forward", forward)
+    several = finish_all(engine, [asking("a", prompt_of(length), CORE, n=3)])
+    assert sum(len(s.token_ids) for s in gathered) == length
+    assert len(cores) == 1
+    (one,) = finish_all(engine_of(), [asking("a", prompt_of(length), CORE)]).values()
+    assert outcome(several["a", 0]) == outcome(one)
+    assert len({update.tokens for update in several.values()}) == 3
+
+
+def test_what_is_read_is_counted(engine_of, finish_all):
+    engine = engine_of()
+    info, policies = engine.backend.info, (DENSE, CORE, GATE)
+    requests = [asking(p.kind.value, prompt_of(40), p) for p in policies]
+    results = finish_all(engine, requests)
+    dense, core, token = (results[p.kind.value, 0].finish.sparsity for p in policies)
+    # 19 steps over 41 .. 59 positions, the new one with them; the first token is the prefill's
+    kv = info.kv_bytes_per_token * sum(range(41, 60))
+    others = 19 * (info.weight_bytes - info.mlp_bytes)
+    for report in (dense, core, token):
+        assert report.decoded_tokens == 19
+        assert report.other_bytes == kv + others
+    assert dense.mlp_bytes == 19 * info.mlp_bytes
+    assert dense.bytes_per_token == info.weight_bytes + kv / 19
+    assert (dense.dense_share, core.dense_share) == (1, 0)
+    # shares of .4 and .6 of 96 neurons are 38 and 58
+    assert core.density == 96 / 192
+    row, correction = 64 * 4, 2 * 2 * 3 * 64 * 2
+    gates = 2 * NEURONS * row + correction
+    used = (token.mlp_bytes / 19 - gates) / (2 * row)
+    assert 0.3 * 2 * NEURONS < used < 0.9 * 2 * NEURONS
+    assert round(used * 19) == pytest.approx(used * 19), "whole neurons"
+    assert (core.predicted_kl, token.predicted_kl) == pytest.approx((0.4, 0.1))
+    assert 0.5 < core.coverage < 1
+    assert token.coverage is None
+
+
+def test_one_token_and_no_decode_step(engine_of, finish_all):
+    (update,) = finish_all(engine_of(), [asking("a", prompt_of(9), CORE, max_tokens=1)]).values()
+    report = update.finish.sparsity
+    assert (report.density, report.bytes_per_token, report.decoded_tokens) == (0.5, 0, 0)
+
+
+def test_a_request_of_one_token_goes_by_the_prior_where_there_is_one(engine_of, alone, finish_all):
+    request = asking("a", [65], CORE)
+    (update,) = finish_all(engine_of(), [request]).values()
+    assert outcome(update) == alone([request])["a", 0]
+    assert update.finish.sparsity.coverage is None
+
+
+def test_metrics_tell_density_coverage_union_and_policy(engine_of, finish_all):
+    engine = engine_of()
+    finish_all(engine, [asking(str(i), prompt_of(40, i), CORE) for i in range(3)])
+    finish_all(engine, [asking("dense", prompt_of(40), DENSE)])
+    metrics = engine.metrics
+    assert metrics.density._sum.get() == pytest.approx(1.5)
+    assert metrics.policies.labels("core")._value.get() == 3
+    assert metrics.policies.labels("dense")._value.get() == 1
+    assert 1.5 < metrics.coverage._sum.get() < 3
+    steps = sum(bucket.get() for bucket in metrics.union_share._buckets)
+    assert steps == 19
+    assert 0.5 < metrics.union_share._sum.get() / steps < 0.95, "larger than one of the cores"
+
+
+def test_blocks_are_named_for_what_was_read():
+    members = torch.zeros(2, NEURONS, dtype=torch.bool)
+    members[:, :7] = True
+    core = NeuronChoice(core_words(members))
+    same = NeuronChoice(core_words(members.clone()))
+    members[1, 90] = True
+    other = NeuronChoice(core_words(members))
+    thresholds = torch.full((2, 2), 0.25)
+    gate = NeuronChoice(None, ChoiceKind.GATE, thresholds)
+    names = [neurons_name(c) for c in (ALL_NEURONS, core, other, gate)]
+    names.append(neurons_name(NeuronChoice(None, ChoiceKind.PLANES, thresholds)))
+    names.append(neurons_name(NeuronChoice(None, ChoiceKind.GATE, thresholds, 1)))
+    names.append(neurons_name(NeuronChoice(core.core, ChoiceKind.GATE, thresholds)))
+    assert len(set(names)) == len(names)
+    assert neurons_name(same) == neurons_name(core)
+    assert names[0] == "all"
+
+
+class Drifting:
+    """A state whose plans only note the density that they were made for."""
+
+    def __init__(self, density: float) -> None:
+        self.densities: list[float] = []
+        info = BackendInfo("", "", "", 1, frozenset(), 10, 8, {None: (1, 2, 0)}, 0, "", 1)
+        self.state = ChoiceState(self.plan(Policy(PolicyKind.CORE, density)), info, self.plan)
+        self.state.choose(None)
+
+    def plan(self, policy: Policy) -> ChoicePlan:
+        densities = self.densities
+
+        class Plan(ChoicePlan):
+            def choose(self, prompt) -> Chosen:
+                densities.append(self.density)
+                if self.policy.kind is PolicyKind.DENSE:
+                    return Chosen(ALL_NEURONS, None, None)
+                return Chosen(NeuronChoice(torch.zeros(1, 1, dtype=torch.int64)), 0.8, True)
+
+        return Plan(policy, policy.density or 1.0)
+
+
+def test_drift_takes_a_new_set_then_more_neurons_then_all():
+    drifting = Drifting(0.6)
+    state = drifting.state
+    changes = [state.observe(coverage, None) for coverage in (0.8, 0.71, 0.69, 0.75, 0.6)]
+    assert changes == [False, False, True, False, True]
+    assert drifting.densities == [0.6] * 3, "never twice in a row"
+    changes = [state.observe(0.5, None) for _ in range(5)]
+    assert changes == [True] * 5
+    assert drifting.densities[3:] == pytest.approx([0.7, 0.7, 0.8, 0.8, 1.0])
+    assert state.choice.is_dense
+    assert not state.observe(0.1, None), "dense for the rest"
+    report = state.report()
+    assert (report.fallbacks, report.policy) == (1, PolicyKind.CORE)
+    state.count_token()
+    assert state.report().dense_share == 1
+
+
+def test_a_pass_over_several_tokens_reads_all_neurons_once():
+    state = Drifting(0.5).state
+    state.count_pass(ALL_NEURONS, None, 3)
+    counts = torch.tensor([[4, 2, 2]])
+    state.count_pass(state.choice, NeuronReads(counts, 1), 4)
+    state.count_token()
+    report = state.report()
+    assert report.mlp_bytes == 8 + (4 * 1 + 2 * 2)
+    assert report.other_bytes == 2 * 2 + 7
+    assert report.density == 2
