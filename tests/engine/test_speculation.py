@@ -23,6 +23,8 @@ from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
 from sparserve.sparsity.policy import DENSE, DraftKind, Policy, PolicyKind
 
 NGRAM = Policy(PolicyKind.EXACT, draft=DraftKind.NGRAM, draft_tokens=8)
+CORE = Policy(PolicyKind.EXACT, draft=DraftKind.CORE, draft_tokens=4, density=0.7)
+POLICIES = [NGRAM, CORE]
 
 
 def plain_ngrams(text: list[int], count: int) -> list[int]:
@@ -51,7 +53,7 @@ def test_ngrams_propose_what_followed_the_longest_known_end(prompt, output, coun
 def random_request(source: random.Random, key: str, policy: Policy) -> GenerationRequest:
     """Of few different tokens, so that texts repeat and drafts are often right, and often wrong."""
     letters = source.sample(range(256), source.choice([2, 4, 12]))
-    prompt = tuple(source.choice(letters) for _ in range(source.choice([1, 2, 15, 16, 40])))
+    prompt = tuple(source.choice(letters) for _ in range(source.choice([2, 15, 16, 40])))
     sampling = SamplingParams(
         temperature=source.choice([0.0, 0.0, 0.6, 1.0]),
         top_k=source.choice([0, 0, 5]),
@@ -92,7 +94,7 @@ def dense_of(requests: list[GenerationRequest]) -> list[GenerationRequest]:
 @pytest.mark.parametrize("seed", range(6))
 def test_exact_equals_dense(any_engine, finish_all, seed):
     source = random.Random(seed)
-    requests = [random_request(source, str(i), NGRAM) for i in range(8)]
+    requests = [random_request(source, str(i), source.choice(POLICIES)) for i in range(8)]
     settings = source.choice([{}, {"max_running": 4, "max_batched_tokens": 6}])
     wanted = finish_all(any_engine(max_running=3), dense_of(requests))
     assert_equal_results(finish_all(any_engine(**settings), requests, stagger=2), wanted)
@@ -117,10 +119,10 @@ def test_exact_equals_dense_in_a_pool_that_is_too_small(small_pool, finish_all, 
     requests = [
         GenerationRequest(
             str(i),
-            tuple(source.choice((7, 8, 9)) for _ in range(source.randint(1, 60))),
+            tuple(source.choice((7, 8, 9)) for _ in range(source.randint(2, 60))),
             SamplingParams(source.choice([0.0, 0.7]), seed=i, logit_bias=((7, 9.0), (8, 9.0))),
             StoppingParams(max_tokens=source.randint(30, 80), ignore_eos=True),
-            policy=source.choice([NGRAM, NGRAM, DENSE]),
+            policy=source.choice([*POLICIES, DENSE]),
         )
         for i in range(7)
     ]

@@ -235,7 +235,10 @@ class Engine:
         parts = zip(plan.scheduled, output.statistics, output.scores, strict=True)
         for item, statistics, scores in parts:
             self._note_first_schedule(item.sequence, now)
-            item.sequence.take_prompt_output(statistics, scores)
+            if item.work is Work.PROMPT:
+                item.sequence.take_prompt_output(statistics, scores)
+            elif statistics is not None:
+                item.sequence.neurons.take_refreshed(item.start, statistics)
         wanting = [(item, [next(rows) for _ in item.outputs]) for item in plan.scheduled]
         self._scheduler.update(plan)
         for item, own_rows in wanting:
@@ -243,7 +246,10 @@ class Engine:
             try:
                 if item.work is Work.DRAFT:
                     draft(sequence, own_rows[0])
-                elif own_rows:
+                    continue
+                if item.work is Work.REFRESH and own_rows:
+                    sequence.choose_anew()
+                if own_rows:
                     self._take_tokens(sequence, own_rows, updates)
             except InvalidRequest as error:
                 updates += self._end_failed(sequence, error)

@@ -14,9 +14,10 @@ class Refresh:
 
     def __init__(self, interval: int, first: int) -> None:
         """`first`: the first decoded position."""
-        self.interval = interval
-        self.passes = 0
+        self._interval = interval
+        self.passes = 0  # that are over
         self._begin = first
+        self._has_ended = False
         self.reached = first  # the pass begins or goes on here
 
     @classmethod
@@ -26,13 +27,21 @@ class Refresh:
         return cls(interval, first) if interval else None
 
     @property
-    def due(self) -> int:
-        """The position with which the next pass ends: its token is the newest then."""
-        return self._begin + self.interval - 1
+    def due(self) -> int | None:
+        """The position with which the next pass ends: its token is the newest then. None: there is none."""
+        return None if self._has_ended else self._last
+
+    @property
+    def _last(self) -> int:
+        return self._begin + self._interval - 1
+
+    def end(self) -> None:
+        """Decoding is dense from now on."""
+        self._has_ended = True
 
     def advance(self, count: int) -> None:
         """`count` more positions were computed densely."""
         self.reached += count
-        if self.reached > self.due:
+        if self.reached > self._last:
             self._begin = self.reached
             self.passes += 1

@@ -118,7 +118,8 @@ class Scheduler:
     def schedule(self) -> Plan:
         plan = Plan()
         for sequence in self.running:
-            self._trim(sequence)
+            if sequence.speculation is not None and not sequence.speculation.drafts:
+                self._trim(sequence)
         for sequence in list(self.running):
             # One before it may have preempted it.
             if sequence.status is Status.RUNNING and sequence.phase is Phase.DECODE:
@@ -218,21 +219,23 @@ class Scheduler:
 
     def _trim(self, sequence: Sequence) -> None:
         """Blocks of drafts that are no more are free again."""
-        speculation = sequence.speculation
-        if speculation is None or speculation.drafts or sequence.phase is Phase.PREFILL:
-            return
-        needed = blocks_for(sequence.num_computed + 1)
+        needed = len(sequence.block_table) - _spare_blocks(sequence)
         self.blocks.free(sequence.block_table[needed:])
         del sequence.block_table[needed:]
 
-    def _drop_drafts(self, wanted: int) -> None:
-        """Until `wanted` blocks are free or nobody has drafts, those last in order first."""
-        for sequence in reversed(self.running):
-            if wanted <= self.blocks.num_free:
-                return
-            if sequence.speculation is not None:
+    def _drop_drafts(self, wanted: int) -> bool:
+        """Whether `wanted` blocks are free, at the cost of drafts, those last in order first; where that would
+        not do, none are dropped, or they might be so in every step.
+        """
+        holders = [s for s in reversed(self.running) if _spare_blocks(s)]
+        if wanted > self.blocks.num_free + sum(map(_spare_blocks, holders)):
+            return False
+        for sequence in holders:
+            if wanted > self.blocks.num_free:
+                assert sequence.speculation is not None
                 sequence.speculation.drop()
                 self._trim(sequence)
+        return True
 
     def _schedule_prompts(self, budget: int, plan: Plan) -> None:
         """Share `budget` tokens among the running prompts; see invariant 4."""
@@ -266,8 +269,7 @@ class Scheduler:
         missing = blocks_for(sequence.num_computed + 1) - len(sequence.block_table)
         if missing <= 0:
             return True
-        self._drop_drafts(missing)
-        while missing > self.blocks.num_free:
+        while not self._drop_drafts(missing):
             victim = self.running[-1]
             self._preempt(victim, plan)
             if victim is sequence:
@@ -315,8 +317,7 @@ class Scheduler:
         )
         shared = [c.block for c in cached]
         needed = blocks_for(sequence.positions_after_next_token) - len(shared)
-        self._drop_drafts(needed)
-        if needed > self.blocks.num_free:
+        if not self._drop_drafts(needed):
             self.blocks.free(shared)
             return False
         plan.prefix_queries += len(sequence.keys) * BLOCK_SIZE
@@ -343,6 +344,13 @@ def _decoding(sequence: Sequence) -> Scheduled:
     if refresh is not None and position == refresh.due:
         return Scheduled(sequence, refresh.reached, 1, Work.REFRESH)
     return Scheduled(sequence, position, 1, Work.DECODE)
+
+
+def _spare_blocks(sequence: Sequence) -> int:
+    """Those that nothing but drafts needs."""
+    if sequence.speculation is None or sequence.phase is Phase.PREFILL:
+        return 0
+    return max(len(sequence.block_table) - blocks_for(sequence.num_computed + 1), 0)
 
 
 def _order(sequence: Sequence) -> tuple[int, float]:

@@ -130,6 +130,21 @@ class Sequence:
         """KV positions this sequence holds once it decodes its next token."""
         return self.prompt_len + max(len(self.output_token_ids), 1)
 
+    @property
+    def refreshes(self) -> int:
+        """Dense passes over decoded tokens."""
+        return self.refresh.passes if self.refresh else 0
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Those that were verified."""
+        return self.speculation.drafted_tokens if self.speculation else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of them, those that came out."""
+        return self.speculation.accepted_tokens if self.speculation else 0
+
     def tokens(self, start: int, count: int) -> tuple[int, ...]:
         """Token ids at positions [start, start + count) of prompt, output and drafts, one after another."""
         drafts = self.speculation.drafts if self.speculation else ()
@@ -175,8 +190,15 @@ class Sequence:
         is too short for the policy.
         """
         self.neurons.choose(self.statistics)
-        if not self.request.report_statistics and not self.request.policy.refresh_interval:
+        if not self.request.report_statistics:
             self.statistics = None  # as large as the prompt's KV
+
+    def choose_anew(self) -> None:
+        """A dense pass over decoded tokens is over."""
+        assert self.refresh is not None
+        self.neurons.refreshed()
+        if self.neurons.choice.is_dense:
+            self.refresh.end()
 
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""
@@ -235,7 +257,11 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
-            sparsity=self.neurons.report(),
+            sparsity=self.neurons.report(
+                refreshes=self.refreshes,
+                drafted=self.drafted_tokens,
+                accepted=self.accepted_tokens,
+            ),
             core_share=total.share_holding(0.9) if total and total.tokens else None,
             error=error,
         )
