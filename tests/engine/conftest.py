@@ -7,6 +7,7 @@ import pytest
 
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import GenerationRequest, Update
+from sparserve.model.backend import BLOCK_SIZE
 
 # (request id, choice) -> all its updates as one
 Results = dict[tuple[str, int], Update]
@@ -47,3 +48,21 @@ def any_engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     name = "tiny_engine" if request.param == "reference" else "native_engine"
     factory: Callable[..., Engine] = request.getfixturevalue(name)
     return partial(factory, kv_dtype="int8") if "int8" in request.param else factory
+
+
+@pytest.fixture
+def small_pool(any_engine: Callable[..., Engine]) -> Callable[[int, int, int], Engine]:
+    """`small_pool(blocks, max_running, max_batched_tokens)`: a context of 128, so of 8 blocks."""
+    block_bytes = any_engine().backend.info.kv_bytes_per_token * BLOCK_SIZE
+
+    def build(blocks: int, max_running: int, max_batched_tokens: int) -> Engine:
+        made = any_engine(
+            kv_cache_gib=(blocks + 0.5) * block_bytes / 2**30,
+            max_running=max_running,
+            max_batched_tokens=max_batched_tokens,
+            max_context=128,
+        )
+        assert made.backend.num_blocks == blocks
+        return made
+
+    return build

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sparse_kernels.choice import ALL_NEURONS as EVERY_NEURON
@@ -12,8 +12,9 @@ from sparserve.engine.block_manager import ALL_NEURONS, Provenance, StatisticsKi
 from sparserve.engine.request import SparsityReport
 from sparserve.model.backend import BackendInfo, NeuronReads, Phase
 from sparserve.sparsity.chooser import ChoicePlan, Chosen
+from sparserve.sparsity.core import coverage
 from sparserve.sparsity.policy import DENSE, Policy
-from sparserve.sparsity.statistics import PromptStatistics
+from sparserve.sparsity.statistics import NeuronStatistics, PromptStatistics
 
 # Coverage so much below that of the prompt is drift; the second time in a row more is read, and from some
 # density on all is.
@@ -43,14 +44,15 @@ class ChoiceState:
         self.drafting: Chosen | None = None  # of EXACT, where the model drafts
         self.statistics_kind = _kind_of(plan)
         self.decoded = Provenance(Phase.DECODE, ALL_NEURONS)  # of the blocks that decoding writes
-        self.refreshes = 0
-        self.drafted = 0
-        self.accepted = 0
         self.fallbacks = 0
         self._policy = plan.policy.kind
         self._info = info
         self._replan = replan
         self._first = first if self.needs_statistics else None
+        self._prompt: PromptStatistics | None = None  # kept where decoded tokens will be added
+        self._prompts_own: Chosen | None = None
+        self._text: PromptStatistics | None = None  # prompt and refreshed tokens
+        self._refreshed: NeuronStatistics | None = None  # in the dense pass under way
         self._drifts = 0  # in a row
         self._passes = 0
         self._mlp_bytes = 0.0
@@ -73,28 +75,49 @@ class ChoiceState:
         Raises InvalidRequest of a prompt of one token where the policy needs more.
         """
         if self._first is not None:
+            # Not the set that the first one has now: its own text may have changed it.
+            chosen, self._prompt = self._first._prompts_own, self._first._prompt
             self.drafting = self._first.drafting
-            assert self._first.chosen is not None, "the others wait for the first one's prefill"
-            self._take(self._first.chosen)
-            return
-        if self.plan.drafts is not None:
-            self.drafting = self.plan.drafts.choose(prompt)
-        self._take(self.plan.choose(prompt))
+            assert chosen is not None, "the others wait for the first one's prefill"
+        else:
+            if self.plan.policy.refresh_interval:
+                self._prompt = prompt
+            if self.plan.drafts is not None:
+                self.drafting = self.plan.drafts.choose(prompt)
+            chosen = self.plan.choose(prompt)
+        self._prompts_own = chosen
+        self._take(chosen)
 
-    def observe(self, coverage: float, statistics: PromptStatistics) -> bool:
-        """After a refresh: `coverage` is the share of the refreshed tokens' score that the core holds,
-        `statistics` are of prompt and output so far. -> whether another set is used from now on.
+    def take_refreshed(self, start: int, parts: Sequence[NeuronStatistics]) -> None:
+        """What a dense pass told of decoded tokens from position `start` on, where `needs_statistics`: the first
+        after the prompt, or the next after those taken before.
         """
-        expected = None if self.chosen is None else self.chosen.coverage
-        if expected is None or coverage >= expected - DRIFT:
-            self._drifts = 0
-            return False
-        self._drifts += 1
+        if self._text is None:
+            assert self._prompt is not None, "kept for this"
+            self._text = self._prompt.fork()
+        for part in parts:
+            if self._refreshed is None:
+                self._refreshed = replace(part)  # `_text` adds to its own
+            else:
+                self._refreshed += part
+        self._text.extend(start, parts)
+
+    def refreshed(self) -> None:
+        """A dense pass is over: from now on the set is that of prompt and output so far. Where the last one held
+        much less of the new tokens' score than of those it was made of, twice in a row, it is larger.
+        """
+        tokens, self._refreshed = self._refreshed, None
+        if tokens is None or self.chosen is None:
+            return
+        members = self.chosen.choice.members(tokens.sums.shape[1])
+        expected = self.chosen.coverage
+        if members is not None and expected is not None:
+            drifts = coverage(tokens.scores(), members) < expected - DRIFT
+            self._drifts = self._drifts + 1 if drifts else 0
         if self._drifts == 2:
             self._drifts = 0
             self._read_more()
-        self._take(self.plan.choose(statistics))
-        return True
+        self._take(self.plan.choose(self._text))
 
     def _read_more(self) -> None:
         density = round(self.plan.density + MORE_DENSITY, 6)  # .8 + .1 is less than .9
@@ -134,7 +157,7 @@ class ChoiceState:
         layers = index.corrections[choice.correction - 1]
         return sum(tensor.nbytes for layer in layers for tensor in layer)
 
-    def report(self) -> SparsityReport:
+    def report(self, *, refreshes: int, drafted: int, accepted: int) -> SparsityReport:
         chosen, info = self.chosen, self._info
         return SparsityReport(
             policy=self._policy,
@@ -144,9 +167,9 @@ class ChoiceState:
             other_bytes=self._kv_bytes + self._passes * (info.weight_bytes - info.mlp_bytes),
             decoded_tokens=self._tokens,
             dense_tokens=self._dense_tokens,
-            refreshes=self.refreshes,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
+            refreshes=refreshes,
+            drafted_tokens=drafted,
+            accepted_tokens=accepted,
             fallbacks=self.fallbacks,
             predicted_kl=self.plan.predicted_kl,
             coverage=None if chosen is None else chosen.coverage,

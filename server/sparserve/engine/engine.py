@@ -8,13 +8,14 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 
-from sparse_kernels.choice import ALL_NEURONS, Score
+from sparse_kernels.choice import ALL_NEURONS, NeuronChoice, Score
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
-from sparserve.engine.next_token import continue_text, draw, needed_candidates
+from sparserve.engine.next_token import continue_text, draft, draw, needed_candidates
 from sparserve.engine.policies import Policies
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -24,8 +25,9 @@ from sparserve.engine.request import (
     Update,
 )
 from sparserve.engine.sampler import Row, rows_of
-from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap
+from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap, Work
 from sparserve.engine.sequence import Sequence
+from sparserve.engine.speculation import Speculation
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import (
     ConfigError,
@@ -177,15 +179,21 @@ class Engine:
             include_stop=stopping.include_stop,
             skip_special_tokens=request.output.skip_special_tokens,
         )
+        max_tokens = stopping.max_tokens or self.limits.default_max_tokens
+        prompt = request.prompt_token_ids
         return Sequence(
             request,
-            max_tokens=stopping.max_tokens or self.limits.default_max_tokens,
+            max_tokens=max_tokens,
             detokenizer=detokenizer,
             adjuster=LogitAdjuster(request, config.vocab_size, config.eos_token_ids, refused),
             neurons=ChoiceState(plan, self.backend.info, self.policies.plan, first),
             keys=keys,
             seed=seed,
             choice=choice,
+            speculation=Speculation.of(
+                plan, prompt, min(max_tokens, self.limits.max_context - len(prompt))
+            ),
+            refresh=Refresh.of(plan, len(prompt)),
         )
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
@@ -227,12 +235,22 @@ class Engine:
         parts = zip(plan.scheduled, output.statistics, output.scores, strict=True)
         for item, statistics, scores in parts:
             self._note_first_schedule(item.sequence, now)
-            item.sequence.take_prompt_output(statistics, scores)
-        wanting = [(item.sequence, next(rows)) for item in plan.scheduled if item.wants_token]
+            if item.work is Work.PROMPT:
+                item.sequence.take_prompt_output(statistics, scores)
+            elif statistics is not None:
+                item.sequence.neurons.take_refreshed(item.start, statistics)
+        wanting = [(item, [next(rows) for _ in item.outputs]) for item in plan.scheduled]
         self._scheduler.update(plan)
-        for sequence, row in wanting:
+        for item, own_rows in wanting:
+            sequence = item.sequence
             try:
-                updates.append(self._take_token(sequence, row))
+                if item.work is Work.DRAFT:
+                    draft(sequence, own_rows[0])
+                    continue
+                if item.work is Work.REFRESH and own_rows:
+                    sequence.choose_anew()
+                if own_rows:
+                    self._take_tokens(sequence, own_rows, updates)
             except InvalidRequest as error:
                 updates += self._end_failed(sequence, error)
             except Exception:  # the step is done: nobody else is touched
@@ -257,6 +275,22 @@ class Engine:
             self.metrics.observe_scheduled(
                 queue_seconds=now - sequence.request.arrival, cached_tokens=sequence.cached_tokens
             )
+
+    def _take_tokens(self, sequence: Sequence, rows: list[Row], updates: list[Update]) -> None:
+        """A token from each row, as long as those before it are what the forward was given as drafts."""
+        speculation = sequence.speculation
+        drafts = speculation.drafts if speculation else []
+        accepted = 0
+        for row in rows:
+            update = self._take_token(sequence, row)
+            updates.append(update)
+            is_right = accepted < len(drafts) and update.tokens[0].id == drafts[accepted]
+            if update.finish is not None or not is_right:
+                break
+            self._scheduler.keep(sequence)
+            accepted += 1
+        if speculation is not None:
+            speculation.verified(accepted)
 
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
         if sequence.in_first_prefill:
@@ -421,7 +455,7 @@ class Engine:
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.observe_step(
             seconds=seconds,
-            tokens=sum(item.count for item in plan.scheduled),
+            tokens=plan.num_tokens,
             preempted=plan.preempted,
             prefix_queries=plan.prefix_queries,
             prefix_hits=plan.prefix_hits,
@@ -430,9 +464,13 @@ class Engine:
 
 def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
     sequence = item.sequence
-    start, count = sequence.num_computed, item.count
+    start, count = item.start, item.count
     in_prompt = item.phase is Phase.PREFILL
-    kind = sequence.wanted_statistics if in_prompt else None
+    kind = None
+    if in_prompt:
+        kind = sequence.wanted_statistics
+    elif item.work is Work.REFRESH and sequence.neurons.needs_statistics:
+        kind = sequence.neurons.statistics_kind
     targets: tuple[int, ...] = ()
     if in_prompt and sequence.wants_prompt_logprobs:
         targets = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
@@ -441,13 +479,22 @@ def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
         start=start,
         block_table=sequence.block_table,
         phase=item.phase,
-        choice=ALL_NEURONS if in_prompt else sequence.neurons.choice,
-        output_offsets=(count - 1,) if item.wants_token else (),
+        choice=_neurons(item),
+        output_offsets=item.outputs,
         temperature=sequence.request.sampling.softmax_temperature,
-        needed=needed_candidates(sequence, vocab_size) if item.wants_token else 0,
+        needed=needed_candidates(sequence, vocab_size) if item.outputs else 0,
         collect_statistics=kind is not None,
         score=kind.score if kind else Score.NORM,
         score_share=kind.share if kind else 1.0,
         targets=targets,
         num_top=sequence.request.output.prompt_logprobs or 0,
     )
+
+
+def _neurons(item: Scheduled) -> NeuronChoice:
+    """Those that the step reads."""
+    neurons = item.sequence.neurons
+    if item.work is Work.DRAFT:
+        assert neurons.drafting is not None
+        return neurons.drafting.choice
+    return neurons.choice if item.work is Work.DECODE else ALL_NEURONS

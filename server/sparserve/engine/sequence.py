@@ -12,6 +12,7 @@ from sparserve.engine.block_manager import CachedBlock, StatisticsKind
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -20,6 +21,7 @@ from sparserve.engine.request import (
     Timings,
     TopToken,
 )
+from sparserve.engine.speculation import Speculation
 from sparserve.errors import SparserveError
 from sparserve.model.backend import BLOCK_SIZE, Phase, TargetScores
 from sparserve.sparsity.statistics import NeuronStatistics, PromptStatistics
@@ -50,6 +52,8 @@ class Sequence:
         keys: Ordered[bytes] = (),
         seed: int = 0,
         choice: int = 0,
+        speculation: Speculation | None = None,
+        refresh: Refresh | None = None,
     ) -> None:
         """`keys` name the prompt's whole blocks in the prefix cache; (): neither looked for nor kept there."""
         self.request = request
@@ -60,6 +64,8 @@ class Sequence:
         self.keys = keys
         self.seed = seed
         self.choice = choice
+        self.speculation = speculation
+        self.refresh = refresh
         self.output_token_ids: list[int] = []
         self.status = Status.WAITING
         self.block_table: list[int] = []
@@ -124,11 +130,29 @@ class Sequence:
         """KV positions this sequence holds once it decodes its next token."""
         return self.prompt_len + max(len(self.output_token_ids), 1)
 
+    @property
+    def refreshes(self) -> int:
+        """Dense passes over decoded tokens."""
+        return self.refresh.passes if self.refresh else 0
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Those that were verified."""
+        return self.speculation.drafted_tokens if self.speculation else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of them, those that came out."""
+        return self.speculation.accepted_tokens if self.speculation else 0
+
     def tokens(self, start: int, count: int) -> tuple[int, ...]:
-        """Token ids at positions [start, start + count), prompt and output together."""
-        prompt = self.request.prompt_token_ids[start : start + count]
-        first = max(start - self.prompt_len, 0)
-        return (*prompt, *self.output_token_ids[first : first + count - len(prompt)])
+        """Token ids at positions [start, start + count) of prompt, output and drafts, one after another."""
+        drafts = self.speculation.drafts if self.speculation else ()
+        ids: list[int] = []
+        for part in (self.request.prompt_token_ids, self.output_token_ids, drafts):
+            ids += part[max(start, 0) : max(start + count, 0)]
+            start -= len(part)
+        return tuple(ids)
 
     def take_cached(self, cached: Ordered[CachedBlock]) -> None:
         """These blocks, from the cache, now begin this sequence; it has not computed anything yet."""
@@ -166,8 +190,15 @@ class Sequence:
         is too short for the policy.
         """
         self.neurons.choose(self.statistics)
-        if not self.request.report_statistics and not self.request.policy.refresh_interval:
+        if not self.request.report_statistics:
             self.statistics = None  # as large as the prompt's KV
+
+    def choose_anew(self) -> None:
+        """A dense pass over decoded tokens is over."""
+        assert self.refresh is not None
+        self.neurons.refreshed()
+        if self.neurons.choice.is_dense:
+            self.refresh.end()
 
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""
@@ -179,6 +210,8 @@ class Sequence:
         self.num_computed = 0
         self.block_table = []
         self.status = Status.WAITING
+        if self.speculation is not None:
+            self.speculation.drop()
         if self.in_first_prefill:
             self._begin_prompt()
 
@@ -224,7 +257,11 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
-            sparsity=self.neurons.report(),
+            sparsity=self.neurons.report(
+                refreshes=self.refreshes,
+                drafted=self.drafted_tokens,
+                accepted=self.accepted_tokens,
+            ),
             core_share=total.share_holding(0.9) if total and total.tokens else None,
             error=error,
         )
