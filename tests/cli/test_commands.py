@@ -1,8 +1,10 @@
 """The other commands: generate, models, demo, and the command itself."""
 
 import asyncio
+import io
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from rich.control import strip_control_codes
@@ -184,6 +186,50 @@ def test_generate_sends_what_its_flags_say(run_main, sent, tmp_path):
     ):
         assert run_main(*server, flag, value)[0] == 0
         assert sent[-1].constraint == make_request("hello", **field).constraint
+
+
+SPARSITY = {
+    "policy": "exact", "density": 0.5, "target_kl": 0.25, "choose_by": "gate", "core_density": 0.75,
+    "predictor": "stability", "score": "norm", "refresh_interval": 8, "draft": "token", "draft_tokens": 3,
+}  # fmt: skip
+
+
+def test_generate_sends_the_policy_that_its_flags_say(run_main, sent):
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in SPARSITY.items()]
+    assert run_main("generate", "hello", "--server", "127.0.0.1:1", *given)[0] == 0
+    assert sent[-1] == make_request("hello", temperature=0, n=1, **SPARSITY)
+
+
+async def test_generate_tells_what_a_policy_read_and_dense_tells_nothing(run_main, serving):
+    async with serving() as server:
+        run = partial(
+            asyncio.to_thread, run_main, "generate", "hello there", "--max-tokens", "9", "--server",
+            f"127.0.0.1:{server.port}",
+        )  # fmt: skip
+        _, _, dense = await run()
+        _, _, core = await run("--policy", "core", "--density", "0.5", "--refresh-interval", "4")
+        status, _, err = await run("--policy", "token")
+    assert "policy" not in dense
+    # 6 of 8 steps read half, 2 all
+    assert "policy core: 62.5% of the feed-forward bytes" in core
+    assert "2 refreshes" in core
+    assert "of the prompt's score, not settled" in core
+    assert status == 1
+    assert "sparserve calibrate" in err
+
+
+async def test_a_chat_has_a_policy(run_main, serving, monkeypatch):
+    async with serving() as server:
+        monkeypatch.setattr(
+            "sys.stdin", io.StringIO("hello\n/set policy dense\n/set density none\nbye\n")
+        )
+        status, _, err = await asyncio.to_thread(
+            run_main, "chat", "--server", f"127.0.0.1:{server.port}", "--policy", "core", "--density",
+            "0.5", "--max-tokens", "4",
+        )  # fmt: skip
+    assert status == 0
+    assert err.count("policy core: 50.0%") == 1
+    assert err.count("length:") == 2
 
 
 async def test_generate_lists_tokens_with_their_log_probabilities(run_main, serving):

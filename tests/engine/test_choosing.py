@@ -292,6 +292,7 @@ def test_drift_takes_more_neurons_the_second_time_and_in_the_end_all():
         if state.choice.is_dense:
             break
     assert densities == [0.6, 0.6, 0.6, 0.6, 0.7, 0.7, 0.8, 0.8, 1.0]
+    state.count_pass(state.choice, None, 1)
     state.count_token()
     report = state.report(refreshes=9, drafted=0, accepted=0)
     assert (report.fallbacks, report.policy, report.dense_share) == (1, PolicyKind.CORE, 1)
@@ -308,3 +309,4 @@ def test_a_pass_over_several_tokens_reads_all_neurons_once():
     assert report.mlp_bytes == 8 + (4 * 1 + 2 * 2)
     assert report.other_bytes == 2 * 2 + 7
     assert report.density == 2
+    assert report.dense_share == 0, "the token is the last one's"

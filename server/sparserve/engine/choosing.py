@@ -55,6 +55,7 @@ class ChoiceState:
         self._refreshed: NeuronStatistics | None = None  # in the dense pass under way
         self._drifts = 0  # in a row
         self._passes = 0
+        self._last_was_dense = False
         self._mlp_bytes = 0.0
         self._kv_bytes = 0.0
         self._tokens = 0
@@ -136,13 +137,14 @@ class ChoiceState:
         `reads` it used all neurons, which are read once however many tokens there are.
         """
         self._passes += 1
+        self._last_was_dense = reads is None
         self._kv_bytes += context * self._info.kv_bytes_per_token
         self._mlp_bytes += self._info.mlp_bytes if reads is None else self._bytes_of(choice, reads)
 
     def count_token(self) -> None:
-        """A decode step, or several with their drafts, gave a token."""
+        """The last pass gave a token."""
         self._tokens += 1
-        self._dense_tokens += self.choice.is_dense
+        self._dense_tokens += self._last_was_dense
 
     def _bytes_of(self, choice: NeuronChoice, reads: NeuronReads) -> float:
         costs = self._info.neuron_bytes[choice.kind]
