@@ -138,7 +138,7 @@ def index_for(model: LoadedModel, format: str) -> NeuronIndex:
     generator = torch.Generator().manual_seed(1)
     clusters = torch.rand(2, layers, neurons, generator=generator).half()
     shares = torch.linspace(0.4, 0.6, layers)
-    thresholds = torch.full((layers, 2), 0.3)
+    thresholds = torch.full((layers, 3), 0.3)
     low_rank = torch.randn(layers, 2, 3, model.config.hidden_size, generator=generator) * 0.05
     return NeuronIndex(
         index_key(model, format),
@@ -147,13 +147,13 @@ def index_for(model: LoadedModel, format: str) -> NeuronIndex:
         centroids=torch.nn.functional.normalize(clusters[:, -1].float().sqrt(), dim=1),
         clusters=clusters,
         settings=(
-            Setting(PolicyKind.CORE, 0.5, 0.4, 0.8, 0.6, (0.5, 0.5, 0.0), shares=shares),
+            Setting(PolicyKind.CORE, 0.5, 0.4, 0.8, 0.6, (0.5, 0.5, 0.0, 0.0), shares=shares),
             Setting(
-                PolicyKind.TOKEN, 0.7, 0.1, 0.2, 0.9, (1.0, 0.55, 0.0), choice=ChoiceKind.GATE,
+                PolicyKind.TOKEN, 0.7, 0.1, 0.2, 0.9, (1.0, 0.55, 0.0, 0.0), choice=ChoiceKind.GATE,
                 thresholds=thresholds, correction=1,
             ),
             Setting(
-                PolicyKind.TOKEN, 0.4, 0.3, 0.6, 0.7, (0.5, 0.35, 0.0), choice=ChoiceKind.GATE,
+                PolicyKind.TOKEN, 0.4, 0.3, 0.6, 0.7, (0.5, 0.35, 0.0, 0.0), choice=ChoiceKind.GATE,
                 shares=shares.clone(), thresholds=thresholds.clone(),
             ),
         ),

@@ -214,7 +214,7 @@ def test_blocks_are_named_for_what_was_read():
     same = NeuronChoice(core_words(members.clone()))
     members[1, 90] = True
     other = NeuronChoice(core_words(members))
-    thresholds = torch.full((2, 2), 0.25)
+    thresholds = torch.full((2, 3), 0.25)
     gate = NeuronChoice(None, ChoiceKind.GATE, thresholds)
     names = [neurons_name(c) for c in (ALL_NEURONS, core, other, gate)]
     names.append(neurons_name(NeuronChoice(None, ChoiceKind.PLANES, thresholds)))
@@ -230,7 +230,7 @@ class Drifting:
 
     def __init__(self, density: float) -> None:
         self.densities: list[float] = []
-        info = BackendInfo("", "", "", 1, frozenset(), 10, 8, {None: (1, 2, 0)}, 0, "", 1)
+        info = BackendInfo("", "", "", 1, frozenset(), 10, 8, {None: (1, 2, 0, 0)}, 0, "", 1)
         self.state = ChoiceState(self.plan(Policy(PolicyKind.CORE, density)), info, self.plan)
         self.state.choose(None)
 
@@ -267,7 +267,7 @@ def test_drift_takes_a_new_set_then_more_neurons_then_all():
 def test_a_pass_over_several_tokens_reads_all_neurons_once():
     state = Drifting(0.5).state
     state.count_pass(ALL_NEURONS, None, 3)
-    counts = torch.tensor([[4, 2, 2]])
+    counts = torch.tensor([[4, 2, 2, 2]])
     state.count_pass(state.choice, NeuronReads(counts, 1), 4)
     state.count_token()
     report = state.report()

@@ -116,6 +116,13 @@ def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
     return "reference", obstacle
 
 
+def format_name(model: LoadedModel, settings: EngineSettings) -> str:
+    """What BackendInfo.dtype will be. Raises ConfigError."""
+    dtype = str(model.weights.dtype).removeprefix("torch.")
+    name, _ = choose_backend(settings, dtype)
+    return str(weight_formats(settings)) if name == "cpu" else dtype
+
+
 def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
     """What keeps the cpu backend from running, if anything. Raises ConfigError where the instruction
     set that SPARSE_KERNELS_ISA asks for cannot be had."""
@@ -142,7 +149,11 @@ def assemble_engine(
     ConfigError (of the index UnusableIndex) or, of layers that are read only now, CorruptCheckpoint or
     UnsupportedModel."""
     max_context = _max_context(settings, model.config.max_position_embeddings)
-    backend, index, max_context = _make_backend(model, settings, max_context, on_layer)
+    index = _read_index(model, settings, format_name(model, settings))
+    choice = None if index is None else index.choice
+    backend, max_context = make_backend(
+        model, settings, max_context, choice=choice, on_layer=on_layer
+    )
     log.info(
         "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens in %s",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
@@ -193,10 +204,16 @@ def _policies(settings: EngineSettings, chooser: Chooser) -> Policies:
     return policies
 
 
-def _make_backend(
-    model: LoadedModel, settings: EngineSettings, max_context: int, on_layer: QuantizeProgress
-) -> tuple[Backend, NeuronIndex | None, int]:
-    """-> (backend, its calibrated index, context that fits its KV cache). Raises ConfigError or ModelError."""
+def make_backend(
+    model: LoadedModel,
+    settings: EngineSettings,
+    max_context: int,
+    *,
+    choice: ChoiceTensors | None = None,
+    on_layer: QuantizeProgress = lambda done, total: None,
+) -> tuple[Backend, int]:
+    """-> (backend, context that fits its KV cache); with `choice` its sequences can choose neurons by
+    importance. Raises ConfigError or ModelError."""
     config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
     dtype_name = str(dtype).removeprefix("torch.")
     name, reason = choose_backend(settings, dtype_name)
@@ -204,7 +221,6 @@ def _make_backend(
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
             formats = weight_formats(settings)
-            index = _read_index(model, settings, str(formats))
             decoder = make_decoder(
                 config,
                 model.weights,
@@ -212,11 +228,11 @@ def _make_backend(
                 threads=threads,
                 kv_bits=_kv_bits(settings),
                 calibration=_calibration(model, formats),
-                choice=None if index is None else index.choice,
+                choice=choice,
                 on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
-        return CpuBackend(config, decoder, num_blocks=num_blocks), index, context
+        return CpuBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
     if settings.kv_dtype not in ("same", dtype_name):
         raise ConfigError(
@@ -224,15 +240,14 @@ def _make_backend(
             f"weights ({dtype_name}): {reason}; take --kv-dtype same, or what the cpu backend needs"
         )
     num_blocks, context = _size_cache(settings, bytes_per_block(config, dtype), max_context)
-    index = _read_index(model, settings, dtype_name)
     backend = ReferenceBackend(
         config,
         model.weights,
         num_blocks=num_blocks,
         threads=threads,
-        choice=ChoiceTensors() if index is None else index.choice,
+        choice=choice or ChoiceTensors(),
     )
-    return backend, index, context
+    return backend, context
 
 
 def _read_index(model: LoadedModel, settings: EngineSettings, format: str) -> NeuronIndex | None:

@@ -173,7 +173,7 @@ def _layers(
     total = len(weights.layers)
 
     def layer(index: int) -> LayerTensors:
-        made = quantize_layer(_tensors(weights.layers[index]), formats, f"layer {index}: ")
+        made = quantize_layer(layer_tensors(weights.layers[index]), formats, f"layer {index}: ")
         if formats.quantized:
             on_layer(index + 1, total)
         return made
@@ -182,7 +182,7 @@ def _layers(
     return map(layer, range(total))
 
 
-def _tensors(layer: LayerWeights) -> LayerTensors:
+def layer_tensors(layer: LayerWeights) -> LayerTensors:
     return LayerTensors(
         q=layer.wq,
         k=layer.wk,
@@ -221,7 +221,7 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
 
 
-def _neuron_bytes(
+def neuron_bytes(
     config: ModelConfig, formats: DecoderFormats
 ) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
     """See BackendInfo."""
@@ -259,7 +259,7 @@ class CpuBackend:
             str(decoder.formats),
             decoder.threads,
             choices=decoder.choices,
-            neuron_bytes=_neuron_bytes(config, decoder.formats),
+            neuron_bytes=neuron_bytes(config, decoder.formats),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,

@@ -51,7 +51,7 @@ class BackendReads(Protocol):
     @property
     def choices(self) -> AbstractSet[ChoiceKind]: ...
     @property
-    def neuron_bytes(self) -> Mapping[ChoiceKind | None, tuple[float, float, float]]: ...
+    def neuron_bytes(self) -> Mapping[ChoiceKind | None, tuple[float, ...]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +370,7 @@ def _is_calibrated(policy: Policy) -> bool:
 
 def _unmeasured(density: float, shares: torch.Tensor) -> Setting:
     nan = float("nan")
-    return Setting(PolicyKind.CORE, density, nan, nan, nan, (density, density, 0.0), shares=shares)
+    return Setting(PolicyKind.CORE, density, nan, nan, nan, shares=shares)
 
 
 def _unreachable(density: float, least: float) -> InvalidRequest:

@@ -78,7 +78,6 @@ def _between(low: Setting, high: Setting, density: float) -> Setting:
         top1=low.top1 + way * (high.top1 - low.top1),
         shares=_mixed(low.shares, high.shares, way),
         thresholds=_mixed(low.thresholds, high.thresholds, way),
-        reads=tuple(a + way * (b - a) for a, b in zip(low.reads, high.reads, strict=True)),
     )
 
 
@@ -95,7 +94,6 @@ def _towards_dense(last: Setting, density: float) -> Setting:
         thresholds=None
         if thresholds is None
         else _mixed(thresholds, torch.zeros_like(thresholds), way),
-        reads=tuple(read + way * (1 - read) for read in last.reads),
     )
 
 

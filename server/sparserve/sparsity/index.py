@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sparse_kernels._abi import SK_MAX_CORRECTION_RANK, SK_MAX_CORRECTIONS
 from sparse_kernels.choice import ChoiceKind
@@ -28,6 +28,7 @@ from sparserve.sparsity.policy import PolicyKind
 VERSION = 1
 METADATA_KEY = "sparserve_index"
 MAX_BYTES = 4 << 30
+TINY = 1e-6  # share of a layer's neurons, at least
 MAX_SETTINGS, MAX_CLUSTERS = 256, 256
 
 
@@ -53,11 +54,9 @@ class Setting:
     kl: float  # mean over positions of the KL divergence to the dense model in the same format, nats
     kl_p95: float  # 95 % of the windows have a mean KL below it
     top1: float  # share of positions with the dense model's likeliest token
-    # Shares of the neurons that a token looked at, used, and read whole, see BackendInfo.neuron_bytes.
-    reads: tuple[float, ...]
     choice: ChoiceKind | None = None  # of TOKEN
     shares: torch.Tensor | None = None  # of a core: share of each layer's neurons, float32 [layers]
-    thresholds: torch.Tensor | None = None  # of TOKEN: float32 [layers, 2]
+    thresholds: torch.Tensor | None = None  # of TOKEN: float32 [layers, 3]
     correction: int = 0  # number of one of the index's corrections, from 1; 0: none
 
 
@@ -115,10 +114,10 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[s
     """A safetensors file that appears whole or not at all. Raises OSError."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+        # Cloned, for safetensors refuses tensors that share memory. Its save_file makes files that only
+        # their owner may read.
+        own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        unfinished.write_bytes(save(own, metadata))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -149,7 +148,6 @@ def _as_json(setting: Setting) -> dict[str, object]:
         "kl": setting.kl,
         "kl_p95": setting.kl_p95,
         "top1": setting.top1,
-        "reads": list(setting.reads),
         "core": setting.shares is not None,
         "correction": setting.correction,
     }
@@ -258,15 +256,12 @@ class _Reader:
             raise self._damaged(f"{where} is of kind {kind.value}")
         if (choice is None) != (kind is PolicyKind.CORE):
             raise self._damaged(f"{where} is of kind {kind.value} and chooses by {choice}")
-        reads = raw.get("reads")
-        if not isinstance(reads, list) or len(reads) != 3:
-            raise self._damaged(f"{where} has reads that are no three numbers")
         name, layers = f"setting.{number}", self._key.layers
         shares = thresholds = None
         if kind is PolicyKind.CORE or raw.get("core") is True:
-            shares = self._tensor(f"{name}.shares", [layers], torch.float32, most=1)
+            shares = self._tensor(f"{name}.shares", [layers], torch.float32, least=TINY, most=1)
         if choice is not None:
-            thresholds = self._tensor(f"{name}.thresholds", [layers, 2], torch.float32, most=None)
+            thresholds = self._tensor(f"{name}.thresholds", [layers, 3], torch.float32, most=None)
         correction = raw.get("correction")
         if type(correction) is not int or not 0 <= correction <= corrections:
             raise self._damaged(f"{where} has correction {correction} of {corrections}")
@@ -279,7 +274,6 @@ class _Reader:
             self._number(where, "kl", raw, math.inf),
             self._number(where, "kl_p95", raw, math.inf),
             self._number(where, "top1", raw, 1),
-            tuple(self._number(where, "reads", {"reads": read}, 1) for read in reads),
             choice,
             shares,
             thresholds,

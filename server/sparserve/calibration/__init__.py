@@ -1,0 +1,1 @@
+"""`sparserve calibrate`: what choices of neurons cost on a given text, measured with what serves."""
