@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_kernels.choice import core_members
+from sparse_kernels.choice import ChoiceKind, core_members
 from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
@@ -17,6 +17,13 @@ from sparserve.sparsity.statistics import PromptStatistics
 
 def core(interval: int, density: float = 0.5) -> Policy:
     return Policy(PolicyKind.CORE, density=density, refresh_interval=interval)
+
+
+POLICIES = [
+    core(1),
+    Policy(PolicyKind.TOKEN, 0.7, choice=ChoiceKind.GATE),
+    Policy(PolicyKind.TOKEN, 0.45, choice=ChoiceKind.GATE, core_density=0.5),
+]
 
 
 def random_requests(
@@ -74,7 +81,8 @@ def test_a_pass_in_every_step_is_dense(any_engine, finish_all):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_output_is_that_of_the_request_alone(small_pool, finish_all, seed):
     source = random.Random(seed)
-    requests = random_requests(seed, 6, core(source.choice([3, 5, 20])), 45)
+    policy = replace(source.choice(POLICIES), refresh_interval=source.choice([3, 5, 20]))
+    requests = random_requests(seed, 6, policy, 45)
     alone = {}
     for request in requests:
         alone |= finish_all(small_pool(8, 1, 64), [request])
