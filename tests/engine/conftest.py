@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -44,10 +45,12 @@ def finish_all() -> Callable[..., Results]:
 
 @pytest.fixture(params=["reference", "cpu", "cpu, int8 KV"])
 def any_engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """`any_engine(max_running=…)`: over the tiny model, on each backend in turn."""
-    name = "tiny_engine" if request.param == "reference" else "native_engine"
-    factory: Callable[..., Engine] = request.getfixturevalue(name)
-    return partial(factory, kv_dtype="int8") if "int8" in request.param else factory
+    """`any_engine(max_running=…)`: over the tiny model with an index, on each backend in turn."""
+    index_file: Callable[..., Path] = request.getfixturevalue("index_file")
+    if request.param == "reference":
+        return partial(request.getfixturevalue("tiny_engine"), index=str(index_file("float32")))
+    native = partial(request.getfixturevalue("native_engine"), index=str(index_file("bfloat16")))
+    return partial(native, kv_dtype="int8") if "int8" in request.param else native
 
 
 @pytest.fixture
