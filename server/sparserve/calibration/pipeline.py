@@ -264,7 +264,7 @@ class _Calibration:
     def _by_token(
         self, backend: Backend, index: NeuronIndex, factors: dict[ChoiceKind, Factors]
     ) -> list[Setting]:
-        """For each reach the tiers that are best on fitted text; each also inside a core."""
+        """For each reach the tiers that are best on fitted text; of the better kind each also inside a core."""
         effort, found = self._effort, []
         windows = self._text.fitted[: effort.trial_windows]
         for kind, own in factors.items():
@@ -280,7 +280,8 @@ class _Calibration:
                 best = kl.view(len(aim.tiers), -1).argmin(dim=0).tolist()
             for reach, tier in enumerate(best):
                 found.append(tried[tier * len(best) + reach])
-                found.append(token_setting(kind, own, aim, tier, reach, effort.token_core))
+                if kind is ChoiceKind.PLANES or ChoiceKind.PLANES not in factors:
+                    found.append(token_setting(kind, own, aim, tier, reach, effort.token_core))
         return found
 
     def _tiers(self, kind: ChoiceKind, neuron_bytes: Sequence[float]) -> Sequence[Tiers]:
