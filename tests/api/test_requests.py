@@ -261,6 +261,8 @@ def test_every_field_of_a_policy_arrives_as_it_was_written(parse, make):
         ({"default": PolicyKind.CORE, "default_density": 0.6}, {}, Policy(PolicyKind.CORE, 0.6)),
         ({"default": PolicyKind.CORE, "default_density": 0.6}, {"density": 0.9}, Policy(PolicyKind.CORE, 0.9)),
         ({"default": PolicyKind.CORE, "default_density": 0.6}, {"policy": "dense"}, Policy()),
+        ({"default": PolicyKind.CORE}, {"prompt": "y"}, Policy()),
+        ({"default": PolicyKind.CORE}, {"prompt": "y", "policy": "core"}, Policy(PolicyKind.CORE)),
         ({"default_density": 0.6}, {"policy": "core", "target_kl": 0.1}, Policy(PolicyKind.CORE, target_kl=0.1)),
         ({"default_density": 0.6}, {"policy": "exact"}, Policy(PolicyKind.EXACT)),
         ({"default_target_kl": 0.2, "default_density": 0.6}, {"policy": "auto"}, Policy(PolicyKind.AUTO, target_kl=0.2)),
@@ -269,8 +271,9 @@ def test_every_field_of_a_policy_arrives_as_it_was_written(parse, make):
     ],
 )  # fmt: skip
 def test_what_a_request_leaves_out_is_the_operators_to_say(tokenizer, rules, asked, expected):
+    asked = {"prompt": "yes", **asked}
     made = requests.parse_request(
-        make_request("x", **asked), tokenizer, 511, policies(**rules), None, 0.0
+        make_request(**asked), tokenizer, 511, policies(**rules), None, 0.0
     )
     assert made.policy == expected
 

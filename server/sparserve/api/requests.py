@@ -90,18 +90,19 @@ def parse_request(
         raise InvalidRequest(
             "user", f"user has {len(message.user)} characters, the limit is {MAX_USER_LENGTH}"
         )
+    prompt = _prompt(message, tokenizer, max_prompt_tokens)
     return GenerationRequest(
         request_id=message.request_id or uuid.uuid4().hex,
         sampling=_sampling(message.sampling),
         stopping=_stopping(message.stopping),
         output=_output(message.response),
-        policy=_policy(message.sparsity, policies),
+        policy=_policy(message.sparsity, policies, len(prompt)),
         report_statistics=message.sparsity.report,
         cache_salt=message.cache_salt,
         priority=_given(message, "priority", 0),
         deadline=None if seconds_left is None else arrival + seconds_left,
         arrival=arrival,
-        prompt_token_ids=_prompt(message, tokenizer, max_prompt_tokens),
+        prompt_token_ids=prompt,
     )
 
 
@@ -208,7 +209,7 @@ def _prompt(
     raise InvalidRequest("prompt", "the request has no prompt; set text or token_ids")
 
 
-def _policy(message: pb.Sparsity, policies: Policies) -> Policy:
+def _policy(message: pb.Sparsity, policies: Policies, prompt_tokens: int) -> Policy:
     """Complete; ranges that depend on the model are the chooser's to check."""
     density, target_kl = _given(message, "density", None), _given(message, "target_kl", None)
     if density is not None and not 0 < density <= 1:  # also false for NaN
@@ -217,7 +218,9 @@ def _policy(message: pb.Sparsity, policies: Policies) -> Policy:
         raise InvalidRequest(
             "sparsity.target_kl", f"target_kl is {target_kl:g}; it must be finite and >= 0"
         )
-    kinds = {pb.SPARSITY_POLICY_UNSPECIFIED: policies.default, **POLICIES}
+    # One token tells nothing of its neurons: who asked for no policy is not refused for the server's.
+    default = policies.default if prompt_tokens > 1 else PolicyKind.DENSE
+    kinds = {pb.SPARSITY_POLICY_UNSPECIFIED: default, **POLICIES}
     return policies.complete(
         Policy(
             kind=_member(message, "policy", kinds),

@@ -169,6 +169,11 @@ def assemble_engine(
         model.tokenizer, model.chat_template, config.vocab_size, special_tokens
     )
     policies = _policies(settings, Chooser(config, backend.info, index))
+    log.info(
+        "policies %s, by default %s; %s",
+        ", ".join(kind.value for kind in policies.kinds), policies.default.value,
+        f"index {settings.index}" if index else "no index",
+    )  # fmt: skip
     max_tokens = settings.max_new_tokens or 2**31 - 1
     limits = EngineLimits(
         max_context=max_context,

@@ -32,17 +32,22 @@ class Policies:
 
     def __init__(self, chooser: Chooser, rules: PolicyRules = PolicyRules()) -> None:
         self._chooser = chooser
-        self._rules = rules
+        self.rules = rules
         self.kinds = tuple(kind for kind in chooser.policies if kind in rules.allowed)
 
     @property
+    def has_index(self) -> bool:
+        """A calibrated one; without it there is nothing that `auto` could go by."""
+        return PolicyKind.AUTO in self._chooser.policies
+
+    @property
     def default(self) -> PolicyKind:
-        return self._rules.default
+        return self.rules.default
 
     def complete(self, policy: Policy) -> Policy:
         """With the operator's defaults. Raises InvalidRequest of what its bounds exclude, and
         SparsityUnavailable of a policy that is not allowed."""
-        rules, kind = self._rules, policy.kind
+        rules, kind = self.rules, policy.kind
         if kind not in rules.allowed:
             raise SparsityUnavailable(
                 "sparsity.policy",
@@ -63,8 +68,8 @@ class Policies:
         What a target or `auto` comes to keeps to the operator's bounds as well: more is read instead.
         """
         plan = self._chooser.plan(policy)
-        resolved, least = plan.policy, self._rules.min_density
-        if resolved.kind not in self._rules.allowed:
+        resolved, least = plan.policy, self.rules.min_density
+        if resolved.kind not in self.rules.allowed:
             return self._chooser.plan(Policy())
         if resolved.kind in _LOSSY and plan.density < least:
             return self._chooser.plan(replace(resolved, density=least))
@@ -82,16 +87,16 @@ class Policies:
         return replace(policy, density=None, target_kl=None)
 
     def _with_default_amount(self, policy: Policy) -> Policy:
-        density = self._rules.default_density
+        density = self.rules.default_density
         if policy.kind is not PolicyKind.AUTO and density is not None:
             return replace(policy, density=density)
         if policy.kind is PolicyKind.CORE:
             # One that was never calibrated has no target to go by: the chooser knows a density.
             return policy
-        return replace(policy, target_kl=self._rules.default_target_kl)
+        return replace(policy, target_kl=self.rules.default_target_kl)
 
     def _check_bounds(self, policy: Policy) -> None:
-        rules = self._rules
+        rules = self.rules
         if policy.density is not None and policy.density < rules.min_density:
             raise InvalidRequest(
                 "sparsity.density",
