@@ -8,7 +8,7 @@ from sparse_kernels.choice import Score
 from sparserve.errors import InvalidRequest
 from sparserve.sparsity.core import best_neurons, ranks
 from sparserve.sparsity.policy import PredictorKind
-from sparserve.sparsity.predictors import EVEN_TOKENS, STABLE_BONUS, predict
+from sparserve.sparsity.predictors import EVEN_TOKENS, MOST_OWN, STABLE_BONUS, predict
 
 LAYERS, NEURONS = 4, 100
 COUNTS = torch.full((LAYERS,), 20)
@@ -57,7 +57,7 @@ def test_auto_adds_ranks_by_the_length_of_the_prompt(index, statistics, tokens):
     own = torch.rand(LAYERS, NEURONS, generator=torch.Generator().manual_seed(1))
     prompt = statistics(own, tokens)
     found, stable = predict(PredictorKind.AUTO, Score.COUNT, prompt, COUNTS, index)
-    weight = min(1, (tokens - 1) / (tokens - 1 + EVEN_TOKENS) + STABLE_BONUS * stable)
+    weight = MOST_OWN * (tokens - 1) / (tokens - 1 + EVEN_TOKENS) + STABLE_BONUS * stable
 
     def plain_ranks(scores):  # of one layer: 1 is best, the lower neuron first
         order = sorted(range(NEURONS), key=lambda n: (-scores[n], n))

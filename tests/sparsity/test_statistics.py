@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserve.sparsity.statistics import UNIT, NeuronStatistics, norm_score
+from sparserve.sparsity.statistics import UNIT, NeuronStatistics, PromptStatistics, norm_score
 
 
 def activations(tokens: int, neurons: int, seed: int) -> torch.Tensor:
@@ -139,3 +139,20 @@ def test_share_holding_of_one_dominant_neuron_and_of_equal_ones():
     assert NeuronStatistics(torch.tensor([equal]), 1).share_holding(0.5) == 0.5
     both = NeuronStatistics(torch.tensor([dominant, equal]), 1)
     assert both.share_holding(0.5) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("tokens", "half"), [(1, None), (16, None), (17, 15), (40, 15), (64, 31)])
+def test_the_first_half_is_the_first_half_of_the_blocks(tokens, half):
+    scores = norm_score(activations(tokens, 30, 5))
+    scores[0] = 0  # the attention sink counts nowhere
+    prompt = PromptStatistics(16)
+    for first in range(0, tokens, 16):
+        part = scores[first : first + 16]
+        prompt.extend(first, [NeuronStatistics(part.sum(dim=0)[None], len(part) - (first == 0))])
+    found = prompt.first_half()
+    if half is None:
+        assert found is None
+        return
+    assert found.tokens == half
+    expected = scores[: half + 1].sum(dim=0).double() * UNIT
+    torch.testing.assert_close(found.scores()[0], expected, atol=0, rtol=2e-3)  # blocks are fp16

@@ -28,6 +28,7 @@ from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import choose_backend, format_name, make_backend
 from sparserve.engine.formats import weight_formats
+from sparserve.errors import ConfigError
 from sparserve.model.backend import Backend
 from sparserve.model.cpu import neuron_bytes
 from sparserve.model.identity import index_key
@@ -92,15 +93,21 @@ def calibrate(
     Raises ConfigError of a text that cannot be read or is too short, and as `make_backend`.
     """
     text = read_text(model, plan.files, plan.windows, plan.prompt_tokens, plan.decode_tokens)
-    key = index_key(model, format_name(model, settings))
+    try:
+        key = index_key(model, format_name(model, settings))
+    except OSError as error:
+        raise ConfigError(f"the model's files cannot be read: {error}") from error
     partial = plan.out.with_name(plan.out.name + ".partial")
     inputs = _inputs(key, text, settings, plan)
     stages = Stages(partial, inputs)
     index = _Calibration(model, settings, plan, text, key, stages, on_progress).index()
     source = {name: inputs[name] for name in ("text", "windows", "prompt_tokens", "decode_tokens")}
     index = replace(index, source=source)
-    write_index(plan.out, index)
-    stages.forget()
+    try:
+        write_index(plan.out, index)
+        stages.forget()
+    except OSError as error:
+        raise ConfigError(f"{plan.out} cannot be written: {error}") from error
     return index
 
 
