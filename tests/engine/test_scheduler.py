@@ -124,18 +124,18 @@ def step(scheduler: Scheduler) -> Plan:
 
 
 def take_tokens(scheduler: Scheduler, sequence: Sequence, rows: int) -> None:
-    drafts = list(sequence.speculation.drafts) if sequence.speculation else []
-    for accepted in range(rows):
-        sequence.output_token_ids.append(1)
+    for _ in range(rows):
+        sequence.append(1)
         assert sequence.num_computed == sequence.prompt_len + len(sequence.output_token_ids) - 1
         if len(sequence.output_token_ids) == sequence.max_tokens:
             scheduler.remove(sequence)
             return
-        if accepted == len(drafts) or drafts[accepted] != 1:
-            break
+        if sequence.speculation is None:
+            return
+        if not sequence.speculation.is_right:
+            sequence.speculation.verified()
+            return
         scheduler.keep(sequence)
-    if sequence.speculation:
-        sequence.speculation.verified(accepted)
 
 
 @settings(max_examples=150, deadline=None)
