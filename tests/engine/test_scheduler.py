@@ -19,9 +19,11 @@ from sparserve.engine.block_manager import (
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import GenerationRequest
-from sparserve.engine.scheduler import Plan, Scheduler
+from sparserve.engine.scheduler import Plan, Scheduler, Work
 from sparserve.engine.sequence import Sequence, Status
+from sparserve.engine.speculation import Speculation
 from sparserve.model.backend import BLOCK_SIZE, BackendInfo, Phase
 from sparserve.model.loader import LoadedModel
 from sparserve.sparsity.chooser import ChoicePlan
@@ -40,8 +42,10 @@ def sequence_of(
     alike: int = 0,
     cached: bool = False,
     priority: int = 0,
+    more: str | int | None = None,
 ) -> Sequence:
-    """A prompt whose first `alike` tokens are those of every other one."""
+    """A prompt whose first `alike` tokens are those of every other one. `more`: who drafts, or how often
+    decoded tokens are computed again."""
     key = next(_ids)
     tokens = tuple(i % 256 if i < alike else (i + key) % 256 for i in range(prompt))
     request = GenerationRequest(str(key), tokens, priority=priority)
@@ -52,6 +56,12 @@ def sequence_of(
         adjuster=LogitAdjuster(request, 259, ()),
         neurons=ChoiceState(DENSE_PLAN, NO_BYTES, lambda policy: DENSE_PLAN),
         keys=prefix_keys(tokens, "") if cached else (),
+        speculation=(
+            Speculation(tokens, output, 5, by_model=more == "model")
+            if isinstance(more, str)
+            else None
+        ),
+        refresh=Refresh(more, prompt) if isinstance(more, int) else None,
     )
 
 
@@ -76,10 +86,21 @@ def check_invariants(scheduler: Scheduler, plan: Plan) -> None:
     assert decoding <= {item.sequence for item in plan.scheduled}
     for item in plan.scheduled:
         assert item.count >= 1
-        end = item.sequence.num_computed + item.count
+        end, computed = item.start + item.count, item.sequence.num_computed
         assert blocks_for(end) <= len(item.sequence.block_table)
-        if item.phase is Phase.PREFILL:
-            assert end <= item.sequence.prefill_target
+        match item.work:
+            case Work.PROMPT:
+                assert item.start == computed < end <= item.sequence.prefill_target
+            case Work.DECODE:
+                assert item.start == computed
+                assert end - item.sequence.prompt_len <= item.sequence.max_tokens
+            case Work.DRAFT:
+                assert (item.start, item.count) == (
+                    computed + len(item.sequence.speculation.drafts),
+                    1,
+                )
+            case Work.REFRESH:
+                assert item.sequence.prompt_len <= item.start < end <= computed + 1
 
 
 def step(scheduler: Scheduler) -> Plan:
@@ -92,20 +113,41 @@ def step(scheduler: Scheduler) -> Plan:
         assert swap.sequence.host_blocks is not None
         assert len(swap.sequence.host_blocks) == len(swap.blocks)
         swap.sequence.host_blocks = None
-    wanting = [item.sequence for item in plan.scheduled if item.wants_token]
+    wanting = [(item, len(item.outputs)) for item in plan.scheduled]
     scheduler.update(plan)
-    for sequence in wanting:
-        sequence.output_token_ids.append(1)
+    for item, rows in wanting:
+        if item.work is Work.DRAFT:
+            item.sequence.speculation.drafts.append(1 if item.start % 3 else 2)
+        elif rows:
+            take_tokens(scheduler, item.sequence, rows)
+    return plan
+
+
+def take_tokens(scheduler: Scheduler, sequence: Sequence, rows: int) -> None:
+    for _ in range(rows):
+        sequence.append(1)
         assert sequence.num_computed == sequence.prompt_len + len(sequence.output_token_ids) - 1
         if len(sequence.output_token_ids) == sequence.max_tokens:
             scheduler.remove(sequence)
-    return plan
+            return
+        if sequence.speculation is None:
+            return
+        if not sequence.speculation.is_right:
+            sequence.speculation.verified()
+            return
+        scheduler.keep(sequence)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     shapes=st.lists(
-        st.tuples(st.integers(1, 90), st.integers(1, 60), st.integers(0, 90), st.integers(-1, 1)),
+        st.tuples(
+            st.integers(1, 90),
+            st.integers(1, 60),
+            st.integers(0, 90),
+            st.integers(-1, 1),
+            st.sampled_from([None, None, "ngrams", "model", 1, 3, 20]),
+        ),
         min_size=1,
         max_size=8,
     ),
@@ -119,13 +161,15 @@ def step(scheduler: Scheduler) -> Plan:
 def test_every_sequence_finishes_and_every_block_comes_back(
     tiny_model, shapes, max_running, budget, mixed_budget, extra_blocks, late, cached
 ):
-    longest = max(blocks_for(prompt + output) for prompt, output, _, _ in shapes)
+    longest = max(blocks_for(prompt + output) for prompt, output, *_ in shapes)
     scheduler = Scheduler(
         BlockManager(longest + extra_blocks), max_running, budget, min(mixed_budget, budget)
     )
     sequences = [
-        sequence_of(tiny_model, prompt, output, alike=alike, cached=cached, priority=priority)
-        for prompt, output, alike, priority in shapes
+        sequence_of(
+            tiny_model, prompt, output, alike=alike, cached=cached, priority=priority, more=more
+        )
+        for prompt, output, alike, priority, more in shapes
     ]
     for sequence in sequences[late:]:
         scheduler.add(sequence)
@@ -308,3 +352,31 @@ def test_a_block_cannot_be_freed_twice():
     blocks.free(taken)
     with pytest.raises(KeyError):
         blocks.free(taken)
+
+
+def test_a_draft_gives_its_block_back_to_whoever_needs_it(tiny_model):
+    scheduler = Scheduler(BlockManager(9), max_running=2, max_batched_tokens=200)
+    drafting = sequence_of(tiny_model, 63, 30, more="model")
+    later = sequence_of(tiny_model, 60, 30)
+    for sequence in (drafting, later):
+        scheduler.add(sequence)
+    for _ in range(5):
+        assert not step(scheduler).preempted
+    assert len(drafting.speculation.drafts) == 4
+    assert (len(drafting.block_table), scheduler.blocks.num_free) == (5, 0)
+    assert later.num_computed == 64
+    assert not step(scheduler).preempted
+    assert (len(drafting.block_table), len(later.block_table)) == (4, 5)
+    assert len(drafting.speculation.drafts) == 1, "it begins again"
+
+
+def test_a_long_pass_takes_what_a_step_has_room_for(tiny_model):
+    scheduler = Scheduler(BlockManager(50), max_running=3, max_batched_tokens=10)
+    scheduler.add(sequence_of(tiny_model, 4, 60, more=20))
+    scheduler.add(sequence_of(tiny_model, 4, 60))
+    plans = [step(scheduler) for _ in range(30)]
+    passes = [
+        [(item.start, item.count) for item in plan.scheduled if item.work is Work.REFRESH]
+        for plan in plans
+    ]
+    assert [p[0] for p in passes if p] == [(4, 9), (13, 9), (22, 2)]

@@ -1,5 +1,6 @@
 """Drafts change how soon tokens come, never which."""
 
+import asyncio
 import functools
 import itertools
 import math
@@ -8,11 +9,14 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_kernels.choice import ChoiceKind
 from sparserve.engine.block_manager import blocks_for
+from sparserve.engine.constraint import Constraint, ConstraintKind
+from sparserve.engine.grammar import ConstraintCompiler
 from sparserve.engine.request import (
     GenerationRequest,
     OutputParams,
@@ -254,3 +258,69 @@ def test_drawn_tokens_have_the_dense_distribution(tiny_engine, finish_all, specu
     assert freedom > 10
     assert statistic < freedom + 3 * math.sqrt(2 * freedom)
     assert sum(own.accepted_tokens for own in speculations) > 100
+
+
+@pytest.fixture(scope="module")
+def constraint(tiny_model):
+    compiler = ConstraintCompiler(tiny_model.tokenizer, 259, [257])
+    pattern = "(yes|no|yesterday)(, (yes|no|yesterday)){5,9}"
+    yield asyncio.run(compiler.compile(Constraint(ConstraintKind.REGEX, pattern)))
+    compiler.close()
+
+
+@pytest.mark.parametrize("policy", [NGRAM, CORE], ids=["ngram", "core"])
+def test_drafts_follow_a_constraint(tiny_engine, finish_all, constraint, speculations, policy):
+    requests = [
+        GenerationRequest(
+            str(seed), (60, 61, 62), SamplingParams(temperature=seed % 2, seed=seed),
+            StoppingParams(max_tokens=90), constraint=constraint, policy=policy,
+        )
+        for seed in range(6)
+    ]  # fmt: skip
+    wanted = finish_all(tiny_engine(), dense_of(requests))
+    made = finish_all(tiny_engine(), requests)
+    assert_equal_results(made, wanted)
+    drafted, accepted = (
+        sum(getattr(own, f"{name}_tokens") for own in speculations)
+        for name in ("drafted", "accepted")
+    )
+    # The grammar leaves few choices; a draft that it forbids would never come out.
+    assert accepted > 0.4 * drafted > 30
+
+
+def test_a_choice_tells_how_its_drafts_went(tiny_engine, finish_all, speculations):
+    request = GenerationRequest(
+        "a", (5, 6) * 20, SamplingParams(0, logit_bias=((5, 40.0),)),
+        StoppingParams(max_tokens=30, ignore_eos=True), policy=NGRAM,
+    )  # fmt: skip
+    (update,) = finish_all(tiny_engine(), [request]).values()
+    (own,) = speculations
+    report = update.finish.sparsity
+    assert (report.drafted_tokens, report.accepted_tokens) == (
+        own.drafted_tokens,
+        own.accepted_tokens,
+    )
+    assert report.accepted_tokens > 20
+    # Each verification reads everything once.
+    steps = 29 - report.accepted_tokens
+    assert report.density == pytest.approx(steps / 29)
+
+
+def test_drafts_that_cannot_go_on_leave_the_choice_alone(tiny_engine, finish_all, monkeypatch):
+    """Logits of a draft that are not finite say nothing of the dense ones."""
+    request = GenerationRequest(
+        "a", tuple(range(20)), SamplingParams(seed=1), StoppingParams(max_tokens=20), policy=CORE
+    )
+    wanted = finish_all(tiny_engine(), dense_of([request]))
+    engine = tiny_engine()
+    forward = engine.backend.forward
+
+    def spoiled(batch):
+        output = forward(batch)
+        if batch.sequences[0].choice.is_dense:
+            return output
+        none = torch.full_like(output.candidates.log_normalizer, math.nan)
+        return replace(output, candidates=replace(output.candidates, log_normalizer_1=none))
+
+    monkeypatch.setattr(engine.backend, "forward", spoiled)
+    assert_equal_results(finish_all(engine, [request]), wanted)

@@ -279,18 +279,14 @@ class Engine:
     def _take_tokens(self, sequence: Sequence, rows: list[Row], updates: list[Update]) -> None:
         """A token from each row, as long as those before it are what the forward was given as drafts."""
         speculation = sequence.speculation
-        drafts = speculation.drafts if speculation else []
-        accepted = 0
         for row in rows:
-            update = self._take_token(sequence, row)
-            updates.append(update)
-            is_right = accepted < len(drafts) and update.tokens[0].id == drafts[accepted]
-            if update.finish is not None or not is_right:
-                break
+            updates.append(self._take_token(sequence, row))
+            if updates[-1].finish is not None or speculation is None:
+                return
+            if not speculation.is_right:  # nor is any after it
+                speculation.verified()
+                return
             self._scheduler.keep(sequence)
-            accepted += 1
-        if speculation is not None:
-            speculation.verified(accepted)
 
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
         if sequence.in_first_prefill:
@@ -307,7 +303,7 @@ class Engine:
             self.metrics.observe_next_token(now - sequence.last_token)
             sequence.neurons.count_token()
         sequence.last_token = now
-        sequence.output_token_ids.append(token.id)
+        sequence.append(token.id)
         text, finish = continue_text(sequence, token.id, self._eos, self.limits.max_context)
         if finish is None:
             return Update(

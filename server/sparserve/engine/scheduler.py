@@ -203,7 +203,9 @@ class Scheduler:
         """The step with `budget` more tokens at most; as it is where nothing can be drafted."""
         sequence, output = item.sequence, item.sequence.output_token_ids
         position = item.start + len(speculation.drafts)
-        if speculation.wants_step(output) and self._fitting(sequence, position + 1) > position:
+        # Of more drafts than the budget has tokens for the verification could not take the last.
+        drafts_more = speculation.wants_step(output) and len(speculation.drafts) < budget
+        if drafts_more and self._fitting(sequence, position + 1) > position:
             return replace(item, start=position, work=Work.DRAFT)
         drafts = speculation.propose(output)
         wanted = item.start + 1 + min(len(drafts), budget)

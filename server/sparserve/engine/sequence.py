@@ -200,6 +200,12 @@ class Sequence:
         if self.neurons.choice.is_dense:
             self.refresh.end()
 
+    def append(self, token_id: int) -> None:
+        """A token was generated."""
+        self.output_token_ids.append(token_id)
+        if self.speculation is not None:
+            self.speculation.check(token_id)
+
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""
         self.num_computed += count

@@ -75,12 +75,14 @@ class Speculation:
         self.drafts: list[int] = []  # of the tokens after the output's last one
         self.drafted_tokens = 0  # that were verified
         self.accepted_tokens = 0
+        self.is_right = False  # what was drafted in the place of the output's last token
         self._ngrams = None if by_model else Ngrams(prompt, room)
         self._room = room
         self._max_drafts = max_drafts
         self._length = max_drafts  # that the next drafts have at most
         self._adjuster: LogitAdjuster | None = None
         self._is_over = False  # no more drafts before the next verification
+        self._checked = 0  # of the drafts
 
     @classmethod
     def of(cls, plan: ChoicePlan, prompt: Sequence[int], room: int) -> Speculation | None:
@@ -120,14 +122,21 @@ class Speculation:
 
     def drop(self) -> None:
         """These drafts are not verified: their KV is gone."""
-        self.drafts, self._adjuster, self._is_over = [], None, False
+        self.drafts, self._adjuster, self._is_over, self._checked = [], None, False, 0
 
-    def verified(self, accepted: int) -> None:
-        """So many of the drafts were right; the next are more after a success and fewer after a failure."""
-        self.drafted_tokens += len(self.drafts)
-        self.accepted_tokens += accepted
-        if accepted < len(self.drafts):
-            self._length = max(1, accepted)
-        elif accepted == self._length:
+    def check(self, token_id: int) -> None:
+        """The output's next token is this one; those before it were as drafted."""
+        if self._checked == 0:
+            self.drafted_tokens += len(self.drafts)
+        self.is_right = self.drafts[self._checked : self._checked + 1] == [token_id]
+        self.accepted_tokens += self.is_right
+        self._checked += 1
+
+    def verified(self) -> None:
+        """The last token checked was not drafted: of the next, more are after a success and fewer after a failure."""
+        right = self._checked - 1
+        if right < len(self.drafts):
+            self._length = max(1, right)
+        elif right == self._length:
             self._length = min(self._max_drafts, 2 * self._length)
         self.drop()
