@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ import pytest
 from rich.control import strip_control_codes
 
 import sparserve
+from sparserve.cli.demo import first_difference
 from sparserve.client import AsyncClient, Choice, Generation, Result, make_request
 from sparserve.model.catalog import CATALOG
 
@@ -329,13 +331,38 @@ def test_models_are_listed_and_an_unknown_one_cannot_be_fetched(run_main):
     assert err.startswith("error: no model is named 'nope'; there are: smollm2-135m-instruct")
 
 
-def test_the_demo_answers_and_shows_speeds_and_metrics(run_main, monkeypatch):
+def test_the_demo_answers_dense_beside_sparse_and_shows_speeds_and_metrics(run_main, monkeypatch):
     monkeypatch.setenv("SPARSERVE_MAX_CONTEXT", "256")
     monkeypatch.setenv("SPARSERVE_KV_CACHE_GIB", "0.05")
     question = "What is the capital of France?"
     status, out, err = run_main("demo", "--question", question, "--max-tokens", "8")
     assert status == 0
     assert "Paris" in out.split(question)[1]
-    assert "tokens/s" in out
-    assert "sparserve_generation_tokens_total 8.0" in out
+    assert re.search(r"dense .* core ", out)
+    assert re.search(r"\d tokens/s, TTFT \d+ ms .* \d+ tokens/s, TTFT \d+ ms", out)
+    assert re.search(r"100 % of MLP bytes .* 80 % of MLP bytes", out)
+    assert out.count("▶") in (0, 2)
+    assert "sparserve_generation_tokens_total 16.0" in out
     assert "backend cpu (" in err
+
+
+def test_the_demo_tells_of_an_index_that_is_none(run_main, tmp_path):
+    status, _, err = run_main("demo", "--index", tmp_path / "none")
+    assert status == 1
+    assert "none" in err
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "word"),
+    [
+        ("a b c", "a b c", None),
+        ("a b c", "a x c", 1),
+        ("a b", "a b c", 2),
+        ("a b c", "a b", 2),
+        ("x", "y", 0),
+        ("", "y", 0),
+        ("a  b", "a b", 1),
+    ],
+)
+def test_where_two_answers_part(one, other, word):
+    assert first_difference(one, other) == word
