@@ -346,6 +346,27 @@ def test_the_demo_answers_dense_beside_sparse_and_shows_speeds_and_metrics(run_m
     assert "backend cpu (" in err
 
 
+def test_the_demo_shows_the_token_policy_of_an_index(run_main, tiny_folder, tmp_path, monkeypatch):
+    for name, value in (
+        ("MODEL", str(tiny_folder)),
+        ("BACKEND", "reference"),
+        ("THREADS", "1"),
+        ("KV_CACHE_GIB", "0.01"),
+    ):
+        monkeypatch.setenv(f"SPARSERVE_{name}", value)
+    text, index = tmp_path / "text", tmp_path / "index"
+    text.write_text("rivers and stones and birds that sing over green hills. " * 60)
+    sizes = ["--windows", "4", "--prompt-tokens", "40", "--decode-tokens", "8", "--quick"]
+    status, _, err = run_main("calibrate", tiny_folder, "--text", text, "--out", index, *sizes)
+    assert status == 0, err
+    status, out, err = run_main("demo", "--index", index, "--question", "hi", "--max-tokens", "6")
+    assert status == 0, err
+    assert re.search(r"dense .* token ", out)
+    share = re.search(r"100 % of MLP bytes .* (\d+) % of MLP bytes, predicted KL 0\.0", out)
+    assert share is not None
+    assert int(share[1]) < 100
+
+
 def test_the_demo_tells_of_an_index_that_is_none(run_main, tmp_path):
     status, _, err = run_main("demo", "--index", tmp_path / "none")
     assert status == 1
