@@ -16,14 +16,18 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from sparse_kernels.choice import ChoiceKind
 from sparserve.api.server import Server
 from sparserve.config import ServerSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
 from sparserve.model.catalog import DEMO_MODEL
 from sparserve.model.config import ModelConfig
+from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.weights import HF_NAMES, layer_shapes
+from sparserve.sparsity.index import NeuronIndex, Setting, write_index
+from sparserve.sparsity.policy import PolicyKind
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -125,6 +129,63 @@ def demo_model() -> LoadedModel:
 @pytest.fixture(scope="session")
 def demo_bfloat16() -> LoadedModel:
     return load_model(DEMO_MODEL, dtype="bfloat16", layers_at_use=True)
+
+
+def index_for(model: LoadedModel, format: str, *, planes: bool) -> NeuronIndex:
+    """As if calibrated: half of the neurons of a core, or some chosen for each token, among all or in a core.
+    What it predicts is made up.
+    """
+    layers, neurons = model.config.num_layers, model.config.intermediate_size
+    generator = torch.Generator().manual_seed(1)
+    clusters = torch.rand(2, layers, neurons, generator=generator).half()
+    shares = torch.linspace(0.4, 0.6, layers)
+    factors = 0.5 + torch.rand(layers, neurons, generator=generator)
+    low_rank = torch.randn(layers, 2, 3, model.config.hidden_size, generator=generator) * 0.05
+
+    def by_token(choice: ChoiceKind, density: float, kl: float, **how: object) -> Setting:
+        thresholds = torch.tensor([0.3, 0.02, 0.6]).repeat(layers, 1)
+        return Setting(
+            PolicyKind.TOKEN, density, kl, 2 * kl, 0.8, choice, thresholds=thresholds, **how
+        )
+
+    return NeuronIndex(
+        index_key(model, format),
+        prior=clusters.float().mean(dim=0),
+        cluster_layer=layers - 1,
+        centroids=torch.nn.functional.normalize(clusters[:, -1].float().sqrt(), dim=1),
+        clusters=clusters,
+        settings=(
+            Setting(PolicyKind.CORE, 0.5, 0.4, 0.8, 0.6, shares=shares),
+            by_token(ChoiceKind.GATE, 0.7, 0.1, correction=1),
+            by_token(ChoiceKind.GATE, 0.4, 0.3, shares=shares.clone()),
+            *([by_token(ChoiceKind.PLANES, 0.6, 0.08)] if planes else []),
+        ),
+        planes_factors=factors if planes else None,
+        gate_factors=factors,
+        corrections=([(a, b) for a, b in low_rank.bfloat16()],),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def index_file(
+    tiny_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`index_file("float32")` -> one for the tiny model with weights in that format, `planes=True`: whose
+    gate and up are in two planes.
+    """
+
+    def write(format: str, *, planes: bool = False) -> Path:
+        path = tmp_path_factory.mktemp("index") / "tiny.safetensors"
+        write_index(path, index_for(tiny_model, format, planes=planes))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_index(index_file: Callable[..., Path]) -> Path:
+    """For the tiny model on the reference backend."""
+    return index_file("float32")
 
 
 EngineFactory = Callable[..., Engine]

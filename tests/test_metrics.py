@@ -17,7 +17,8 @@ TOKENS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
 VLLM_GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
 VLLM_COUNTERS = {
     "num_preemptions", "prompt_tokens", "prompt_tokens_cached", "generation_tokens",
-    "request_success", "prefix_cache_queries", "prefix_cache_hits",
+    "request_success", "prefix_cache_queries", "prefix_cache_hits", "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
 }  # fmt: skip
 VLLM_HISTOGRAMS = {
     "time_to_first_token_seconds": [
@@ -115,6 +116,9 @@ def test_vllms_numbers_are_ours(metrics):
         "length", e2e_seconds=1.1, prefill_seconds=0.3, decode_seconds=0.33, completion_tokens=3
     )
     metrics.observe_request(n=2, max_tokens=3, prompt_tokens=40, cached_tokens=16, longest=3)
+    metrics.observe_sparsity(
+        "exact", density=1.2, coverage=None, refreshes=0, drafted=7, accepted=5, fallbacks=0
+    )
     seen = values(metrics, vllm=True)
     sums = {
         "time_to_first_token_seconds": 0.7, "inter_token_latency_seconds": 0.33,
@@ -131,6 +135,7 @@ def test_vllms_numbers_are_ours(metrics):
         "num_requests_running": 3, "num_requests_waiting": 2, "kv_cache_usage_perc": 0.75,
         "num_preemptions_total": 2, "prompt_tokens_total": 40, "prompt_tokens_cached_total": 16,
         "generation_tokens_total": 3, "prefix_cache_queries_total": 32, "prefix_cache_hits_total": 17,
+        "spec_decode_num_draft_tokens_total": 7, "spec_decode_num_accepted_tokens_total": 5,
     }  # fmt: skip
     for name, value in expected.items():
         assert seen[f"vllm:{name}"] == pytest.approx(value), name
@@ -173,6 +178,23 @@ def test_every_series_starts_at_zero_so_that_its_first_event_is_a_rate(metrics):
     kinds = label_values("sparserve_constraint_compilation_seconds", "kind")
     assert kinds == {kind.value for kind in ConstraintKind}
     assert all(sample.value == 0 for family in families.values() for sample in family.samples)
+
+
+def test_policies_count_and_only_those_that_choose_have_a_density(metrics):
+    for policy, density, coverage in (
+        ("dense", 1.0, None), ("core", 0.5, 0.8), ("core", None, 0.7), ("token", 0.6, None),
+    ):  # fmt: skip
+        metrics.observe_sparsity(
+            policy, density=density, coverage=coverage, refreshes=2, drafted=0, accepted=0, fallbacks=1
+        )  # fmt: skip
+    seen = values(metrics)
+    assert seen["sparserve_requests_by_policy_total/core"] == 2
+    assert seen["sparserve_requests_by_policy_total/token"] == 1
+    assert seen["sparserve_decode_density_count"] == 2
+    assert seen["sparserve_decode_density_sum"] == pytest.approx(1.1)
+    assert seen["sparserve_core_coverage_sum"] == pytest.approx(1.5)
+    assert seen["sparserve_refreshes_total"] == 8
+    assert seen["sparserve_sparsity_fallbacks_total"] == 4
 
 
 def test_a_request_that_never_ran_counts_in_no_phase(metrics):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast
+from typing import Annotated, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -27,11 +27,16 @@ PartDtype = Literal["same", "bfloat16", "int8", "int4"]
 KvDtype = Literal["same", "bfloat16", "int8"]
 HeadDtype = Literal["same", "bfloat16", "int8", "int4", "int4+exact"]
 BackendChoice = Literal["auto", "reference", "cpu"]
+PolicyName = Literal["dense", "core", "token", "exact", "auto"]
 
 
 def _number(value: object) -> object:
     """A flag's or the environment's text of digits: a Literal of numbers takes numbers alone."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 class EngineSettings(BaseSettings):
@@ -107,6 +112,61 @@ class EngineSettings(BaseSettings):
             "context and reads it faster, for a little quality."
         ),
     ] = "same"
+    index: Annotated[
+        str,
+        Field(
+            description="File that `sparserve calibrate` made for this model in these data types; policies token and "
+            "auto, predictor similarity and target_kl need one. Empty: none."
+        ),
+    ] = ""
+    default_policy: Annotated[
+        PolicyName,
+        Field(
+            description="Policy of requests that name none: dense reads all neurons; core those that the prompt "
+            "used most; token some for each token; exact drafts, and verifies densely; auto what the index says is cheapest. "
+            "core, token and auto cost quality."
+        ),
+    ] = "dense"
+    default_density: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of the feed-forward layers' bytes that a decoded token reads, for requests with policy core or token "
+            "that name neither density nor target_kl, never less than min_density; 0: 0.7 for core, and what default_target_kl allows for token.",
+        ),
+    ] = 0
+    default_target_kl: Annotated[
+        float,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="Mean KL to the dense model, nats per token, that policies auto and token may cost where requests name "
+            "neither density nor target_kl; never more than max_target_kl.",
+        ),
+    ] = 0.05
+    min_density: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Smallest density that a request may ask for, or that a target comes to; 0: any.",
+        ),
+    ] = 0
+    max_target_kl: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Largest target_kl that a request may ask for; 0: any.",
+        ),
+    ] = 0
+    allowed_policies: Annotated[
+        str,
+        Field(
+            description="Policies that requests may have, such as dense,core; dense always is. all: every one."
+        ),
+    ] = "all"
     device_map: Annotated[
         str,
         Field(
@@ -187,12 +247,32 @@ class EngineSettings(BaseSettings):
         ),
     ] = 256
 
+    @field_validator("allowed_policies")
+    @classmethod
+    def _known_policies(cls, value: str) -> str:
+        unknown = set(_names(value)) - {"all", *get_args(PolicyName)}
+        if unknown or not _names(value):
+            raise ValueError(
+                f"it must be all, or names out of {', '.join(get_args(PolicyName))} with commas between"
+            )
+        return value
+
+    @property
+    def policies(self) -> frozenset[str]:
+        """Names that `allowed_policies` comes to."""
+        names = _names(self.allowed_policies)
+        return frozenset(get_args(PolicyName) if "all" in names else ["dense", *names])
+
     @model_validator(mode="after")
     def _consistent(self) -> EngineSettings:
         if self.max_batched_tokens < self.max_running:
             raise ValueError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_running {self.max_running}: "
                 "every running request decodes one token in every step"
+            )
+        if self.default_policy not in self.policies:
+            raise ValueError(
+                f"default_policy is {self.default_policy}, which is not in allowed_policies {self.allowed_policies}"
             )
         return self
 

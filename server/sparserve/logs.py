@@ -34,6 +34,8 @@ class CallRecord:
     cached_tokens: int = 0
     ttft_seconds: float = 0.0
     finish_reasons: list[str] = field(default_factory=list)  # of its choices
+    policy: str = ""
+    densities: list[float] = field(default_factory=list)  # of its choices, see SparsityReport
     blamed_field: str = ""  # what an error is about; never its value
 
     def context(self) -> dict[str, str]:
@@ -55,6 +57,8 @@ class CallRecord:
         if self.finish_reasons:
             known["finish_reason"] = ",".join(self.finish_reasons)
             known["cached_tokens"] = self.cached_tokens
+            known["policy"] = self.policy
+            known["density"] = round(sum(self.densities) / len(self.densities), 4)
             known["ttft_ms"] = round(self.ttft_seconds * 1000, 1)
         if self.blamed_field:
             known["field"] = self.blamed_field[:_MAX_LENGTH]

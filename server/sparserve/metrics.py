@@ -33,6 +33,7 @@ REQUEST_BUCKETS = (
     .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 # fmt: on
 STEP_TOKEN_BUCKETS = (1.0, *(2.0**i for i in range(3, 15)))
+SHARE_BUCKETS = tuple(i / 20 for i in range(1, 21))
 CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 # A server keeps those up to its longest context.
 TOKEN_BUCKETS = tuple(float(digit * 10**power) for power in range(8) for digit in (1, 2, 5))
@@ -143,6 +144,23 @@ TABLE = (
     Spec("constraint_compilation", Histogram, "constraint_compilation_seconds",
          "Compiling a constraint of structured output, by kind; those found compiled are not counted.",
          label="kind", values=("json_schema", "regex", "grammar", "choice", "json_object"), buckets=TTFT_BUCKETS),
+    Spec("policies", Counter, "requests_by_policy", "Choices of requests that ended, by the policy that served them.",
+         label="policy", values=("dense", "core", "token", "exact")),
+    Spec("density", Histogram, "decode_density",
+         "Share of the feed-forward layers' bytes read per decoded token, over a choice whose policy is not dense.",
+         buckets=SHARE_BUCKETS),
+    Spec("coverage", Histogram, "core_coverage",
+         "Share of a prompt's score that its core holds, once a choice with a core.", buckets=SHARE_BUCKETS),
+    Spec("union_share", Histogram, "decode_union",
+         "Share of the neurons that a decode step's sequences use together, where one of them chooses.",
+         buckets=SHARE_BUCKETS),
+    Spec("refreshes", Counter, "refreshes", "Dense passes over tokens decoded before."),
+    Spec("drafted_tokens", Counter, "spec_decode_num_draft_tokens", "Tokens drafted and verified, policy exact.",
+         vllm="spec_decode_num_draft_tokens"),
+    Spec("accepted_tokens", Counter, "spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.",
+         vllm="spec_decode_num_accepted_tokens"),
+    Spec("fallbacks", Counter, "sparsity_fallbacks",
+         "Choices that drifted away from their core and went on densely."),
     Spec("head_rows", Counter, "lm_head_rows",
          "With lm_head_dtype int4+exact, tokens chosen, by how the LM head was computed: scan, only what mattered; "
          "widened, all of it after a scan; whole, all of it because a request of the step needs it, or all of them too many tokens.",
@@ -190,6 +208,14 @@ class Metrics:
     request_longest: Histogram
     request_prefill_computed: Histogram
     constraint_compilation: Histogram
+    policies: Counter
+    density: Histogram
+    coverage: Histogram
+    union_share: Histogram
+    refreshes: Counter
+    drafted_tokens: Counter
+    accepted_tokens: Counter
+    fallbacks: Counter
     head_rows: Counter
     head_rescored: Counter
 
@@ -265,6 +291,28 @@ class Metrics:
         self.request_longest.observe(longest)
         if longest:
             self.request_prefill_computed.observe(prompt_tokens - cached_tokens)
+
+    def observe_sparsity(
+        self,
+        policy: str,
+        *,
+        density: float | None,
+        coverage: float | None,
+        refreshes: int,
+        drafted: int,
+        accepted: int,
+        fallbacks: int,
+    ) -> None:
+        """The end of a choice; `density` None: it decoded nothing, `coverage` None: it had no core."""
+        self.policies.labels(policy=policy).inc()
+        if policy != "dense" and density is not None:
+            self.density.observe(density)
+        if coverage is not None:
+            self.coverage.observe(coverage)
+        self.refreshes.inc(refreshes)
+        self.drafted_tokens.inc(drafted)
+        self.accepted_tokens.inc(accepted)
+        self.fallbacks.inc(fallbacks)
 
     def observe_head(self, *, scanned: int, widened: int, whole: int, rescored: int) -> None:
         """One forward of an LM head with a scan: tokens by how they were computed, and `rescored` logits."""

@@ -345,7 +345,7 @@ async def test_a_message_over_the_limit_is_refused_by_grpc(serving, connect):
 
 
 # Every field that is not built: its path, a value that asks for something, one that asks for nothing.
-NOT_BUILT = [("adapter", "lora", ""), ("sparsity.refresh_interval", 16, 0)]
+NOT_BUILT = [("adapter", "lora", "")]
 
 
 def with_path(path: str, value: object) -> pb.GenerateRequest:
@@ -371,23 +371,88 @@ async def test_a_field_that_is_not_built_is_unimplemented_unless_it_asks_for_not
         assert response.usage.completion_tokens == 2
 
 
+CORE, TOKEN, EXACT = pb.SPARSITY_POLICY_CORE, pb.SPARSITY_POLICY_TOKEN, pb.SPARSITY_POLICY_EXACT
+
+
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "field", "named"),
     [
-        ({"policy": pb.SPARSITY_POLICY_CORE}, "core"),
-        ({"policy": pb.SPARSITY_POLICY_TOKEN}, "token"),
-        ({"policy": pb.SPARSITY_POLICY_EXACT}, "exact"),
-        ({"policy": pb.SPARSITY_POLICY_AUTO}, "auto"),
-        ({"density": 0.5}, "density 0.5"),
-        ({"policy": pb.SPARSITY_POLICY_DENSE, "density": 0.5}, "density 0.5"),
+        ({"density": 0.5}, "density", "density is 0.5, but policy dense reads all neurons; take core or exact"),
+        ({"policy": pb.SPARSITY_POLICY_DENSE, "density": 0.5}, "density", "policy dense"),
+        ({"policy": CORE, "density": 0.5, "target_kl": 0.1}, "target_kl", "density or target_kl, not both"),
+        ({"policy": CORE, "alpha": 0.2}, "alpha", "alpha is for counts"),
+        ({"policy": CORE, "score": pb.SPARSITY_SCORE_COUNT, "alpha": 1.5}, "alpha", "alpha is 1.5"),
+        ({"policy": CORE, "score": 9}, "score", "score 9 is not in the enum"),
+        ({"policy": CORE, "predictor": -1}, "predictor", "predictor -1 is not in the enum"),
+        ({"policy": CORE, "choice": 3}, "choice", "choice 3 is not in the enum"),
+        ({"policy": EXACT, "draft": 4}, "draft", "draft 4 is not in the enum"),
+        ({"policy": CORE, "choice": pb.SPARSITY_CHOICE_GATE}, "choice", "choice is for policy"),
+        ({"policy": CORE, "core_density": 0.5}, "core_density", "core_density is for policy"),
+        ({"policy": TOKEN, "core_density": math.nan}, "core_density", "core_density is nan"),
+        ({"policy": CORE, "first_layer": 2}, "first_layer", "first_layer is 2; it must be from 0 to 1"),
+        ({"policy": CORE, "last_layer": 3}, "last_layer", "last_layer is 3; it must be from 1 to 2"),
+        ({"policy": CORE, "density": 0.4, "first_layer": 1}, "density", "take a higher density"),
+        ({"policy": CORE, "refresh_interval": -1}, "refresh_interval", "refresh_interval is -1"),
+        ({"refresh_interval": 16}, "refresh_interval", "not for policy dense"),
+        ({"policy": EXACT, "draft_tokens": 0}, "draft_tokens", "draft_tokens is 0"),
+        ({"policy": CORE, "draft_tokens": 2}, "draft_tokens", "draft_tokens is for policy exact"),
+    ],
+)  # fmt: skip
+async def test_a_policy_that_cannot_work_is_refused(refusal, details_of, fields, field, named):
+    error = await refusal(with_fields(sparsity=fields))
+    assert error.code() is INVALID
+    assert named in error.details()
+    (violation,) = details_of(error)["BadRequest"].field_violations
+    assert violation.field == f"sparsity.{field}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"policy": TOKEN}, "policy"),
+        ({"policy": pb.SPARSITY_POLICY_AUTO}, "policy"),
+        ({"policy": CORE, "target_kl": 0.1}, "target_kl"),
+        ({"policy": CORE, "predictor": pb.SPARSITY_PREDICTOR_SIMILARITY}, "predictor"),
     ],
 )
-async def test_a_policy_that_is_not_built_is_unimplemented(refusal, details_of, fields, named):
+async def test_what_needs_an_index_names_the_command_that_makes_one(
+    refusal, details_of, fields, field
+):
     error = await refusal(with_fields(sparsity=fields))
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert named in error.details()
-    assert "built: dense" in error.details()
-    assert details_of(error)["ErrorInfo"].metadata["field"] == "sparsity"
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "sparserve calibrate" in error.details()
+    info = details_of(error)["ErrorInfo"]
+    assert (info.reason, info.metadata["field"]) == ("SPARSITY_UNAVAILABLE", f"sparsity.{field}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "named"),
+    [
+        ({"policy": EXACT}, grpc.StatusCode.FAILED_PRECONDITION, "exact is not allowed on this server; allowed: dense, core"),
+        ({"policy": CORE, "density": 0.5}, INVALID, "density is 0.5; this server reads 0.6 at least"),
+        ({"policy": CORE, "target_kl": 0.5}, INVALID, "target_kl is 0.5; this server grants 0.1 at most"),
+    ],
+)  # fmt: skip
+async def test_the_operators_bounds_are_kept(serving, connect, fields, code, named):
+    bounds = {"allowed_policies": "core", "min_density": 0.6, "max_target_kl": 0.1}
+    async with serving(**bounds) as server:
+        wire = connect(server)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await wire.inference.Generate(with_fields(sparsity=fields))
+        assert (error.value.code(), named in error.value.details()) == (code, True)
+        info = await wire.control.GetServerInfo(control_pb2.GetServerInfoRequest())
+        assert list(info.policies) == [pb.SPARSITY_POLICY_DENSE, CORE]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_core_of_a_prompt_of_one_token_is_refused(refusal, details_of, n):
+    asked = with_fields(sparsity={"policy": CORE}, sampling={"n": n})
+    asked.token_ids.ids.append(5)
+    error = await refusal(asked)
+    assert error.code() is INVALID
+    assert "the prompt has one token" in error.details()
+    (violation,) = details_of(error)["BadRequest"].field_violations
+    assert violation.field == "sparsity.predictor"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +485,10 @@ def test_every_field_of_a_request_is_held_by_a_test_here():
         *(f"response.{name}" for name in (
             "text", "token_ids", "logprobs", "top_logprobs", "prompt_logprobs", "skip_special_tokens",
         )),
-        "sparsity.policy", "sparsity.density", "sparsity.target_kl", "sparsity.report",
+        *(f"sparsity.{name}" for name in (
+            "policy", "density", "target_kl", "report", "choice", "core_density", "predictor", "score",
+            "alpha", "first_layer", "last_layer", "refresh_interval", "draft", "draft_tokens",
+        )),
     }  # fmt: skip
     chat = {field.name for field in pb.ChatRequest.DESCRIPTOR.fields}
     generate = {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields}

@@ -84,8 +84,29 @@ async def test_server_info_tells_backend_limits_and_policies(serving, connect):
     assert (limits.max_batched_tokens, limits.max_message_bytes) == (77, 2 << 20)
     assert limits.kv_block_size == 16
     assert limits.num_kv_blocks >= 128 // 16
-    assert list(info.policies) == [inference_pb2.SPARSITY_POLICY_DENSE]
+    assert list(info.policies) == [
+        inference_pb2.SPARSITY_POLICY_DENSE,
+        inference_pb2.SPARSITY_POLICY_CORE,
+        inference_pb2.SPARSITY_POLICY_EXACT,
+    ]
     assert info.default_policy == inference_pb2.SPARSITY_POLICY_DENSE
+    assert info.sparsity == pb.SparsityBounds()
+
+
+async def test_server_info_tells_what_policies_may_ask_for(serving, connect, tiny_index):
+    settings = {
+        "index": str(tiny_index), "default_policy": "auto", "min_density": 0.25, "max_target_kl": 0.5,
+        "allowed_policies": "auto,token",
+    }  # fmt: skip
+    async with serving(**settings) as server:
+        info = await connect(server).control.GetServerInfo(pb.GetServerInfoRequest())
+    assert list(info.policies) == [
+        inference_pb2.SPARSITY_POLICY_DENSE,
+        inference_pb2.SPARSITY_POLICY_TOKEN,
+        inference_pb2.SPARSITY_POLICY_AUTO,
+    ]
+    assert info.default_policy == inference_pb2.SPARSITY_POLICY_AUTO
+    assert info.sparsity == pb.SparsityBounds(min_density=0.25, max_target_kl=0.5, has_index=True)
 
 
 async def test_load_counts_requests_tokens_and_blocks(serving, connect, controlled, until):

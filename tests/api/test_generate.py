@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -284,6 +285,60 @@ async def test_a_report_tells_how_concentrated_the_prompts_neurons_are(wire):
     reported = await wire.inference.Generate(request)
     assert 0 < reported.sparsity.core_share < 1
     assert (await events(wire, request))[-1].summary.sparsity == reported.sparsity
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_an_answer_tells_what_its_policy_read(serving, n):
+    fields = {"max_tokens": 9, "ignore_eos": True, "n": n, "seed": 3}
+    async with serving() as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        dense = (await client.generate("hello there", **fields)).result
+        core = await client.generate("hello there", policy="core", density=0.5, **fields)
+        streamed = [
+            d async for d in client.stream("hello there", policy="core", density=0.5, **fields)
+        ]
+        info = server.engine.engine.backend.info
+    assert (dense.policy, dense.density, dense.dense_share, dense.predicted_kl) == (
+        "dense",
+        1,
+        1,
+        0,
+    )
+    assert (dense.coverage, dense.stable) == (None, None)
+    assert dense.mlp_bytes_per_token == info.mlp_bytes
+    # over 12 .. 19 positions of KV
+    assert dense.bytes_per_token == info.weight_bytes + info.kv_bytes_per_token * 15.5
+    result = core.result
+    assert (result.policy, result.density, result.dense_share) == ("core", 0.5, 0)
+    assert result.mlp_bytes_per_token == info.mlp_bytes / 2
+    assert dense.bytes_per_token - result.bytes_per_token == info.mlp_bytes / 2
+    assert 0.5 < result.coverage < 1
+    assert (result.stable, result.predicted_kl) == (False, None)
+    assert (result.refreshes, result.drafted_tokens, result.fallbacks) == (0, 0, 0)
+    told = replace(streamed[-1].result, queue_seconds=0, ttft_seconds=0, decode_seconds=0)
+    same = {"request_id": told.request_id, "cached_tokens": told.cached_tokens}
+    assert told == replace(result, queue_seconds=0, ttft_seconds=0, decode_seconds=0, **same)
+
+
+async def test_exact_says_what_dense_says_and_counts_its_drafts(client):
+    fields = {"max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": True}
+    dense = await client.generate("la la la la la", **fields)
+    for draft in ("ngram", "core"):
+        exact = await client.generate("la la la la la", policy="exact", draft=draft, **fields)
+        assert exact.choices == dense.choices
+        assert exact.result.policy == "exact"
+        assert 0 <= exact.result.accepted_tokens <= exact.result.drafted_tokens
+        assert exact.result.drafted_tokens > 0
+
+
+async def test_a_server_has_a_policy_of_its_own(serving):
+    async with (
+        serving(default_policy="core", default_density=0.25) as server,
+        AsyncClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        own = await client.generate("hello there", max_tokens=9)
+        dense = await client.generate("hello there", max_tokens=9, policy="dense")
+    assert (own.result.policy, own.result.density) == ("core", 0.25)
+    assert dense.result.policy == "dense"
 
 
 async def test_the_asyncio_client_streams_what_it_generates(client):

@@ -2,19 +2,23 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_kernels.choice import ChoiceKind, Score
 from sparserve.api import requests
 from sparserve.client import make_chat_request, make_request
 from sparserve.engine.constraint import Constraint, ConstraintKind
+from sparserve.engine.policies import Policies, PolicyRules
 from sparserve.engine.request import OutputParams, SamplingParams, StoppingParams
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import InvalidRequest, NotBuiltYet
-from sparserve.sparsity.policy import DENSE, PolicyKind
+from sparserve.sparsity.chooser import Chooser
+from sparserve.sparsity.policy import DENSE, DraftKind, Policy, PolicyKind, PredictorKind
 from sparserve.v1 import inference_pb2 as pb
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -33,10 +37,17 @@ def tokenizer(tiny_model):
     return TextTokenizer(tiny_model.tokenizer, tiny_model.chat_template, 259, names)
 
 
+def policies(**rules) -> Policies:
+    """Of a model without an index; `rules` are the operator's."""
+    shape = SimpleNamespace(num_layers=2, intermediate_size=96)
+    reads = SimpleNamespace(choices=frozenset(), neuron_bytes={None: (1.0, 2.0, 0.0, 0.0)})
+    return Policies(Chooser(shape, reads), PolicyRules(**rules))
+
+
 @pytest.fixture
 def parse(tokenizer):
     return lambda message, seconds_left=None: requests.parse_request(
-        message, tokenizer, 511, (PolicyKind.DENSE,), seconds_left, 100.0
+        message, tokenizer, 511, policies(), seconds_left, 100.0
     )
 
 
@@ -208,15 +219,69 @@ def test_template_arguments_arrive_as_they_were(arguments):
 
 
 def test_what_is_not_served_is_named(parse):
-    for fields, field in (
-        ({"adapter": "lora"}, "adapter"),
-        ({"refresh_interval": 8}, "sparsity.refresh_interval"),
-        ({"policy": "core"}, "sparsity"),
-    ):
+    for fields, field in (({"adapter": "lora"}, "adapter"),):
         for message in (make_request("x", **fields), make_chat_request(MESSAGES, **fields)):
             with pytest.raises(NotBuiltYet) as refused:
                 parse(message)
             assert refused.value.field == field
+
+
+SPARSITY = {
+    "density": 0.7, "core_density": 0.3, "alpha": 0.1, "first_layer": 0, "last_layer": 2,
+    "refresh_interval": 16, "draft_tokens": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [make_request, make_chat_request])
+def test_every_field_of_a_policy_arrives_as_it_was_written(parse, make):
+    message = make(
+        "hello" if make is make_request else MESSAGES,
+        policy="exact", choose_by="gate", predictor="stability", score="signed_count", draft="token",
+        **SPARSITY,
+    )  # fmt: skip
+    policy = parse(message).policy
+    assert policy == Policy(
+        PolicyKind.EXACT,
+        choice=ChoiceKind.GATE,
+        predictor=PredictorKind.STABILITY,
+        score=Score.SIGNED_COUNT,
+        draft=DraftKind.TOKEN,
+        **SPARSITY,
+    )
+    target = parse(make_request("x", policy="auto", target_kl=0.05)).policy
+    assert target == Policy(PolicyKind.AUTO, target_kl=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rules", "asked", "expected"),
+    [
+        ({}, {}, Policy()),
+        ({}, {"policy": "dense", "density": 1.0, "target_kl": 3.0}, Policy()),
+        ({}, {"policy": "core"}, Policy(PolicyKind.CORE)),
+        ({"default": PolicyKind.CORE, "default_density": 0.6}, {}, Policy(PolicyKind.CORE, 0.6)),
+        ({"default": PolicyKind.CORE, "default_density": 0.6}, {"density": 0.9}, Policy(PolicyKind.CORE, 0.9)),
+        ({"default": PolicyKind.CORE, "default_density": 0.6}, {"policy": "dense"}, Policy()),
+        ({"default": PolicyKind.CORE}, {"prompt": "y"}, Policy()),
+        ({"default": PolicyKind.CORE}, {"prompt": "y", "policy": "core"}, Policy(PolicyKind.CORE)),
+        ({"default_density": 0.6}, {"policy": "core", "target_kl": 0.1}, Policy(PolicyKind.CORE, target_kl=0.1)),
+        ({"default_density": 0.6}, {"policy": "exact"}, Policy(PolicyKind.EXACT)),
+        ({"default_target_kl": 0.2, "default_density": 0.6}, {"policy": "auto"}, Policy(PolicyKind.AUTO, target_kl=0.2)),
+        ({"default_target_kl": 0.2}, {"policy": "token"}, Policy(PolicyKind.TOKEN, target_kl=0.2)),
+        ({"default_target_kl": 0.2}, {"policy": "core"}, Policy(PolicyKind.CORE)),
+    ],
+)  # fmt: skip
+def test_what_a_request_leaves_out_is_the_operators_to_say(tokenizer, rules, asked, expected):
+    asked = {"prompt": "yes", **asked}
+    made = requests.parse_request(
+        make_request(**asked), tokenizer, 511, policies(**rules), None, 0.0
+    )
+    assert made.policy == expected
+
+
+def test_what_a_target_comes_to_keeps_to_the_operators_bounds():
+    bounded = policies(min_density=0.8)
+    assert policies().plan(Policy(PolicyKind.CORE)).density == 0.7
+    assert bounded.plan(Policy(PolicyKind.CORE)).density == 0.8
 
 
 def test_an_unknown_keyword_is_an_error_of_the_program():
@@ -229,6 +294,8 @@ def test_every_field_of_a_request_has_a_keyword():
     values = {
         **SAMPLING, **STOPPING, **OUTPUT, "logit_bias": {1: 1.0}, "allowed_token_ids": [1],
         "stop": ["a"], "stop_token_ids": [1], "text": False, "token_ids": True, "logprobs": True,
+        "choose_by": "planes", "core_density": 0.5, "predictor": "auto", "score": "norm", "alpha": 0.5,
+        "first_layer": 1, "last_layer": 2, "draft": "core", "draft_tokens": 1,
         "refresh_interval": 1, "report_neurons": True, "density": 1.0, "target_kl": 1.0,
         "policy": "auto", "regex": "a", "request_id": "i", "model": "m", "priority": 1,
         "cache_salt": "s", "adapter": "a", "user": "u",

@@ -110,7 +110,7 @@ def test_scored_tokens_are_decoded_and_nothing_else(engine, model):
     decoded = [(tokens, start) for phase, tokens, start in seen if phase is Phase.DECODE]
     ids = engine.tokenizer.encode("abcde", 10)
     assert prefilled == [(ids[:2], 0)]
-    assert decoded == [(ids[2:3], 2), (ids[3:4], 3)]
+    assert decoded == [(ids[2:4], 2)]
 
 
 def test_rolling_likelihoods_score_each_token_once(model, theirs, tiny_model):
@@ -229,7 +229,7 @@ def test_a_local_task_runs_to_its_row(asked, task_folder, theirs, tiny_model, tm
         (["--tasks", "local_colour"], "no task 'local_colour', nor has --task-folder; near it: local_colours"),
         (["--tasks", "x", "--task-folder", "/no/such/folder"], "/no/such/folder does not exist"),
         (["--tasks", "local_colours", "text"], "a text or --tasks, not both"),
-        (["--tasks", "local_colours", "--peers", "llama.cpp:Q8_0"], "--peers and --original are for a text"),
+        (["--tasks", "local_colours", "--peers", "llama.cpp:Q8_0"], "--peers, --policies and --original are for a text"),
         (["text"], "--task-folder and --limit are for --tasks"),
         ([], "a text or --tasks"),
     ],

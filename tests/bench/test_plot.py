@@ -14,6 +14,7 @@ def report(phase: str) -> Report:
             system,
             "tiny",
             format,
+            "dense",
             batch,
             context,
             8,
@@ -23,6 +24,11 @@ def report(phase: str) -> Report:
             30.0,
             90.0,
             share,
+            1_000_000,
+            None,
+            None,
+            None,
+            None,
         )
         for batch in (1, 4)
         for context in (128, 4096)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sparserve.bench.original import Original, original_states
 from sparserve.bench.quality import Window, bootstrap_interval, cut_windows, log_softmax, measure
-from sparserve.bench.scored import ServedModel
+from sparserve.bench.scored import Driver, ServedModel
 from sparserve.cli import app
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine
@@ -50,9 +50,10 @@ class Given:
 
     system, format, policy, density, refresh = "given", "f", "dense", 1.0, 0
     bytes_per_token, mlp_bytes = 10, 5
+    predicted_kl = resolved = None
 
-    def __init__(self, logits: np.ndarray) -> None:
-        self._left = list(logits)
+    def __init__(self, logits: np.ndarray, dense: "Given | None" = None) -> None:
+        self._left, self.dense = list(logits), dense
 
     def logits(self, windows):
         for _ in windows:
@@ -76,7 +77,29 @@ def test_the_figures_are_those_of_their_definitions(windows):
     assert row.kl_low < row.kl < row.kl_high
     assert row.top1 == pytest.approx(np.mean(agree))
     assert row.perplexity == pytest.approx(math.exp(np.mean(surprise)))
+    means = np.array(kl).reshape(COUNT, DECODE).mean(axis=1)
+    assert row.kl_p95_window == pytest.approx(np.quantile(means, 0.95))
     assert (row.windows, row.bytes_per_token, row.mlp_bytes) == (COUNT, 10, 5)
+    assert row.kl_dense is row.kl_dense_p95_window is row.top1_dense is None
+
+
+@pytest.mark.parametrize("dense_has_a_row", [True, False])
+def test_a_policy_is_compared_with_its_dense_as_with_an_original(windows, dense_has_a_row):
+    source = np.random.default_rng(2)
+    p, q, r = source.normal(0, 2, (3, COUNT, DECODE, 256)).astype(np.float32)
+    dense = Given(q)  # gives each window once: it is run once for itself and all its policies
+    policies = [Given(r, dense), Given(q, dense)]
+    own = [dense, *policies] if dense_has_a_row else policies
+    rows = measure(Given(p).logits, own, windows, lambda *_: None, 4)[-2:]
+    (to_p, to_q) = (
+        measure(Given(base).logits, [Given(r)], windows, lambda *_: None, 4)[0] for base in (p, q)
+    )
+    assert (rows[0].kl, rows[0].top1) == (to_p.kl, to_p.top1)
+    assert (rows[0].kl_dense, rows[0].kl_dense_low, rows[0].kl_dense_high) == (
+        to_q.kl, to_q.kl_low, to_q.kl_high,
+    )  # fmt: skip
+    assert (rows[0].kl_dense_p95_window, rows[0].top1_dense) == (to_q.kl_p95_window, to_q.top1)
+    assert (rows[1].kl_dense, rows[1].top1_dense) == (0, 1)
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -93,8 +116,11 @@ def served(tiny_folder, windows):
 
     def make(dtype: str, chunk: int = 512) -> ServedModel:
         model = load_model(str(tiny_folder), dtype=dtype)
-        settings = EngineSettings(threads=1, kv_cache_gib=0.01, max_context=PROMPT + DECODE)
-        return ServedModel(assemble_engine(model, settings).engine.backend, windows, chunk)
+        settings = EngineSettings(
+            threads=1, kv_cache_gib=0.01, max_context=PROMPT + DECODE, max_running=4,
+            max_batched_tokens=chunk,
+        )  # fmt: skip
+        return ServedModel(Driver(assemble_engine(model, settings).engine), windows)
 
     return make
 
@@ -153,7 +179,8 @@ def test_the_command_writes_a_row_for_each_format(tiny_folder, tmp_path):
     assert [row["format"] for row in rows] == ["float32", "bfloat16", *integers]
     assert set(rows[0]) == {
         "system", "format", "policy", "density", "refresh", "bytes_per_token", "mlp_bytes", "kl",
-        "kl_low", "kl_high", "kl_p95", "top1", "perplexity", "windows",
+        "kl_low", "kl_high", "kl_p95", "kl_p95_window", "top1", "perplexity", "windows", "resolved",
+        "predicted_kl", "kl_dense", "kl_dense_low", "kl_dense_high", "kl_dense_p95_window", "top1_dense",
     }  # fmt: skip
     assert rows[0]["kl"] < 1e-9 < rows[1]["kl"] < rows[2]["kl"] < rows[3]["kl"]
     sizes = [row["mlp_bytes"] for row in rows]
@@ -206,7 +233,7 @@ def test_another_vocabulary_cannot_be_compared(
 
 def test_a_prompt_that_several_windows_share_is_prefilled_once(served, windows):
     system = served("float32")
-    backend, prefills = system._backend, []
+    backend, prefills = system._driver.backend, []
     forward = backend.forward
 
     def watch(batch):

@@ -6,7 +6,13 @@ import threading
 
 import pytest
 
-from sparserve.bench.rounds import fresh_prompts, median_ratio, take_turns, wait_until_idle
+from sparserve.bench.rounds import (
+    fresh_prompts,
+    median_ratio,
+    take_turns,
+    text_prompts,
+    wait_until_idle,
+)
 from sparserve.bench.systems import Run
 from sparserve.errors import SparserveError
 
@@ -59,3 +65,15 @@ def test_a_thread_that_spins_is_waited_for_and_then_told():
 def test_the_ratio_is_the_median_of_the_rounds_own():
     ours, theirs = [10.0, 1.0, 30.0], [5.0, 4.0, 10.0]
     assert median_ratio(ours, theirs) == statistics.median([2.0, 0.25, 3.0])
+
+
+def test_pieces_of_a_text_are_spread_over_it_and_go_round_its_end():
+    source, text = random.Random(1), list(range(100))
+    pieces = text_prompts(source, text, 4, 30)
+    assert [len(piece) for piece in pieces] == [30] * 4
+    first = pieces[0][0]
+    assert [piece[0] for piece in pieces] == [(first + 25 * i) % 100 for i in range(4)]
+    for piece in pieces:
+        assert list(piece) == [(piece[0] + i) % 100 for i in range(30)]
+    assert len({text_prompts(source, text, 1, 5)[0] for _ in range(20)}) > 10
+    assert text_prompts(source, [7, 8, 9], 2, 8)[1][:3] in ((7, 8, 9), (8, 9, 7), (9, 7, 8))

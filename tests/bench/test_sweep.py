@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from sparserve.bench import sweep
-from sparserve.bench.sweep import Plan, run_sweep
+from sparserve.bench.reads import Reads
+from sparserve.bench.rounds import fresh_prompts
+from sparserve.bench.sweep import Plan, run_sweep, share_of_allowed_time
 from sparserve.bench.systems import Run
 
 CEILING = 20.0  # GB/s
@@ -17,15 +19,18 @@ class Made:
 
     weight_bytes, kv_bytes_per_token = 10_000_000, 1000
 
-    def __init__(self, name, seconds, format="bfloat16", weight_bytes=10_000_000):
-        self.name, self.format, self.weight_bytes = name, format, weight_bytes
+    def __init__(
+        self, name, seconds, format="bfloat16", weight_bytes=10_000_000, policy="dense", reads=None
+    ):
+        self.name, self.format, self.weight_bytes, self.policy = name, format, weight_bytes, policy
+        self._reads = itertools.repeat(reads) if reads is None else itertools.chain(reads)
         self._seconds = itertools.chain([1.0], seconds)  # the first warms up
         self.prompts = []
 
     def run(self, prompts, new_tokens):
         self.prompts.append(prompts)
         step, batch = next(self._seconds), len(prompts)
-        return Run(step, step * new_tokens, batch * new_tokens, batch)
+        return Run(step, step * new_tokens, batch * new_tokens, batch, next(self._reads))
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def swept(plan, ours, peers=()):
         peers,
         plan,
         model="m",
-        vocab_size=50,
+        prompts=lambda source, count, length: fresh_prompts(source, 50, count, length),
         threads=2,
         backends={system.format: "reference" for system in ours},
         on_progress=lambda *what: told.append(what),
@@ -125,3 +130,46 @@ def test_every_point_of_the_plan_has_its_rows(probes):
     report, told = swept(plan, [Made("sparserve", itertools.repeat(1.0))])
     assert [(r.batch, r.context) for r in report.rows] == [(1, 10), (1, 20), (3, 10), (3, 20)]
     assert [done for _, done, _ in told] == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "bytes_read", "share"),
+    [(1.0, 0.5, 0.5, 1), (1.0, 1.0, 0.5, 0), (2.0, 1.6, 0.6, 0.5), (1.0, 1.2, 0.6, -0.5),
+     (1.0, 0.4, 0.6, 1.5), (1.0, 0.9, 1.0, None), (1.0, 1.1, 1.2, None)],
+)  # fmt: skip
+def test_the_share_of_the_allowed_time_that_is_saved(dense, sparse, bytes_read, share):
+    """Half the bytes in half the time: all that was allowed."""
+    assert share_of_allowed_time(dense, sparse, bytes_read) == (share and pytest.approx(share))
+
+
+def test_a_policy_is_compared_with_its_own_format_dense_round_by_round(probes):
+    kv = 2 * 1000 * (100 + 10)  # of both sequences
+    half = [
+        Reads((10_000_000 + kv) / 4 - kv / 2, 1.0, d, u)
+        for d, u in ((0.5, 0.9),) * 3 + ((0.6, 0.8),)
+    ]
+    ours = [
+        Made("sparserve", [9.0, 9.0, 9.0], "int8"),
+        Made("sparserve", [0.2, 0.4, 0.1], "bfloat16"),
+        Made("sparserve", [0.1, 0.3, 0.1], "bfloat16", policy="core:0.5", reads=half),
+        Made("sparserve", [9.0, 9.0, 9.0], "int4", policy="core:0.5", reads=half),
+    ]
+    plan = Plan("decode", [2], [100], 21, rounds=3)
+    report, _ = swept(plan, ours, [Made("peer", [0.4, 0.4, 0.4])])
+    int8, dense, sparse, alone, peer = report.rows
+    assert [row.policy for row in report.rows] == ["dense"] * 2 + ["core:0.5"] * 2 + ["dense"]
+    for row in (int8, dense, alone, peer):
+        assert row.share_of_allowed_time is row.against_dense is None
+    assert (peer.density, peer.union) == (None, None)
+    assert sparse.bytes_per_token == (10_000_000 + kv) // 4  # half of the dense ones
+    assert dense.bytes_per_token == (10_000_000 + kv) // 2
+    assert sparse.share_of_allowed_time == 0.5  # the rounds' own: 1, 1/2 and 0
+    assert sparse.against_dense == 1.333  # 2, 4/3 and 1
+    assert sparse.density == pytest.approx((0.5 + 0.5 + 0.6) / 3, abs=1e-4)  # not of the warm-up
+    assert sparse.union == pytest.approx((0.9 + 0.9 + 0.8) / 3, abs=1e-4)
+    assert sparse.byte_bound_tokens_per_second == pytest.approx(
+        sparse.read_ceiling_gb_s * 1e9 / sparse.bytes_per_token, rel=0.01
+    )
+    assert set(probes) == {10_000_000 + kv, (10_000_000 + kv) // 2}
+    compared = [(r.format, r.policy) for r in report.ratios]
+    assert compared == [("bfloat16", "dense"), ("bfloat16", "core:0.5")]

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from sparserve.bench.peers.transformers import Transformers
+from sparserve.bench.policies import PolicySpec
+from sparserve.bench.reads import Reads
 from sparserve.bench.rounds import fresh_prompts
 from sparserve.bench.systems import Run, Sparserve
+from sparserve.engine.block_manager import blocks_for
+from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
 
 
 @pytest.fixture
@@ -37,6 +41,46 @@ def test_what_the_engine_reads_is_the_backends(tiny_engine):
     ours, info = Sparserve(engine), engine.backend.info
     assert (ours.format, ours.weight_bytes) == ("float32", info.weight_bytes)
     assert ours.kv_bytes_per_token == info.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("engine_of", ["tiny_engine", "native_engine"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_policy_reads_what_its_prompts_chose_together(request, prompts, count, engine_of):
+    engine = request.getfixturevalue(engine_of)(max_running=4, max_batched_tokens=96)
+    info, given = engine.backend.info, prompts(count, 50)
+    dense = Sparserve(engine, prompts_cached=True)
+    core = Sparserve(engine, PolicySpec.parse("core:0.5"), prompts_cached=True)
+    assert (dense.policy, core.policy) == ("dense", "core:0.5")
+    whole, half = dense.run(given, 7).reads, core.run(given, 7).reads
+    assert whole == Reads(info.weight_bytes / count, passes=1, density=1, union=1)
+    assert (half.passes, half.density) == (1, 0.5)
+    if count == 1:
+        assert half.union == 0.5
+    else:
+        assert 0.5 < half.union < 1
+    mlp_bytes = half.union * info.mlp_bytes
+    expected = (info.weight_bytes - info.mlp_bytes + mlp_bytes) / count
+    assert half.weight_bytes == pytest.approx(expected)
+    # The union is of the cores that each prompt has alone.
+    cores = [chosen_core(engine, prompt) for prompt in given]
+    assert half.union == pytest.approx(torch.stack(cores).any(dim=0).double().mean().item())
+
+
+def chosen_core(engine, prompt):
+    """[layers, neurons] bool, by plain ranking of the prompt's scores."""
+    table = range(blocks_for(len(prompt)))
+    parts = SequenceInput(prompt, 0, table, Phase.PREFILL, collect_statistics=True)
+    found = engine.backend.forward(ForwardBatch([parts])).statistics[0]
+    scores = sum((part.scores().half().double() for part in found), start=0)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, : scores.shape[1] // 2]
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, best, True)
+
+
+def test_the_engine_keeps_its_own_backend(tiny_engine, prompts):
+    engine = tiny_engine()
+    backend = engine.backend
+    Sparserve(engine).run(prompts(1, 20), 3)
+    assert engine.backend is backend
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -9,9 +9,10 @@ from sparse_kernels.native import usable_cpus
 
 TINY = ("--threads", "1", "--kv-cache-gib", "0.01", "--rounds", "2")
 ROW = {
-    "system", "model", "format", "batch", "context", "new_tokens", "tokens_per_second",
+    "system", "model", "format", "policy", "batch", "context", "new_tokens", "tokens_per_second",
     "tokens_per_second_low", "tokens_per_second_high", "read_ceiling_gb_s",
-    "byte_bound_tokens_per_second", "percent_of_byte_bound",
+    "byte_bound_tokens_per_second", "percent_of_byte_bound", "bytes_per_token", "density", "union",
+    "share_of_allowed_time", "against_dense",
 }  # fmt: skip
 
 
@@ -60,6 +61,33 @@ def test_decode_reports_every_system_at_every_point(bench, tmp_path):
     assert picture.stat().st_size > 10_000
     assert "of bound" in out
     assert "batch 3, context 40: float32" in out
+
+
+def test_policies_are_measured_beside_dense(bench, tmp_path):
+    text, picture = tmp_path / "text", tmp_path / "decode.png"
+    text.write_text(
+        "".join(f"Line {i} has {i * i} words, {7 * i % 5} of them long.\n" for i in range(9))
+    )
+    flags = ["--formats", "float32,bfloat16", "--policies", "dense,core:0.5", "--batch", "1,3"]
+    flags += ["--context", "40", "--new-tokens", "6", "--peers", "none", "--png", str(picture)]
+    out, _, report = bench("decode", *flags, "--text", str(text))
+    rows = report["rows"]
+    assert all(set(row) == ROW for row in rows)
+    assert [(r["batch"], r["format"], r["policy"]) for r in rows] == [
+        (batch, format, policy)
+        for batch in (1, 3)
+        for format in ("float32", "bfloat16")
+        for policy in ("dense", "core:0.5")
+    ]
+    for dense, core in zip(rows[::2], rows[1::2], strict=True):
+        assert (dense["density"], dense["union"], core["density"]) == (1, 1, 0.5)
+        assert dense["share_of_allowed_time"] is dense["against_dense"] is None
+        assert core["against_dense"] > 0
+        assert core["share_of_allowed_time"] is not None
+        assert core["bytes_per_token"] < dense["bytes_per_token"]
+        assert (core["union"] == 0.5) == (core["batch"] == 1)
+    assert picture.stat().st_size > 10_000
+    assert "against the same format dense" in out
 
 
 def test_integers_are_measured_beside_bfloat16(bench):
@@ -194,6 +222,9 @@ def test_kernels_that_cannot_be_measured_are_refused(run_main, tiny_folder, flag
         (["--max-running", "4"], "--max-running: the engine is made for the prompts"),
         (["--json", "/no/such/folder/x"], "the folder of --json"),
         (["--png", "/no/such/folder/x.png"], "the folder of --png"),
+        (["--text", "/no/such/text"], "/no/such/text cannot be read as UTF-8 text"),
+        (["--policies", "core"], "policy 'core' begins with 'core'"),
+        (["--context", "40", "--policies", "token:0.5"], "needs a calibrated index"),
         (
             ["--batch", "80", "--context", "500", "--new-tokens", "12"],
             "sequences of 512 tokens need",
@@ -227,3 +258,19 @@ def test_engine_serves_the_same_as_streams(bench):
     assert rows == [("sparserve", 1), ("sparserve", 3), ("sparserve, served", 3)]
     assert report["served_against_offline"] > 0
     assert "3 streams over gRPC against offline" in out
+
+
+def test_speed_against_quality_is_drawn(run_main, tmp_path):
+    both = {"system": "sparserve", "format": "int8", "policy": "dense"}
+    quality, decode, picture = (tmp_path / name for name in ("q.json", "d.json", "q.png"))
+    quality.write_text(json.dumps([{**both, "kl": 0.1, "kl_low": 0.1, "kl_high": 0.2}]))
+    speeds = {f"tokens_per_second{end}": 9.0 for end in ("", "_low", "_high")}
+    timed = {**both, "model": "tiny", "batch": 1, "context": 8, **speeds}
+    other = {**timed, "format": "int4"}
+    decode.write_text(json.dumps({"rows": [timed, other]}))
+    status, _, err = run_main("bench", "plot-quality", quality, decode, "--png", picture)
+    assert status == 0, err
+    assert "sparserve int4 dense has a speed or a KL, not both" in err
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    status, _, err = run_main("bench", "plot-quality", quality, "--png", picture)
+    assert (status, "no report of sparserve bench decode" in err) == (1, True)

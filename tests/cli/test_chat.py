@@ -194,9 +194,11 @@ def test_the_system_message_is_first_until_it_is_removed():
 def test_settings_are_set_shown_and_unset():
     dialogue = Dialogue()
     assert "default" in dialogue.command("/set")
+    texts = {"policy": "core", "choose_by": "gate", "predictor": "auto", "score": "norm", "draft": "ngram"}  # fmt: skip
     for name, kind in SETTINGS.items():
-        dialogue.command(f"/set {name} 1")
-        assert (dialogue.settings[name], type(dialogue.settings[name])) == (1, kind)
+        dialogue.command(f"/set {name} {texts.get(name, 1)}")
+        assert dialogue.settings[name] == texts.get(name, 1)
+        assert type(dialogue.settings[name]) is kind
     assert "top_k 1" in dialogue.command("/set")
     dialogue.command("/set top_k none")
     assert dialogue.settings["top_k"] is None
@@ -219,6 +221,7 @@ def test_a_command_that_cannot_be_is_an_error_and_changes_nothing(line):
         ("/set temperature 9", "sampling.temperature is 9; it must be in [0, 2]"),
         ("/set top_p nan", "sampling.top_p is nan; it must be in (0, 1]"),
         ("/set max_tokens 0", "stopping.max_tokens is 0; it must be >= 1"),
+        ("/set policy best", "policy is 'best'; it must be one of dense, core, token, exact, auto"),
         ("/set seed -1", "sampling.seed is -1; it must be in [0, 2^64)"),
     ],
 )

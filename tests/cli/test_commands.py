@@ -1,13 +1,17 @@
 """The other commands: generate, models, demo, and the command itself."""
 
 import asyncio
+import io
+import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from rich.control import strip_control_codes
 
 import sparserve
+from sparserve.cli.demo import first_difference
 from sparserve.client import AsyncClient, Choice, Generation, Result, make_request
 from sparserve.model.catalog import CATALOG
 
@@ -186,6 +190,50 @@ def test_generate_sends_what_its_flags_say(run_main, sent, tmp_path):
         assert sent[-1].constraint == make_request("hello", **field).constraint
 
 
+SPARSITY = {
+    "policy": "exact", "density": 0.5, "target_kl": 0.25, "choose_by": "gate", "core_density": 0.75,
+    "predictor": "stability", "score": "norm", "refresh_interval": 8, "draft": "token", "draft_tokens": 3,
+}  # fmt: skip
+
+
+def test_generate_sends_the_policy_that_its_flags_say(run_main, sent):
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in SPARSITY.items()]
+    assert run_main("generate", "hello", "--server", "127.0.0.1:1", *given)[0] == 0
+    assert sent[-1] == make_request("hello", temperature=0, n=1, **SPARSITY)
+
+
+async def test_generate_tells_what_a_policy_read_and_dense_tells_nothing(run_main, serving):
+    async with serving() as server:
+        run = partial(
+            asyncio.to_thread, run_main, "generate", "hello there", "--max-tokens", "9", "--server",
+            f"127.0.0.1:{server.port}",
+        )  # fmt: skip
+        _, _, dense = await run()
+        _, _, core = await run("--policy", "core", "--density", "0.5", "--refresh-interval", "4")
+        status, _, err = await run("--policy", "token")
+    assert "policy" not in dense
+    # 6 of 8 steps read half, 2 all
+    assert "policy core: 62.5% of the feed-forward bytes" in core
+    assert "2 refreshes" in core
+    assert "of the prompt's score, not settled" in core
+    assert status == 1
+    assert "sparserve calibrate" in err
+
+
+async def test_a_chat_has_a_policy(run_main, serving, monkeypatch):
+    async with serving() as server:
+        monkeypatch.setattr(
+            "sys.stdin", io.StringIO("hello\n/set policy dense\n/set density none\nbye\n")
+        )
+        status, _, err = await asyncio.to_thread(
+            run_main, "chat", "--server", f"127.0.0.1:{server.port}", "--policy", "core", "--density",
+            "0.5", "--max-tokens", "4",
+        )  # fmt: skip
+    assert status == 0
+    assert err.count("policy core: 50.0%") == 1
+    assert err.count("length:") == 2
+
+
 async def test_generate_lists_tokens_with_their_log_probabilities(run_main, serving):
     fields = ["--max-tokens", "3", "--temperature", "1", "--seed", "4", "--logprobs"]
     async with serving() as server:
@@ -283,13 +331,59 @@ def test_models_are_listed_and_an_unknown_one_cannot_be_fetched(run_main):
     assert err.startswith("error: no model is named 'nope'; there are: smollm2-135m-instruct")
 
 
-def test_the_demo_answers_and_shows_speeds_and_metrics(run_main, monkeypatch):
+def test_the_demo_answers_dense_beside_sparse_and_shows_speeds_and_metrics(run_main, monkeypatch):
     monkeypatch.setenv("SPARSERVE_MAX_CONTEXT", "256")
     monkeypatch.setenv("SPARSERVE_KV_CACHE_GIB", "0.05")
     question = "What is the capital of France?"
     status, out, err = run_main("demo", "--question", question, "--max-tokens", "8")
     assert status == 0
     assert "Paris" in out.split(question)[1]
-    assert "tokens/s" in out
-    assert "sparserve_generation_tokens_total 8.0" in out
+    assert re.search(r"dense .* core ", out)
+    assert re.search(r"\d tokens/s, TTFT \d+ ms .* \d+ tokens/s, TTFT \d+ ms", out)
+    assert re.search(r"100 % of MLP bytes .* 80 % of MLP bytes", out)
+    assert out.count("▶") in (0, 2)
+    assert "sparserve_generation_tokens_total 16.0" in out
     assert "backend cpu (" in err
+
+
+def test_the_demo_shows_the_token_policy_of_an_index(run_main, tiny_folder, tmp_path, monkeypatch):
+    for name, value in (
+        ("MODEL", str(tiny_folder)),
+        ("BACKEND", "reference"),
+        ("THREADS", "1"),
+        ("KV_CACHE_GIB", "0.01"),
+    ):
+        monkeypatch.setenv(f"SPARSERVE_{name}", value)
+    text, index = tmp_path / "text", tmp_path / "index"
+    text.write_text("rivers and stones and birds that sing over green hills. " * 60)
+    sizes = ["--windows", "4", "--prompt-tokens", "40", "--decode-tokens", "8", "--quick"]
+    status, _, err = run_main("calibrate", tiny_folder, "--text", text, "--out", index, *sizes)
+    assert status == 0, err
+    status, out, err = run_main("demo", "--index", index, "--question", "hi", "--max-tokens", "6")
+    assert status == 0, err
+    assert re.search(r"dense .* token ", out)
+    share = re.search(r"100 % of MLP bytes .* (\d+) % of MLP bytes, predicted KL 0\.0", out)
+    assert share is not None
+    assert int(share[1]) < 100
+
+
+def test_the_demo_tells_of_an_index_that_is_none(run_main, tmp_path):
+    status, _, err = run_main("demo", "--index", tmp_path / "none")
+    assert status == 1
+    assert "none" in err
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "word"),
+    [
+        ("a b c", "a b c", None),
+        ("a b c", "a x c", 1),
+        ("a b", "a b c", 2),
+        ("a b c", "a b", 2),
+        ("x", "y", 0),
+        ("", "y", 0),
+        ("a  b", "a b", 1),
+    ],
+)
+def test_where_two_answers_part(one, other, word):
+    assert first_difference(one, other) == word

@@ -24,6 +24,13 @@ OTHER = {
     "weight_planes": ("3+1", "3+1"),
     "activation_bits": ("8", 8),
     "kv_dtype": ("int8", "int8"),
+    "index": ("index.safetensors", "index.safetensors"),
+    "default_policy": ("core", "core"),
+    "default_density": ("0.5", 0.5),
+    "default_target_kl": ("0.25", 0.25),
+    "min_density": ("0.4", 0.4),
+    "max_target_kl": ("0.5", 0.5),
+    "allowed_policies": ("core, exact", "core, exact"),
     "device_map": ("auto", "auto"),
     "max_memory_gib": ("1.5", 1.5),
     "threads": ("3", 3),
@@ -165,6 +172,20 @@ def test_every_wrong_value_is_told_at_once():
     with pytest.raises(ConfigError) as error:
         load_settings(ServerSettings, {"port": "x", "dtype": "y"})
     assert [line.split(" ")[0] for line in str(error.value).splitlines()] == ["dtype", "port"]
+
+
+@pytest.mark.parametrize("value", ["", "sparse", "core,sparse", "core;exact"])
+def test_policies_that_do_not_exist_are_refused_with_those_that_do(value):
+    with pytest.raises(ConfigError, match="names out of dense, core, token, exact, auto"):
+        load_settings(ServerSettings, {"allowed_policies": value})
+
+
+def test_dense_is_always_allowed_and_the_default_policy_must_be():
+    settings = load_settings(ServerSettings, {"allowed_policies": "core, token"})
+    assert settings.policies == {"dense", "core", "token"}
+    assert load_settings(ServerSettings, {}).policies == {"dense", "core", "token", "exact", "auto"}
+    with pytest.raises(ConfigError, match="default_policy is exact, which is not in"):
+        load_settings(ServerSettings, {"allowed_policies": "core", "default_policy": "exact"})
 
 
 def test_values_that_contradict_each_other_are_both_named():

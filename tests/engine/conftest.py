@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import GenerationRequest, Update
+from sparserve.model.backend import BLOCK_SIZE
 
 # (request id, choice) -> all its updates as one
 Results = dict[tuple[str, int], Update]
@@ -43,7 +45,27 @@ def finish_all() -> Callable[..., Results]:
 
 @pytest.fixture(params=["reference", "cpu", "cpu, int8 KV"])
 def any_engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """`any_engine(max_running=…)`: over the tiny model, on each backend in turn."""
-    name = "tiny_engine" if request.param == "reference" else "native_engine"
-    factory: Callable[..., Engine] = request.getfixturevalue(name)
-    return partial(factory, kv_dtype="int8") if "int8" in request.param else factory
+    """`any_engine(max_running=…)`: over the tiny model with an index, on each backend in turn."""
+    index_file: Callable[..., Path] = request.getfixturevalue("index_file")
+    if request.param == "reference":
+        return partial(request.getfixturevalue("tiny_engine"), index=str(index_file("float32")))
+    native = partial(request.getfixturevalue("native_engine"), index=str(index_file("bfloat16")))
+    return partial(native, kv_dtype="int8") if "int8" in request.param else native
+
+
+@pytest.fixture
+def small_pool(any_engine: Callable[..., Engine]) -> Callable[[int, int, int], Engine]:
+    """`small_pool(blocks, max_running, max_batched_tokens)`: a context of 128, so of 8 blocks."""
+    block_bytes = any_engine().backend.info.kv_bytes_per_token * BLOCK_SIZE
+
+    def build(blocks: int, max_running: int, max_batched_tokens: int) -> Engine:
+        made = any_engine(
+            kv_cache_gib=(blocks + 0.5) * block_bytes / 2**30,
+            max_running=max_running,
+            max_batched_tokens=max_batched_tokens,
+            max_context=128,
+        )
+        assert made.backend.num_blocks == blocks
+        return made
+
+    return build

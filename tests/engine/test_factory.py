@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from sparse_kernels import arena, native
+from sparse_kernels.choice import ChoiceKind
 from sparserve.config import EngineSettings
 from sparserve.engine import factory
 from sparserve.engine.factory import assemble_engine, build_engine, choose_backend, load_by_settings
-from sparserve.errors import ConfigError, CorruptCheckpoint
+from sparserve.errors import ConfigError, CorruptCheckpoint, UnusableIndex
 from sparserve.model import loader
 from sparserve.model.loader import load_model
+from sparserve.sparsity.policy import PolicyKind
 
 
 def settings_of(folder, **fields: object) -> EngineSettings:
@@ -264,3 +266,35 @@ def test_a_model_with_unknown_tensors_is_refused_before_layers_are_read(
     save_file(tensors | extra, folder / "model.safetensors")
     with pytest.raises(UnsupportedModel, match=r"1 tensors .*q_proj\.bias"):
         load_model(str(folder), layers_at_use=True)
+
+
+def test_an_index_serves_its_own_model_in_its_own_format(tiny_folder, tiny_index):
+    settings = settings_of(tiny_folder, backend="reference", index=str(tiny_index))
+    engine = build_engine(settings).engine
+    assert PolicyKind.TOKEN in engine.policies.kinds
+    assert engine.backend.info.choices == {ChoiceKind.GATE}
+
+
+@pytest.mark.parametrize("difference", ["weights", "format", "damage", "absence"])
+def test_an_index_of_something_else_is_refused_at_startup(
+    write_tiny_checkpoint, tiny_folder, tiny_index, tmp_path, difference
+):
+    folder, fields, index = tiny_folder, {"backend": "reference"}, tiny_index
+    if difference == "weights":
+        folder = write_tiny_checkpoint(tmp_path / "other", seed=1)
+    elif difference == "format":
+        fields["dtype"] = "bfloat16"
+    elif difference == "damage":
+        index = tmp_path / "damaged"
+        index.write_bytes(tiny_index.read_bytes()[:-100])
+    else:
+        index = tmp_path / "absent"
+    with pytest.raises(UnusableIndex, match=str(index)):
+        build_engine(settings_of(folder, index=str(index), **fields))
+
+
+@pytest.mark.parametrize("policy", ["auto", "token"])
+def test_a_default_policy_that_needs_an_index_is_refused_without_one(tiny_folder, policy):
+    settings = settings_of(tiny_folder, backend="reference", default_policy=policy)
+    with pytest.raises(ConfigError, match=f"default_policy is {policy}: .*sparserve calibrate"):
+        build_engine(settings)

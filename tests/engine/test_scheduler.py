@@ -8,16 +8,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserve.engine.block_manager import PREFILLED, BlockManager, blocks_for, prefix_keys
+from sparse_kernels.choice import Score
+from sparserve.engine.block_manager import (
+    PREFILLED,
+    BlockManager,
+    StatisticsKind,
+    blocks_for,
+    prefix_keys,
+)
+from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import GenerationRequest
-from sparserve.engine.scheduler import Plan, Scheduler
+from sparserve.engine.scheduler import Plan, Scheduler, Work
 from sparserve.engine.sequence import Sequence, Status
-from sparserve.model.backend import BLOCK_SIZE, Phase
+from sparserve.engine.speculation import Speculation
+from sparserve.model.backend import BLOCK_SIZE, BackendInfo, Phase
 from sparserve.model.loader import LoadedModel
+from sparserve.sparsity.chooser import ChoicePlan
+from sparserve.sparsity.policy import DENSE
 
 _ids = itertools.count()
+NO_BYTES = BackendInfo("", "", "", 1, frozenset(), 0, 0, {}, 0, "", 0)
+DENSE_PLAN = ChoicePlan(DENSE, 1.0)
 
 
 def sequence_of(
@@ -28,8 +42,10 @@ def sequence_of(
     alike: int = 0,
     cached: bool = False,
     priority: int = 0,
+    more: str | int | None = None,
 ) -> Sequence:
-    """A prompt whose first `alike` tokens are those of every other one."""
+    """A prompt whose first `alike` tokens are those of every other one. `more`: who drafts, or how often
+    decoded tokens are computed again."""
     key = next(_ids)
     tokens = tuple(i % 256 if i < alike else (i + key) % 256 for i in range(prompt))
     request = GenerationRequest(str(key), tokens, priority=priority)
@@ -38,7 +54,14 @@ def sequence_of(
         max_tokens=output,
         detokenizer=Detokenizer(model.tokenizer),
         adjuster=LogitAdjuster(request, 259, ()),
+        neurons=ChoiceState(DENSE_PLAN, NO_BYTES, lambda policy: DENSE_PLAN),
         keys=prefix_keys(tokens, "") if cached else (),
+        speculation=(
+            Speculation(tokens, output, 5, by_model=more == "model")
+            if isinstance(more, str)
+            else None
+        ),
+        refresh=Refresh(more, prompt) if isinstance(more, int) else None,
     )
 
 
@@ -63,10 +86,21 @@ def check_invariants(scheduler: Scheduler, plan: Plan) -> None:
     assert decoding <= {item.sequence for item in plan.scheduled}
     for item in plan.scheduled:
         assert item.count >= 1
-        end = item.sequence.num_computed + item.count
+        end, computed = item.start + item.count, item.sequence.num_computed
         assert blocks_for(end) <= len(item.sequence.block_table)
-        if item.phase is Phase.PREFILL:
-            assert end <= item.sequence.prefill_target
+        match item.work:
+            case Work.PROMPT:
+                assert item.start == computed < end <= item.sequence.prefill_target
+            case Work.DECODE:
+                assert item.start == computed
+                assert end - item.sequence.prompt_len <= item.sequence.max_tokens
+            case Work.DRAFT:
+                assert (item.start, item.count) == (
+                    computed + len(item.sequence.speculation.drafts),
+                    1,
+                )
+            case Work.REFRESH:
+                assert item.sequence.prompt_len <= item.start < end <= computed + 1
 
 
 def step(scheduler: Scheduler) -> Plan:
@@ -79,20 +113,41 @@ def step(scheduler: Scheduler) -> Plan:
         assert swap.sequence.host_blocks is not None
         assert len(swap.sequence.host_blocks) == len(swap.blocks)
         swap.sequence.host_blocks = None
-    wanting = [item.sequence for item in plan.scheduled if item.wants_token]
+    wanting = [(item, len(item.outputs)) for item in plan.scheduled]
     scheduler.update(plan)
-    for sequence in wanting:
-        sequence.output_token_ids.append(1)
+    for item, rows in wanting:
+        if item.work is Work.DRAFT:
+            item.sequence.speculation.drafts.append(1 if item.start % 3 else 2)
+        elif rows:
+            take_tokens(scheduler, item.sequence, rows)
+    return plan
+
+
+def take_tokens(scheduler: Scheduler, sequence: Sequence, rows: int) -> None:
+    for _ in range(rows):
+        sequence.append(1)
         assert sequence.num_computed == sequence.prompt_len + len(sequence.output_token_ids) - 1
         if len(sequence.output_token_ids) == sequence.max_tokens:
             scheduler.remove(sequence)
-    return plan
+            return
+        if sequence.speculation is None:
+            return
+        if not sequence.speculation.is_right:
+            sequence.speculation.verified()
+            return
+        scheduler.keep(sequence)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     shapes=st.lists(
-        st.tuples(st.integers(1, 90), st.integers(1, 60), st.integers(0, 90), st.integers(-1, 1)),
+        st.tuples(
+            st.integers(1, 90),
+            st.integers(1, 60),
+            st.integers(0, 90),
+            st.integers(-1, 1),
+            st.sampled_from([None, None, "ngrams", "model", 1, 3, 20]),
+        ),
         min_size=1,
         max_size=8,
     ),
@@ -106,13 +161,15 @@ def step(scheduler: Scheduler) -> Plan:
 def test_every_sequence_finishes_and_every_block_comes_back(
     tiny_model, shapes, max_running, budget, mixed_budget, extra_blocks, late, cached
 ):
-    longest = max(blocks_for(prompt + output) for prompt, output, _, _ in shapes)
+    longest = max(blocks_for(prompt + output) for prompt, output, *_ in shapes)
     scheduler = Scheduler(
         BlockManager(longest + extra_blocks), max_running, budget, min(mixed_budget, budget)
     )
     sequences = [
-        sequence_of(tiny_model, prompt, output, alike=alike, cached=cached, priority=priority)
-        for prompt, output, alike, priority in shapes
+        sequence_of(
+            tiny_model, prompt, output, alike=alike, cached=cached, priority=priority, more=more
+        )
+        for prompt, output, alike, priority, more in shapes
     ]
     for sequence in sequences[late:]:
         scheduler.add(sequence)
@@ -246,7 +303,7 @@ def test_the_least_recently_used_prompt_is_forgotten_first_from_its_end(tiny_mod
     blocks = scheduler.blocks
     assert (blocks.num_idle, blocks.num_free) == (6, 9)
     blocks.free(blocks.allocate(4))  # one more than were free
-    held = [len(found := blocks.share(s.keys, with_statistics=False)) for s in (first, second)]
+    held = [len(found := blocks.share(s.keys)) for s in (first, second)]
     assert held == [2, 3]
     assert found
 
@@ -256,12 +313,26 @@ def test_a_request_for_statistics_shares_only_blocks_that_have_them():
     keys = prefix_keys(range(48), "")
     table = blocks.allocate(3)
     statistics = torch.zeros(1, 2, dtype=torch.float16)
-    for block, key, known in zip(table, keys, (statistics, None, statistics), strict=True):
-        blocks.publish(block, key, known)
-    assert len(blocks.share(keys, with_statistics=False)) == 3
-    assert len(blocks.share(keys, with_statistics=True)) == 1
-    blocks.publish(table[1], keys[1], statistics)  # known, and now with statistics
-    assert len(blocks.share(keys, with_statistics=True)) == 3
+    norm, count = StatisticsKind(), StatisticsKind(Score.COUNT, 0.1)
+    for block, key, kind in zip(table, keys, (norm, None, norm), strict=True):
+        blocks.publish(block, key, kind, statistics if kind else None)
+    assert len(blocks.share(keys)) == 3
+    assert len(blocks.share(keys, with_statistics=norm)) == 1
+    blocks.publish(table[1], keys[1], norm, statistics)  # known, and now with statistics
+    assert len(blocks.share(keys, with_statistics=norm)) == 3
+    assert blocks.share(keys, with_statistics=count) == []
+
+
+def test_a_block_keeps_the_latest_kinds_of_statistics():
+    blocks = BlockManager(1)
+    key, table = prefix_keys(range(16), ""), blocks.allocate(1)
+    kinds = [StatisticsKind(Score.COUNT, share) for share in (0.1, 0.2, 0.3)]
+    for number, kind in enumerate(kinds):
+        blocks.publish(table[0], key[0], kind, torch.full((1, 2), number).half())
+    assert blocks.share(key, with_statistics=kinds[0]) == []
+    for number, kind in enumerate(kinds[1:], 1):
+        (found,) = blocks.share(key, with_statistics=kind)
+        assert found.statistics[kind].tolist() == [[number, number]]
 
 
 def test_keys_tell_tokens_their_past_and_their_salt_apart():
@@ -281,3 +352,31 @@ def test_a_block_cannot_be_freed_twice():
     blocks.free(taken)
     with pytest.raises(KeyError):
         blocks.free(taken)
+
+
+def test_a_draft_gives_its_block_back_to_whoever_needs_it(tiny_model):
+    scheduler = Scheduler(BlockManager(9), max_running=2, max_batched_tokens=200)
+    drafting = sequence_of(tiny_model, 63, 30, more="model")
+    later = sequence_of(tiny_model, 60, 30)
+    for sequence in (drafting, later):
+        scheduler.add(sequence)
+    for _ in range(5):
+        assert not step(scheduler).preempted
+    assert len(drafting.speculation.drafts) == 4
+    assert (len(drafting.block_table), scheduler.blocks.num_free) == (5, 0)
+    assert later.num_computed == 64
+    assert not step(scheduler).preempted
+    assert (len(drafting.block_table), len(later.block_table)) == (4, 5)
+    assert len(drafting.speculation.drafts) == 1, "it begins again"
+
+
+def test_a_long_pass_takes_what_a_step_has_room_for(tiny_model):
+    scheduler = Scheduler(BlockManager(50), max_running=3, max_batched_tokens=10)
+    scheduler.add(sequence_of(tiny_model, 4, 60, more=20))
+    scheduler.add(sequence_of(tiny_model, 4, 60))
+    plans = [step(scheduler) for _ in range(30)]
+    passes = [
+        [(item.start, item.count) for item in plan.scheduled if item.work is Work.REFRESH]
+        for plan in plans
+    ]
+    assert [p[0] for p in passes if p] == [(4, 9), (13, 9), (22, 2)]

@@ -14,9 +14,8 @@ from sparserve.engine.request import (
     StoppingParams,
     Update,
 )
-from sparserve.model.backend import BLOCK_SIZE
 
-CONTEXT = 128
+CONTEXT = 128  # of `small_pool`
 
 
 def random_request(source: random.Random, key: str) -> GenerationRequest:
@@ -64,24 +63,6 @@ def play(
     assert engine.used_blocks == engine.num_running == engine.num_waiting == 0
     assert all(results[r.request_id].finish is not None for r in requests)
     return requests, results
-
-
-@pytest.fixture
-def small_pool(any_engine):
-    """An engine with so many KV blocks and a budget of few tokens a step."""
-    block_bytes = any_engine().backend.info.kv_bytes_per_token * BLOCK_SIZE
-
-    def build(blocks: int, max_running: int, max_batched_tokens: int) -> Engine:
-        made = any_engine(
-            kv_cache_gib=(blocks + 0.5) * block_bytes / 2**30,
-            max_running=max_running,
-            max_batched_tokens=max_batched_tokens,
-            max_context=CONTEXT,
-        )
-        assert made.backend.num_blocks == blocks
-        return made
-
-    return build
 
 
 @pytest.mark.parametrize("seed", range(14))

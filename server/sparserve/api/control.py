@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,9 +17,9 @@ from sparserve.api.responses import POLICY_NUMBERS
 from sparserve.api.tokenizer_archive import tokenizer_archive
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
+from sparserve.engine.policies import Policies
 from sparserve.errors import InvalidRequest, NotBuiltYet
 from sparserve.model.backend import BLOCK_SIZE
-from sparserve.sparsity.policy import DENSE
 from sparserve.v1 import control_pb2 as pb
 from sparserve.v1 import control_pb2_grpc
 
@@ -100,8 +101,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_stream_backlog=settings.max_stream_backlog,
             ),
-            policies=[POLICY_NUMBERS[kind] for kind in engine.policies],
-            default_policy=POLICY_NUMBERS[DENSE.kind],
+            policies=[POLICY_NUMBERS[kind] for kind in engine.policies.kinds],
+            default_policy=POLICY_NUMBERS[engine.policies.default],
+            sparsity=_bounds(engine.policies),
         )
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
@@ -180,3 +182,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         engine = self._engine.engine
         data = tokenizer_archive(engine.tokenizer, engine.backend.config, engine.limits.max_context)
         return data, hashlib.sha256(data).hexdigest()
+
+
+def _bounds(policies: Policies) -> pb.SparsityBounds:
+    most = policies.rules.max_target_kl
+    return pb.SparsityBounds(
+        min_density=policies.rules.min_density,
+        max_target_kl=most if math.isfinite(most) else None,
+        has_index=policies.has_index,
+    )

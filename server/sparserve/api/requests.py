@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 
+from sparse_kernels.choice import ChoiceKind, Score
 from sparserve.engine.chat import Conversation
 from sparserve.engine.constraint import Constraint, ConstraintKind
+from sparserve.engine.policies import Policies
 from sparserve.engine.request import (
     GenerationRequest,
     OutputParams,
@@ -21,7 +23,7 @@ from sparserve.engine.request import (
 )
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, UnknownModel
-from sparserve.sparsity.policy import Policy, PolicyKind
+from sparserve.sparsity.policy import DraftKind, Policy, PolicyKind, PredictorKind
 from sparserve.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -32,6 +34,29 @@ POLICIES = {
     pb.SPARSITY_POLICY_TOKEN: PolicyKind.TOKEN,
     pb.SPARSITY_POLICY_EXACT: PolicyKind.EXACT,
     pb.SPARSITY_POLICY_AUTO: PolicyKind.AUTO,
+}
+CHOICES = {
+    pb.SPARSITY_CHOICE_UNSPECIFIED: None,
+    pb.SPARSITY_CHOICE_PLANES: ChoiceKind.PLANES,
+    pb.SPARSITY_CHOICE_GATE: ChoiceKind.GATE,
+}
+PREDICTORS = {
+    pb.SPARSITY_PREDICTOR_UNSPECIFIED: PredictorKind.AUTO,
+    pb.SPARSITY_PREDICTOR_STABILITY: PredictorKind.STABILITY,
+    pb.SPARSITY_PREDICTOR_SIMILARITY: PredictorKind.SIMILARITY,
+    pb.SPARSITY_PREDICTOR_AUTO: PredictorKind.AUTO,
+}
+SCORES = {
+    pb.SPARSITY_SCORE_UNSPECIFIED: Score.NORM,
+    pb.SPARSITY_SCORE_NORM: Score.NORM,
+    pb.SPARSITY_SCORE_COUNT: Score.COUNT,
+    pb.SPARSITY_SCORE_SIGNED_COUNT: Score.SIGNED_COUNT,
+}
+DRAFTS = {
+    pb.SPARSITY_DRAFT_UNSPECIFIED: None,
+    pb.SPARSITY_DRAFT_CORE: DraftKind.CORE,
+    pb.SPARSITY_DRAFT_TOKEN: DraftKind.TOKEN,
+    pb.SPARSITY_DRAFT_NGRAM: DraftKind.NGRAM,
 }
 MAX_USER_LENGTH = 256
 MAX_MESSAGES = 4096
@@ -49,13 +74,14 @@ def parse_request(
     message: pb.GenerateRequest | pb.ChatRequest,
     tokenizer: TextTokenizer,
     max_prompt_tokens: int,
-    policies: tuple[PolicyKind, ...],
+    policies: Policies,
     seconds_left: float | None,
     arrival: float,
 ) -> GenerationRequest:
     """All but the constraint, which takes longer to compile.
 
-    Raises InvalidRequest, PromptTooLong, ChatUnavailable or NotBuiltYet, which name the field.
+    Raises InvalidRequest, PromptTooLong, ChatUnavailable, SparsityUnavailable or NotBuiltYet, which name
+    the field.
     Renders and tokenizes, so a long prompt takes milliseconds: call it off the event loop.
     """
     if message.adapter:
@@ -64,18 +90,19 @@ def parse_request(
         raise InvalidRequest(
             "user", f"user has {len(message.user)} characters, the limit is {MAX_USER_LENGTH}"
         )
+    prompt = _prompt(message, tokenizer, max_prompt_tokens)
     return GenerationRequest(
         request_id=message.request_id or uuid.uuid4().hex,
         sampling=_sampling(message.sampling),
         stopping=_stopping(message.stopping),
         output=_output(message.response),
-        policy=_policy(message.sparsity, policies),
+        policy=_policy(message.sparsity, policies, len(prompt)),
         report_statistics=message.sparsity.report,
         cache_salt=message.cache_salt,
         priority=_given(message, "priority", 0),
         deadline=None if seconds_left is None else arrival + seconds_left,
         arrival=arrival,
-        prompt_token_ids=_prompt(message, tokenizer, max_prompt_tokens),
+        prompt_token_ids=prompt,
     )
 
 
@@ -182,34 +209,47 @@ def _prompt(
     raise InvalidRequest("prompt", "the request has no prompt; set text or token_ids")
 
 
-def _policy(message: pb.Sparsity, policies: tuple[PolicyKind, ...]) -> Policy:
-    density, target_kl = _given(message, "density", 1.0), message.target_kl
-    if not 0 < density <= 1:  # also false for NaN
+def _policy(message: pb.Sparsity, policies: Policies, prompt_tokens: int) -> Policy:
+    """Complete; ranges that depend on the model are the chooser's to check."""
+    density, target_kl = _given(message, "density", None), _given(message, "target_kl", None)
+    if density is not None and not 0 < density <= 1:  # also false for NaN
         raise InvalidRequest("sparsity.density", f"density is {density:g}; it must be in (0, 1]")
-    if not (target_kl >= 0 and math.isfinite(target_kl)):
+    if target_kl is not None and not (target_kl >= 0 and math.isfinite(target_kl)):
         raise InvalidRequest(
             "sparsity.target_kl", f"target_kl is {target_kl:g}; it must be finite and >= 0"
         )
-    if message.policy == pb.SPARSITY_POLICY_UNSPECIFIED:
-        kind = PolicyKind.DENSE
-    elif message.policy in POLICIES:
-        kind = POLICIES[message.policy]
-    else:
-        raise InvalidRequest(
-            "sparsity.policy", f"sparsity.policy {message.policy} is not in the enum"
+    # One token tells nothing of its neurons: who asked for no policy is not refused for the server's.
+    default = policies.default if prompt_tokens > 1 else PolicyKind.DENSE
+    kinds = {pb.SPARSITY_POLICY_UNSPECIFIED: default, **POLICIES}
+    return policies.complete(
+        Policy(
+            kind=_member(message, "policy", kinds),
+            density=_number(density),
+            target_kl=_number(target_kl),
+            choice=_member(message, "choice", CHOICES),
+            core_density=_number(_given(message, "core_density", None)),
+            predictor=_member(message, "predictor", PREDICTORS),
+            score=_member(message, "score", SCORES),
+            alpha=_number(_given(message, "alpha", None)),
+            first_layer=_given(message, "first_layer", None),
+            last_layer=_given(message, "last_layer", None),
+            refresh_interval=message.refresh_interval,
+            draft=_member(message, "draft", DRAFTS),
+            draft_tokens=_given(message, "draft_tokens", None),
         )
-    if kind not in policies or density != 1:
-        raise NotBuiltYet(
-            "sparsity",
-            f"policy {kind.value} at density {density:g} is not built yet; "
-            f"built: {', '.join(k.value for k in policies)} at density 1",
-        )
-    if message.refresh_interval:
-        raise NotBuiltYet(
-            "sparsity.refresh_interval",
-            "sparsity.refresh_interval is not built yet; leave it unset",
-        )
-    return Policy(kind, density)
+    )
+
+
+def _member(message: pb.Sparsity, name: str, values: Mapping[Any, T]) -> T:
+    number = getattr(message, name)
+    if number not in values:
+        raise InvalidRequest(f"sparsity.{name}", f"sparsity.{name} {number} is not in the enum")
+    return values[number]
+
+
+def _number(value: float | None) -> float | None:
+    """What the caller wrote: a float32 of 0.7 is 0.699999988."""
+    return None if value is None else float(f"{value:.7g}")
 
 
 def _chat_message(message: pb.ChatMessage, path: str) -> dict[str, Any]:

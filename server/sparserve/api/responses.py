@@ -18,7 +18,6 @@ from sparserve.engine.request import (
 )
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.logs import current_call
-from sparserve.sparsity.policy import Policy
 from sparserve.v1 import inference_pb2 as pb
 
 POLICY_NUMBERS = {kind: number for number, kind in POLICIES.items()}
@@ -141,6 +140,8 @@ class Responder:
         if update.finish is not None:
             self._finishes[update.index] = update.finish
             call.finish_reasons.append(update.finish.reason.value)
+            call.policy = update.finish.sparsity.policy.value
+            call.densities.append(update.finish.sparsity.density)
             if update.index == 0:
                 call.cached_tokens = update.finish.cached_tokens
                 call.ttft_seconds = update.finish.timings.ttft
@@ -157,7 +158,7 @@ class Responder:
                 completion_tokens=whole.completion_tokens,
             ),
             timings=_timings(whole),
-            sparsity=_sparsity_report(self._request.policy, whole),
+            sparsity=_sparsity_report(whole),
         )
 
 
@@ -180,9 +181,20 @@ def _timings(finish: Finish) -> pb.Timings:
     )
 
 
-def _sparsity_report(policy: Policy, finish: Finish) -> pb.SparsityReport:
+def _sparsity_report(finish: Finish) -> pb.SparsityReport:
+    report = finish.sparsity
     return pb.SparsityReport(
-        policy=POLICY_NUMBERS[policy.kind],
-        density=policy.density or 1.0,
+        policy=POLICY_NUMBERS[report.policy],
+        density=report.density,
         core_share=finish.core_share,
+        mlp_bytes_per_token=report.mlp_bytes_per_token,
+        bytes_per_token=report.bytes_per_token,
+        refreshes=report.refreshes,
+        drafted_tokens=report.drafted_tokens,
+        accepted_tokens=report.accepted_tokens,
+        predicted_kl=report.predicted_kl,
+        coverage=report.coverage,
+        stable=report.stable,
+        fallbacks=report.fallbacks,
+        dense_share=report.dense_share,
     )

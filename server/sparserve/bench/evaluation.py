@@ -12,16 +12,20 @@ from sparserve.bench.cache import evaluation_cache
 from sparserve.bench.lm_tasks import Tasks, TaskScore
 from sparserve.bench.original import Original, original_states
 from sparserve.bench.peers.registry import PeerSpec, source_model, wanted_peers
+from sparserve.bench.policies import PolicySpec
 from sparserve.bench.quality import Quality, Scored, Window, cut_windows, measure
+from sparserve.bench.reads import DENSE_PLAN
 from sparserve.bench.rounds import BenchProgress
-from sparserve.bench.scored import ServedModel
+from sparserve.bench.scored import Driver, ServedModel
 from sparserve.bench.scored_peers import open_scored
+from sparserve.bench.text import read_text, refuse_calibration_text, tokens_of
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
 from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
+from sparserve.sparsity.policy import PolicyKind
 
 WINDOWS_AT_ONCE = 4
 
@@ -33,6 +37,7 @@ Load = Callable[[str, str], LoadedModel]
 class Plan:
     text: Path
     formats: Sequence[str]
+    policies: Sequence[PolicySpec]  # of each format
     original: str | None  # None: the model itself
     windows: int
     prompt_tokens: int
@@ -44,16 +49,24 @@ class Plan:
 def evaluate_formats(
     settings: EngineSettings, plan: Plan, load: Load, on_progress: BenchProgress
 ) -> list[Quality]:
-    """One row for each format of `settings.model`, then one for each peer on the same weights.
+    """One row for each policy in each format of `settings.model`, then one for each peer on the same weights.
 
-    Raises ConfigError or ModelError.
+    Raises ConfigError, ModelError, or RequestError of a policy that this model or index cannot follow.
     """
+    if any(spec.policy.kind is PolicyKind.EXACT for spec in plan.policies):
+        raise ConfigError(
+            "policy exact has the distributions of dense: leave it out here; sparserve bench decode "
+            "measures its speed"
+        )
     load = cache(load)
     reference = load(plan.original or settings.model, "float32")
     tokens = plan.prompt_tokens + plan.decode_tokens
     _check_context(reference, tokens)
     windows = cut_windows(
-        _tokens(plan.text, reference), plan.windows, plan.prompt_tokens, plan.decode_tokens
+        tokens_of(reference, read_text(plan.text)),
+        plan.windows,
+        plan.prompt_tokens,
+        plan.decode_tokens,
     )
     settings = settings.model_copy(update={"max_context": tokens})
     threads = settings.threads or usable_cpus()
@@ -62,8 +75,9 @@ def evaluate_formats(
     for name in plan.formats:
         model = source_model(name, loaded)
         _check_vocabulary(model, reference)
-        systems.append(_served(model, with_dtype(settings, name), windows))
-    for name, format in wanted_peers(plan.peers, [system.format for system in systems]):
+        systems += _served(model, with_dtype(settings, name), windows, plan)
+    ours = dict.fromkeys(system.format for system in systems)
+    for name, format in wanted_peers(plan.peers, list(ours)):
         systems.append(open_scored(name, format, loaded, windows, threads))
     kept = evaluation_cache() if plan.cache else None
     states = original_states(reference, windows, threads, kept, on_progress)
@@ -89,15 +103,6 @@ def evaluate_tasks(
     return scores
 
 
-def _tokens(path: Path, model: LoadedModel) -> list[int]:
-    """Raises ConfigError where the file cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
-
-
 def _engine(model: LoadedModel, settings: EngineSettings) -> Engine:
     """With a KV cache for the few windows that are scored together."""
     tokens = max(settings.max_batched_tokens, WINDOWS_AT_ONCE)
@@ -105,9 +110,24 @@ def _engine(model: LoadedModel, settings: EngineSettings) -> Engine:
     return assemble_engine(model, settings.model_copy(update=own)).engine
 
 
-def _served(model: LoadedModel, settings: EngineSettings, windows: list[Window]) -> Scored:
+def _served(
+    model: LoadedModel, settings: EngineSettings, windows: list[Window], plan: Plan
+) -> list[ServedModel]:
+    """A format under each of its policies, all over one copy of the weights."""
     engine = _engine(model, settings)
-    return ServedModel(engine.backend, windows, engine.limits.max_batched_tokens)
+    plans = [engine.policies.plan(spec.policy) for spec in plan.policies]
+    for own in plans:
+        if own.index is not None:
+            refuse_calibration_text(plan.text, own.index.source)
+    choosing = (own for own in plans if own.score is not None)
+    driver = Driver(engine, next(choosing, DENSE_PLAN))
+    dense = ServedModel(driver, windows)
+    return [
+        dense
+        if spec.policy.kind is PolicyKind.DENSE
+        else ServedModel(driver, windows, spec, own, dense)
+        for spec, own in zip(plan.policies, plans, strict=True)
+    ]
 
 
 def _check_context(model: LoadedModel, tokens: int) -> None:

@@ -1,8 +1,9 @@
-"""Our engine in several formats, and the peers that each is compared with."""
+"""Our engine in several formats and policies, and the peers that each is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sparserve.bench.peers.registry import (
     PeerSpec,
@@ -10,9 +11,11 @@ from sparserve.bench.peers.registry import (
     source_model,
     wanted_peers,
 )
-from sparserve.bench.rounds import BenchProgress
-from sparserve.bench.sweep import Plan, Report, run_sweep
+from sparserve.bench.policies import PolicySpec
+from sparserve.bench.rounds import BenchProgress, fresh_prompts, text_prompts
+from sparserve.bench.sweep import Plan, PromptMaker, Report, run_sweep
 from sparserve.bench.systems import Sparserve
+from sparserve.bench.text import read_text, tokens_of
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
@@ -20,21 +23,26 @@ from sparserve.engine.factory import assemble_engine
 from sparserve.engine.formats import weight_formats, with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE
+from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.loader import LoadedModel
+from sparserve.sparsity.policy import PolicyKind
 
 
 def measure_formats(
     settings: EngineSettings,
     plan: Plan,
     formats: Sequence[str],
+    policies: Sequence[PolicySpec],
     peers: Sequence[PeerSpec],
     load: Callable[[str], LoadedModel],
     on_progress: BenchProgress,
 ) -> Report:
-    """Measure `settings.model` in each of `formats` and every peer; `load` takes a data type.
+    """Measure `settings.model` in each of `formats` under each of `policies`, and every peer; `load` takes a
+    data type.
 
-    Raises ConfigError or UnsupportedModel.
+    Raises ConfigError, UnsupportedModel, or RequestError of a policy that cannot be followed.
     """
+    text = read_text(Path(plan.text)) if plan.text else CALIBRATION_TEXT
     models: dict[str, LoadedModel] = {}
 
     def loaded(dtype: str) -> LoadedModel:
@@ -47,19 +55,37 @@ def measure_formats(
     unique = {(m.weights.dtype, weight_formats(own)): (m, own) for m, own in asked}
     engines = [_engine(model, own, plan) for model, own in unique.values()]
     info = [engine.backend.info for engine in engines]
-    ours = [Sparserve(engine, prompts_cached=plan.phase == "decode") for engine in engines]
+    ours = [
+        Sparserve(engine, spec, prompts_cached=plan.phase == "decode")
+        for engine in engines
+        for spec in policies
+    ]
     first = asked[0][0]
-    wanted = wanted_peers(peers, [system.format for system in ours])
+    chosen = any(spec.policy.kind is not PolicyKind.DENSE for spec in policies)
+    wanted = wanted_peers(peers, [each.dtype for each in info])
     return run_sweep(
         ours,
         [open_peer(name, format, loaded, info[0].threads) for name, format in wanted],
         plan,
         model=first.name,
-        vocab_size=first.config.vocab_size,
+        prompts=_text_prompts(first, text) if chosen or plan.text else _random_prompts(first),
         threads=info[0].threads,
         backends={each.dtype: each.name for each in info},
         on_progress=on_progress,
     )
+
+
+def _random_prompts(model: LoadedModel) -> PromptMaker:
+    vocab_size = model.config.vocab_size
+    return lambda source, count, length: fresh_prompts(source, vocab_size, count, length)
+
+
+def _text_prompts(model: LoadedModel, text: str) -> PromptMaker:
+    """Raises ConfigError of a text without words."""
+    tokens = tokens_of(model, text)
+    if not tokens:
+        raise ConfigError("the file of --text is empty; give one with words in it")
+    return lambda source, count, length: text_prompts(source, tokens, count, length)
 
 
 def _engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sparserve.bench.quality import Window
-from sparserve.bench.scored import decoded_rows
+from sparserve.bench.scored import Driver
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
@@ -98,8 +98,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for group in self._groups(windows):
             self._on_progress("scoring continuations", done, len(windows))
             some = [windows[index] for index in group]
-            chunk = self._engine.limits.max_batched_tokens
-            for place, step, row in decoded_rows(self._engine.backend, some, chunk):
+            for place, step, row in Driver(self._engine).rows(some):
                 index = group[place]
                 target = windows[index].targets[step]
                 scores[index] += float(torch.log_softmax(row.double(), dim=0)[target])

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparserve.bench.peers.packages import require
 from sparserve.bench.sweep import Report, Row
+from sparserve.bench.systems import DENSE_POLICY
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart.
 COLOURS = {
@@ -29,7 +30,7 @@ def draw(report: Report) -> Any:
     """A matplotlib figure: a panel for each batch size, in it a group of bars for each context."""
     figure_class = require("matplotlib.figure").Figure  # not pyplot: nothing here has a window
     batches = report.plan.batches
-    series = list(dict.fromkeys((row.system, row.format) for row in report.rows))
+    series = list(dict.fromkeys(_series(row) for row in report.rows))
     bars = len(series) * len(report.plan.contexts)
     size = (max(8.0, 2 + 0.5 * bars), 1.2 + 2.8 * len(batches))
     figure = figure_class(figsize=size, layout="constrained", dpi=160)
@@ -50,8 +51,13 @@ def draw(report: Report) -> Any:
     return figure
 
 
+def _series(row: Row) -> tuple[str, str]:
+    """(system, format and policy)"""
+    return row.system, row.format if row.policy == DENSE_POLICY else f"{row.format} {row.policy}"
+
+
 def _draw_panel(panel: Any, report: Report, batch: int, series: Sequence[tuple[str, str]]) -> None:
-    """A group for each context, in it a bar for each of `series` (system, format)."""
+    """A group for each context, in it a bar for each of `series`."""
     contexts, decode = report.plan.contexts, report.plan.phase == "decode"
     rows = [row for row in report.rows if row.batch == batch]
     reached = [row.tokens_per_second_high for row in rows]
@@ -59,9 +65,9 @@ def _draw_panel(panel: Any, report: Report, batch: int, series: Sequence[tuple[s
     top = max(reached) * (1 + LABEL_SHARE)
     width = GROUP_WIDTH / len(series)
     for place, (system, format) in enumerate(series):
-        own = [row for row in rows if (row.system, row.format) == (system, format)]
+        own = [row for row in rows if _series(row) == (system, format)]
         at = [group + (place + 0.5) * width - GROUP_WIDTH / 2 for group in range(len(own))]
-        colour = _colour(system, [f for s, f in series if s == system].index(format))
+        colour = colour_of(system, [f for s, f in series if s == system].index(format))
         _draw_bars(panel, own, at, width, color=colour, label=f"{system} {format}")
         if decode:
             label = "byte bound (100 %)" if place == len(series) - 1 else None
@@ -113,7 +119,7 @@ def _label_height(row: Row, top: float) -> float:
     return bound if high < bound < high + LABEL_SHARE * top else high
 
 
-def _colour(system: str, place: int) -> tuple[float, ...]:
+def colour_of(system: str, place: int) -> tuple[float, ...]:
     """A system's own colour, mixed with white for each further format."""
     text, share = COLOURS.get(system, "#666666"), 0.6**place
     parts = (int(text[i : i + 2], 16) / 255 for i in (1, 3, 5))

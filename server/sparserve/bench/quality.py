@@ -42,10 +42,27 @@ class Scored(Protocol):
     system: str
     format: str
     policy: str
-    density: float
     refresh: int
-    bytes_per_token: int  # read by a decode step at batch 1, KV of a window's middle included
-    mlp_bytes: int  # of these, by the feed-forward layers
+    predicted_kl: float | None
+    resolved: str | None
+
+    # What it reads may be known only after its logits were asked for.
+    @property
+    def density(self) -> float: ...
+    @property
+    def bytes_per_token(self) -> int:
+        """Read by a decode step at batch 1, KV of a window's middle included."""
+        ...
+
+    @property
+    def mlp_bytes(self) -> int:
+        """Of these, by the feed-forward layers."""
+        ...
+
+    @property
+    def dense(self) -> Scored | None:
+        """The same without a policy, which it is compared with beside the original; None where it has none."""
+        ...
 
     def logits(self, windows: Sequence[Window]) -> Iterator[Logits]:
         """One array a window, in their order."""
@@ -54,22 +71,32 @@ class Scored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """One row of the report. KL is in nats per token, to the original model in float32."""
+    """One row of the report. KL is in nats per token: to the original model in float32, and of a policy to the
+    same format dense (None: the row is dense itself).
+    """
 
     system: str
     format: str
     policy: str
-    density: float
-    refresh: int
+    density: float  # share of the feed-forward layers' bytes that a decoded token read
+    refresh: int  # tokens from one dense pass over them to the next; 0: none
     bytes_per_token: int
     mlp_bytes: int
     kl: float  # mean over all positions
     kl_low: float  # 95 % interval of that mean, bootstrap over windows
     kl_high: float
     kl_p95: float  # over positions
+    kl_p95_window: float  # over the means of windows
     top1: float  # share of positions whose likeliest token is the original's
     perplexity: float  # of the text, under this system
     windows: int
+    resolved: str | None  # what a policy that leaves it to the index came to
+    predicted_kl: float | None  # to dense, by the calibrated index
+    kl_dense: float | None
+    kl_dense_low: float | None
+    kl_dense_high: float | None
+    kl_dense_p95_window: float | None
+    top1_dense: float | None
 
 
 def cut_windows(
@@ -103,15 +130,40 @@ def measure(
     compare with.
     """
     scores: list[list[_WindowScore]] = [[] for _ in systems]
+    to_dense: list[list[_WindowScore]] = [[] for _ in systems]
+    bases = {id(system.dense) for system in systems if system.dense is not None}
     for first in range(0, len(windows), group):
         on_progress("scoring windows", first, len(windows))
         some = windows[first : first + group]
         expected = [log_softmax(logits) for logits in original(some)]
-        for system, found in zip(systems, scores, strict=True):
-            for window, reference, logits in zip(some, expected, system.logits(some), strict=True):
-                found.append(_compare(reference, log_softmax(logits), window.targets))
+        kept = _Kept(some)
+        for system, found, own in zip(systems, scores, to_dense, strict=True):
+            against = None if system.dense is None else kept.logits(system.dense)
+            given = kept.logits(system) if id(system) in bases else system.logits(some)
+            for i, (window, logits) in enumerate(zip(some, given, strict=True)):
+                scored = log_softmax(logits)
+                found.append(_compare(expected[i], scored, window.targets))
+                if against is not None:
+                    own.append(_compare(log_softmax(against[i]), scored, window.targets))
     on_progress("scoring windows", len(windows), len(windows))
-    return [_summarize(system, found) for system, found in zip(systems, scores, strict=True)]
+    rows = zip(systems, scores, to_dense, strict=True)
+    return [_summarize(system, found, own) for system, found, own in rows]
+
+
+class _Kept:
+    """Logits of some windows by the dense system that was asked for last: policies of one format follow
+    each other, and a system of a large vocabulary fills a gigabyte."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self._windows = windows
+        self._system: Scored | None = None
+        self._logits: list[Logits] = []
+
+    def logits(self, system: Scored) -> list[Logits]:
+        if self._system is not system:
+            self._logits = []  # before there are others
+            self._system, self._logits = system, list(system.logits(self._windows))
+        return self._logits
 
 
 def log_softmax(logits: Logits) -> Array:
@@ -140,25 +192,55 @@ def _compare(reference: Array, scored: Array, targets: Sequence[int]) -> _Window
     )
 
 
-def _summarize(system: Scored, scores: Sequence[_WindowScore]) -> Quality:
-    kl = np.stack([score.kl for score in scores])  # [windows, positions]
-    low, high = bootstrap_interval(kl.mean(axis=1))
+def _summarize(
+    system: Scored, scores: Sequence[_WindowScore], to_dense: Sequence[_WindowScore]
+) -> Quality:
+    original, dense = _Kl.of(scores), _Kl.of(to_dense) if to_dense else None
     return Quality(
         system=system.system,
         format=system.format,
         policy=system.policy,
-        density=system.density,
+        density=round(system.density, 4),
         refresh=system.refresh,
         bytes_per_token=system.bytes_per_token,
         mlp_bytes=system.mlp_bytes,
-        kl=float(kl.mean()),
-        kl_low=low,
-        kl_high=high,
-        kl_p95=float(np.quantile(kl, 0.95)),
-        top1=float(np.mean([score.agrees.mean() for score in scores])),
+        kl=original.mean,
+        kl_low=original.low,
+        kl_high=original.high,
+        kl_p95=original.p95,
+        kl_p95_window=original.p95_window,
+        top1=_top1(scores),
         perplexity=float(np.exp(np.mean([score.surprise.mean() for score in scores]))),
         windows=len(scores),
+        resolved=system.resolved,
+        predicted_kl=system.predicted_kl,
+        kl_dense=dense.mean if dense else None,
+        kl_dense_low=dense.low if dense else None,
+        kl_dense_high=dense.high if dense else None,
+        kl_dense_p95_window=dense.p95_window if dense else None,
+        top1_dense=_top1(to_dense) if dense else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kl:
+    mean: float
+    low: float
+    high: float
+    p95: float
+    p95_window: float
+
+    @classmethod
+    def of(cls, scores: Sequence[_WindowScore]) -> _Kl:
+        kl = np.stack([score.kl for score in scores])  # [windows, positions]
+        means = kl.mean(axis=1)
+        low, high = bootstrap_interval(means)
+        p95, p95_window = np.quantile(kl, 0.95), np.quantile(means, 0.95)
+        return cls(float(kl.mean()), low, high, float(p95), float(p95_window))
+
+
+def _top1(scores: Sequence[_WindowScore]) -> float:
+    return float(np.mean([score.agrees.mean() for score in scores]))
 
 
 def bootstrap_interval(means: Array, seed: int = 0) -> tuple[float, float]:

@@ -23,6 +23,18 @@ def fresh_prompts(source: random.Random, vocab_size: int, count: int, length: in
     return [tuple(source.randrange(vocab_size) for _ in range(length)) for _ in range(count)]
 
 
+def text_prompts(
+    source: random.Random, token_ids: Sequence[int], count: int, length: int
+) -> Prompts:
+    """Pieces of a text, as far from each other as it allows; a short one is read from its beginning again."""
+    start = source.randrange(len(token_ids))
+    begins = [start + index * len(token_ids) // count for index in range(count)]
+    return [
+        tuple(token_ids[place % len(token_ids)] for place in range(begin, begin + length))
+        for begin in begins
+    ]
+
+
 def take_turns(
     systems: Sequence[System],
     turn: int,

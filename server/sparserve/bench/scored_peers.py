@@ -36,6 +36,9 @@ class _GGUFPeer:
     policy = "dense"
     density = 1.0
     refresh = 0
+    predicted_kl: float | None = None
+    resolved: str | None = None
+    dense = None
 
     def __init__(
         self, file: Path, format: str, config: ModelConfig, windows: Sequence[Window], kv_bytes: int

@@ -21,7 +21,7 @@ END_TIMEOUT = 60.0
 class Served:
     """A `System`. The server shares the CPUs with this process, which is its client."""
 
-    name = "sparserve, served"
+    name, policy = "sparserve, served", "dense"
 
     def __init__(self, settings: ServerSettings, info: BackendInfo) -> None:
         """`info` is that of the same model offline. Raises SparserveError where the server does not start."""

@@ -2,7 +2,7 @@
 
 The byte bound of a step is the time to read, at the memory-read ceiling, every weight once (of the
 embedding one row) and the KV of all sequences. The ceiling is measured in every round, over a buffer as
-large as the step reads, by as many threads as the systems have.
+large as the step reads, by as many threads as the systems have. Where decoded tokens choose neurons, a step reads what was counted.
 """
 
 from __future__ import annotations
@@ -10,23 +10,28 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_kernels._abi import SK_READ_PROBE_BLOCK_BYTES
 from sparse_kernels.native import read_probe
 from sparserve import __version__
 from sparserve.bench.machine import CpuWatch, describe_machine
-from sparserve.bench.rounds import BenchProgress, fresh_prompts, take_turns, wait_until_idle
-from sparserve.bench.systems import Prompts, Run, System, bits, data_type
+from sparserve.bench.rounds import BenchProgress, median_ratio, take_turns, wait_until_idle
+from sparserve.bench.systems import DENSE_POLICY, Prompts, Run, System, bits, data_type
+
+if TYPE_CHECKING:
+    from sparserve.bench.reads import Reads
 
 PROBE_SECONDS = 0.3
 WARM_UP_TOKENS = 4
 
 Phase = Literal["decode", "prefill"]
+# (source, how many, tokens in each) -> prompts
+PromptMaker = Callable[[random.Random, int, int], Prompts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class Plan:
     new_tokens: int  # for each prompt; 1 in prefill
     rounds: int
     seed: int = 0
+    # File that prompts are pieces of; "": random ids or, where a policy chooses neurons, a page of our own.
+    text: str = ""
 
     @property
     def longest(self) -> int:
@@ -51,6 +58,7 @@ class Row:
     system: str
     model: str
     format: str
+    policy: str
     batch: int
     context: int  # prompt tokens
     new_tokens: int
@@ -62,6 +70,14 @@ class Row:
     byte_bound_tokens_per_second: float  # at that ceiling
     # Median of the rounds' own; each has its own ceiling. Prefill is bound by arithmetic, far below it.
     percent_of_byte_bound: float
+    bytes_per_token: int  # of weights and KV, read together for one token; see `Reads`
+    # Of our decode rows, else None; see `Reads`.
+    density: float | None
+    union: float | None
+    # Of a policy, against the same format dense: of the time that reading less allows to save, the share that
+    # is saved, see `share_of_allowed_time`; and how often as fast. Medians of the rounds' own.
+    share_of_allowed_time: float | None
+    against_dense: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +87,7 @@ class Ratio:
     """
 
     format: str  # ours
+    policy: str
     peer: str
     peer_format: str
     batch: int
@@ -102,7 +119,7 @@ def run_sweep(
     plan: Plan,
     *,
     model: str,
-    vocab_size: int,
+    prompts: PromptMaker,
     threads: int,
     backends: dict[str, str],
     on_progress: BenchProgress,
@@ -121,11 +138,12 @@ def run_sweep(
             systems,
             point,
             threads,
-            partial(fresh_prompts, source, vocab_size, point.batch, point.context),
+            partial(prompts, source, point.batch, point.context),
             lambda: on_progress(plan.phase, next(runs), total),
         )
-        rows += [found.row(model, point) for found in series]
         mine, theirs = series[: len(ours)], series[len(ours) :]
+        rows += [found.row(model, point, _dense_of(found, mine)) for found in mine]
+        rows += [found.row(model, point, None) for found in theirs]
         ratios += [_ratio(a, b, point) for a in mine for b in theirs if _comparable(a, b, mine)]
     return Report(
         version=__version__,
@@ -151,10 +169,16 @@ class _Point:
         """That one pass over the weights makes, or reads."""
         return self.batch * (1 if self.plan.phase == "decode" else self.context)
 
-    def step_bytes(self, system: System) -> int:
-        """That such a pass must read; in decode the one in the middle of the new tokens."""
+    def bytes_per_token(self, system: System, reads: Reads | None) -> float:
+        """Read together for one token; in decode for one in the middle of the new tokens."""
         positions = self.context + (self.plan.new_tokens // 2 if self.plan.phase == "decode" else 0)
-        return system.weight_bytes + self.batch * positions * system.kv_bytes_per_token
+        kv_bytes = positions * system.kv_bytes_per_token
+        if reads is not None:
+            return reads.weight_bytes + reads.passes * kv_bytes
+        return (system.weight_bytes + self.batch * kv_bytes) / self.tokens_per_step
+
+    def step_bytes(self, system: System, reads: Reads | None) -> int:
+        return round(self.bytes_per_token(system, reads) * self.tokens_per_step)
 
     def tokens_per_second(self, run: Run) -> float:
         if self.plan.phase == "decode":
@@ -169,15 +193,19 @@ class _Series:
     system: System
     speeds: list[float]  # tokens a second
     ceilings: list[float]  # GB/s
+    reads: list[Reads | None]
 
-    def row(self, model: str, point: _Point) -> Row:
-        bytes_per_token = point.step_bytes(self.system) / point.tokens_per_step
-        bounds = [ceiling * 1e9 / bytes_per_token for ceiling in self.ceilings]
+    def row(self, model: str, point: _Point, dense: _Series | None) -> Row:
+        """`dense`: what a policy is compared with; None of everything else."""
+        sizes = [point.bytes_per_token(self.system, reads) for reads in self.reads]
+        bounds = [c * 1e9 / size for c, size in zip(self.ceilings, sizes, strict=True)]
         shares = [speed / bound for speed, bound in zip(self.speeds, bounds, strict=True)]
+        counted = [reads for reads in self.reads if reads is not None]
         return Row(
             system=self.system.name,
             model=model,
             format=self.system.format,
+            policy=self.system.policy,
             batch=point.batch,
             context=point.context,
             new_tokens=point.plan.new_tokens,
@@ -187,7 +215,47 @@ class _Series:
             read_ceiling_gb_s=round(statistics.median(self.ceilings), 1),
             byte_bound_tokens_per_second=round(statistics.median(bounds), 2),
             percent_of_byte_bound=round(100 * statistics.median(shares), 1),
+            bytes_per_token=round(statistics.median(sizes)),
+            density=_mean(reads.density for reads in counted) if counted else None,
+            union=_mean(reads.union for reads in counted) if counted else None,
+            share_of_allowed_time=None if dense is None else self._share(point, sizes, dense),
+            against_dense=None if dense is None else median_ratio(self.speeds, dense.speeds),
         )
+
+    def _share(self, point: _Point, sizes: Sequence[float], dense: _Series) -> float | None:
+        """None where nothing less is read."""
+        shares = []
+        for speed, size, dense_speed, reads in zip(
+            self.speeds, sizes, dense.speeds, dense.reads, strict=True
+        ):
+            less = size / point.bytes_per_token(dense.system, reads)
+            shares.append(share_of_allowed_time(1 / dense_speed, 1 / speed, less))
+        return (
+            round(statistics.median(found), 3)
+            if (found := [s for s in shares if s is not None])
+            else None
+        )
+
+
+def share_of_allowed_time(dense: float, sparse: float, bytes_read: float) -> float | None:
+    """(t_dense - t_sparse) / (t_dense (1 - bytes_sparse / bytes_dense)), of two times and of `bytes_read` as a
+    share of the dense ones; None where reading allows nothing to be saved.
+
+    1: the time falls as the bytes do; 0: nothing is saved; below 0: slower than dense.
+    """
+    return (dense - sparse) / (dense * (1 - bytes_read)) if bytes_read < 1 else None
+
+
+def _dense_of(series: _Series, ours: Sequence[_Series]) -> _Series | None:
+    """The same format dense, of a policy that is not."""
+    if series.system.policy == DENSE_POLICY:
+        return None
+    own = (each for each in ours if each.system.format == series.system.format)
+    return next((each for each in own if each.system.policy == DENSE_POLICY), None)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return round(statistics.fmean(values), 4)
 
 
 def _measure(
@@ -199,15 +267,17 @@ def _measure(
 ) -> list[_Series]:
     new_tokens, rounds = point.plan.new_tokens, point.plan.rounds
     # At the size that is measured: some systems compile for each shape that they meet.
-    take_turns(systems, 0, prompts(), min(new_tokens, WARM_UP_TOKENS), on_run)
-    found = [_Series(system, [], []) for system in systems]
+    runs = take_turns(systems, 0, prompts(), min(new_tokens, WARM_UP_TOKENS), on_run)
+    found = [_Series(system, [], [], []) for system in systems]
     for turn in range(rounds):
         wait_until_idle()
-        ceilings = _read_ceilings([point.step_bytes(system) for system in systems], threads)
+        sizes = [point.step_bytes(s, run.reads) for s, run in zip(systems, runs, strict=True)]
+        ceilings = _read_ceilings(sizes, threads)
         runs = take_turns(systems, turn, prompts(), new_tokens, on_run)
         for series, run, ceiling in zip(found, runs, ceilings, strict=True):
             series.speeds.append(point.tokens_per_second(run))
             series.ceilings.append(ceiling)
+            series.reads.append(run.reads)
     return found
 
 
@@ -236,6 +306,7 @@ def _ratio(ours: _Series, peer: _Series, point: _Point) -> Ratio:
     ratios = [a / b for a, b in zip(ours.speeds, peer.speeds, strict=True)]
     return Ratio(
         format=ours.system.format,
+        policy=ours.system.policy,
         peer=peer.system.name,
         peer_format=peer.system.format,
         batch=point.batch,

@@ -17,6 +17,7 @@ from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import usable_cpus
 from sparse_kernels.weights import ChoiceTensors, Correction
 from sparserve.bench.quality import Window
+from sparserve.bench.text import TEXTS
 from sparserve.calibration.budgets import allocate
 from sparserve.calibration.candidates import core_setting, plan_of, token_setting, used_by
 from sparserve.calibration.clusters import spherical_kmeans
@@ -67,7 +68,7 @@ def calibrate(
     stages = Stages(partial, inputs)
     index = _Calibration(model, settings, plan, text, key, stages, on_progress).index()
     source = {name: inputs[name] for name in ("text", "windows", "prompt_tokens", "decode_tokens")}
-    index = replace(index, source=source)
+    index = replace(index, source={**source, TEXTS: list(text.files)})
     try:
         write_index(plan.out, index)
         stages.forget()

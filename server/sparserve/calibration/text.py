@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparserve.bench.quality import Window, cut_windows
+from sparserve.bench.text import text_hash
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
 
@@ -17,6 +18,7 @@ class CalibrationText:
     fitted: Sequence[Window]
     held_out: Sequence[Window]
     hash: str  # of the files' contents
+    files: Sequence[str]  # `text_hash` of each
 
 
 def read_text(
@@ -34,7 +36,7 @@ def read_text(
             "--prompt-tokens or --decode-tokens"
         )
     digest = hashlib.blake2b(digest_size=32)
-    texts = []
+    texts, hashes = [], []
     for path in files:
         try:
             content = path.read_bytes()
@@ -42,6 +44,7 @@ def read_text(
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
         digest.update(hashlib.blake2b(content).digest())
+        hashes.append(text_hash(content))
         texts.append(list(model.tokenizer.encode(text, add_special_tokens=False).ids))
     fits = [len(ids) // length for ids in texts]
     if sum(fits) < windows:
@@ -56,4 +59,4 @@ def read_text(
         before, after = (sum(fits[:n]) * windows // sum(fits) for n in (number, number + 1))
         if after > before:
             cut += cut_windows(ids, after - before, prompt_tokens, decode_tokens)
-    return CalibrationText(cut[::2], cut[1::2], digest.hexdigest())
+    return CalibrationText(cut[::2], cut[1::2], digest.hexdigest(), hashes)

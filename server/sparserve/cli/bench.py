@@ -16,12 +16,13 @@ from sparserve.cli.bench_reports import (
     print_sweep,
 )
 from sparserve.cli.local import server_settings
-from sparserve.cli.options import Command, Group, with_settings
+from sparserve.cli.options import Command, Group, Policies, with_settings
 from sparserve.cli.output import (
     check_folder,
     check_json_file,
     counting_bar,
     err,
+    warn,
     write_json,
 )
 from sparserve.config import Dtype, EngineSettings
@@ -63,25 +64,36 @@ def decode(
     formats: Formats = "",
     batch: Annotated[str, typer.Option(help="Sequences decoded at once, comma-separated.")] = "1,8",
     context: Annotated[
-        str, typer.Option(help="Tokens in each prompt, random ids, comma-separated.")
+        str, typer.Option(help="Tokens in each prompt, comma-separated.")
     ] = "128,1024",
     new_tokens: Annotated[
         int, typer.Option(help="Tokens to generate for each prompt, greedily.", min=2)
     ] = 128,
+    policies: Policies = "dense",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take prompts from this file: what several prompts choose together depends on how unlike they are. "
+            "Default: a page of our own where a policy chooses neurons, else random ids."
+        ),
+    ] = None,
     rounds: Rounds = 5,
     peers: Peers = "transformers",
     json_file: JsonFile = None,
     png: PngFile = None,
 ) -> None:
-    """Measure tokens/s after a prompt, for each format, batch size and context.
+    """Measure tokens/s after a prompt, for each format, policy, batch size and context.
 
-    Prints the share of the byte bound: what the memory-read ceiling of the same run would allow.
+    Prints the share of the byte bound: what the memory-read ceiling of the same run would allow. Of a policy
+    also what it read, and which share of the time that reading less allows to save it saved.
     """
     from sparserve.bench.sweep import Plan
 
     batches, contexts = _counts("--batch", batch), _counts("--context", context)
-    plan = Plan("decode", batches, contexts, new_tokens, rounds)
-    _sweep(settings, plan, formats, peers, json_file, png)
+    plan = Plan(
+        "decode", batches, contexts, new_tokens, rounds, text="" if text is None else str(text)
+    )
+    _sweep(settings, plan, formats, peers, json_file, png, policies)
 
 
 @app.command("prefill", cls=Command)
@@ -259,6 +271,31 @@ def memory(
     write_json(json_file, report.as_json())
 
 
+@app.command("plot-quality", cls=Command)
+def plot_quality(
+    reports: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files that `sparserve eval --json` and `sparserve bench decode --json` wrote."
+        ),
+    ],
+    png: Annotated[Path, typer.Option("--png", help="Draw the picture here.")],
+    batch: Annotated[int, typer.Option(help="Speed of so many sequences at once.", min=1)] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Speed after so many prompt tokens; default: the fewest.", min=1),
+    ] = None,
+) -> None:
+    """Draw speed against quality: tokens/s over KL, every format, policy and rival that both measured."""
+    from sparserve.bench.plot_quality import draw_quality, join
+
+    _check_files(None, png)
+    points = join(reports, batch, context)
+    for name in points.unmatched:
+        warn(f"{name} has a speed or a KL, not both, and is left out")
+    _save_picture(draw_quality(points), png)
+
+
 def _sweep(
     settings: EngineSettings,
     plan: Plan,
@@ -266,18 +303,22 @@ def _sweep(
     peers: str,
     json_file: Path | None,
     png: Path | None,
+    policies: str = "dense",
 ) -> None:
     from sparserve.bench.formats import measure_formats
     from sparserve.bench.machine import check_threads
     from sparserve.bench.peers.registry import parse_peers
     from sparserve.bench.plot import draw
+    from sparserve.bench.policies import parse_policies
 
+    policy_specs = parse_policies(policies)
     names, specs = _formats(formats, settings.dtype), parse_peers(peers)
     _refuse_own_limits(settings)
     check_threads(settings.threads)
     _check_files(json_file, png)
     with counting_bar(own_thread=False) as show:
-        report = measure_formats(settings, plan, names, specs, _loader(settings, show), show)
+        load = _loader(settings, show)
+        report = measure_formats(settings, plan, names, policy_specs, specs, load, show)
     print_sweep(report)
     write_json(json_file, report.as_json())
     if png is not None:

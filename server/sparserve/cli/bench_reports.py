@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparserve.bench.kernels import Report as KernelReport
     from sparserve.bench.memory import Report as MemoryReport
     from sparserve.bench.offline import Report as OfflineReport
-    from sparserve.bench.sweep import Report
+    from sparserve.bench.sweep import Ratio, Report, Row
 
 BUSY = 0.1  # CPUs used by others, from which a report is not worth publishing
 
@@ -24,8 +24,8 @@ def print_sweep(report: Report) -> None:
     decode = plan.phase == "decode"
     backends = ", ".join(dict.fromkeys(report.backends.values()))
     table = Table(
-        "batch", "context", Column("system", no_wrap=True), "format", "tokens/s", "rounds",
-        *(["of bound"] if decode else []),
+        "batch", "context", Column("system", no_wrap=True), Column("format", overflow="fold"), "tokens/s",
+        "rounds", *(["of bound"] if decode else []),
         title=f"{first.model}: {plan.phase}" + (f", {plan.new_tokens} new tokens" if decode else ""),
         caption=f"{report.machine}, {report.threads} threads, backend {backends}; "
         f"medians of {plan.rounds} rounds; {_ceilings(report)}; "
@@ -41,7 +41,7 @@ def print_sweep(report: Report) -> None:
             str(row.batch),
             str(row.context),
             row.system,
-            row.format,
+            _with_policy(row),
             f"{row.tokens_per_second:.1f}",
             f"{row.tokens_per_second_low:.1f}-{row.tokens_per_second_high:.1f}",
             *([f"{row.percent_of_byte_bound:.0f} %"] if decode else []),
@@ -49,10 +49,39 @@ def print_sweep(report: Report) -> None:
     out.print(table)
     for ratio in report.ratios:
         out.print(
-            f"batch {ratio.batch}, context {ratio.context}: {ratio.format} {ratio.ratio:.2f}x "
+            f"batch {ratio.batch}, context {ratio.context}: {_with_policy(ratio)} {ratio.ratio:.2f}x "
             f"({ratio.ratio_low:.2f} to {ratio.ratio_high:.2f}) {ratio.peer} {ratio.peer_format}"
         )
+    if any(row.against_dense is not None for row in report.rows):
+        _print_policies(report.rows)
     _warn_if_busy(report.cpus_used_by_others)
+
+
+def _with_policy(row: Row | Ratio) -> str:
+    return row.format if row.policy == "dense" else f"{row.format} {row.policy}"
+
+
+def _print_policies(rows: list[Row]) -> None:
+    table = Table(
+        "batch", "context", Column("format, policy", overflow="fold"), "of MLP", "union", "speed", "saved of allowed",
+        title="against the same format dense",
+        caption="of MLP: share of the feed-forward bytes that a token reads; union: that a step reads for all; saved of "
+        "allowed: of the time that reading less could save",
+        box=box.SIMPLE, pad_edge=False,
+    )  # fmt: skip
+    for row in rows:
+        if row.against_dense is not None:
+            share = row.share_of_allowed_time
+            table.add_row(
+                str(row.batch),
+                str(row.context),
+                _with_policy(row),
+                f"{row.density:.2f}",
+                f"{row.union:.2f}",
+                f"{row.against_dense:.2f}x",
+                "" if share is None else f"{100 * share:.0f} %",
+            )
+    out.print(table)
 
 
 def _warn_if_busy(cpus_used_by_others: float) -> None:

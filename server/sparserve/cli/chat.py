@@ -13,6 +13,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from sparserve.cli import sparsity_options as options
 from sparserve.cli.dialogue import COMMANDS, Dialogue, Quit
 from sparserve.cli.local import connected
 from sparserve.cli.options import with_settings
@@ -37,13 +38,28 @@ def chat(
         int | None, typer.Option(help="New tokens of an answer. Default: the server's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    policy: options.Policy = None,
+    density: options.Density = None,
+    target_kl: options.TargetKl = None,
+    choose_by: options.ChooseBy = None,
+    core_density: options.CoreDensity = None,
+    predictor: options.Predictor = None,
+    score: options.Score = None,
+    refresh_interval: options.RefreshInterval = None,
+    draft: options.Draft = None,
+    draft_tokens: options.DraftTokens = None,
 ) -> None:
     """Talk with a model, here or on a server; /help lists the commands.
 
     Esc-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves. Where stdin is no terminal,
     each of its lines is a message and the answers go to stdout.
     """
-    given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    given = {
+        "temperature": temperature, "max_tokens": max_tokens, "seed": seed,
+        "policy": policy, "density": density, "target_kl": target_kl, "choose_by": choose_by,
+        "core_density": core_density, "predictor": predictor, "score": score,
+        "refresh_interval": refresh_interval, "draft": draft, "draft_tokens": draft_tokens,
+    }  # fmt: skip
     asyncio.run(_chat(server, settings, Dialogue(system, given)))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sparserve.errors import SparserveError
 
 # What /set takes.
-SETTINGS: dict[str, type[int] | type[float]] = {
+SETTINGS: dict[str, type[int] | type[float] | type[str]] = {
     "temperature": float,
     "top_p": float,
     "top_k": int,
@@ -22,6 +22,16 @@ SETTINGS: dict[str, type[int] | type[float]] = {
     "seed": int,
     "max_tokens": int,
     "min_tokens": int,
+    "policy": str,
+    "density": float,
+    "target_kl": float,
+    "choose_by": str,
+    "core_density": float,
+    "predictor": str,
+    "score": str,
+    "refresh_interval": int,
+    "draft": str,
+    "draft_tokens": int,
 }
 COMMANDS = {
     "/help": "list the commands",
@@ -129,9 +139,14 @@ class Dialogue:
         return f"{name} is {value}"
 
 
-def _check_range(name: str, value: float) -> None:
-    """As the server will; what depends on its settings is left to it. Raises InvalidRequest."""
+def _check_range(name: str, value: float | str) -> None:
+    """As client and server will; what depends on the server is left to it. Raises InvalidRequest."""
+    from sparserve.client import make_request
     from sparserve.engine.request import SamplingParams, StoppingParams
 
-    kind: Any = SamplingParams if name in SamplingParams.__annotations__ else StoppingParams
-    kind(**{name: value})
+    fields: Any = {name: value}
+    for kind in (SamplingParams, StoppingParams):
+        if name in kind.__annotations__:
+            kind(**fields)
+            return
+    make_request("", **fields)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+from rich import box
 from rich.table import Column, Table
 
-from sparserve.cli.options import NO_VALUE, with_settings
+from sparserve.cli.options import NO_VALUE, Policies, with_settings
 from sparserve.cli.output import check_json_file, out, progress_bars, write_json
 from sparserve.config import Dtype, EngineSettings
 from sparserve.errors import ConfigError
@@ -34,6 +35,7 @@ def evaluate(
             help=f"Formats of the weights to score, comma-separated: {', '.join(FORMATS)}. Default: --dtype's."
         ),
     ] = "",
+    policies: Policies = "dense",
     peers: Annotated[
         str,
         typer.Option(
@@ -77,11 +79,12 @@ def evaluate(
 
     TEXT is cut into windows: a prompt, and a continuation that is fed token by token through decode.
     Tells the mean KL divergence with its 95 % interval, top-1 agreement, perplexity and the bytes that
-    a decode step reads. With --tasks the scored tokens are decoded as well, and answers generated as they
+    a decode step reads; of a policy also its distance from the same format dense. With --tasks the scored tokens are decoded as well, and answers generated as they
     would be served.
     """
     from sparserve.bench.evaluation import Plan, evaluate_formats, evaluate_tasks
     from sparserve.bench.peers.registry import parse_peers
+    from sparserve.bench.policies import parse_policies
     from sparserve.engine.factory import load_by_settings
     from sparserve.engine.formats import with_dtype
 
@@ -90,11 +93,11 @@ def evaluate(
         raise ConfigError(
             f"no format is named {', '.join(unknown)}; there are: {', '.join(FORMATS)}"
         )
-    specs = parse_peers(peers)
+    specs, wanted_policies = parse_peers(peers), parse_policies(policies)
     if (text is None) == (not tasks):
         raise ConfigError("give a text or --tasks, not both; sparserve eval --help tells more")
-    if tasks and (specs or original):
-        raise ConfigError("--peers and --original are for a text, not for --tasks")
+    if tasks and (specs or original or policies != "dense"):
+        raise ConfigError("--peers, --policies and --original are for a text, not for --tasks")
     if text and (task_folder or limit):
         raise ConfigError("--task-folder and --limit are for --tasks, not for a text")
     check_json_file(json_file)
@@ -111,8 +114,9 @@ def evaluate(
             )
         else:
             plan = Plan(
-                text, names, original, windows, prompt_tokens, decode_tokens, specs, not no_cache
-            )
+                text, names, wanted_policies, original, windows, prompt_tokens, decode_tokens, specs,
+                not no_cache,
+            )  # fmt: skip
             rows = evaluate_formats(settings, plan, load, bars.on_download)
     if text is None:
         _print_tasks(settings.model, scores)
@@ -124,20 +128,53 @@ def evaluate(
 
 def _print(model: str, rows: list[Quality]) -> None:
     table = Table(
-        "system", "format", "MB/token", "KL, 95 % interval", "KL p95", "top-1", "perplexity",
+        Column("system, format, policy", overflow="fold", min_width=18), "MB/ token", "of MLP",
+        "KL, 95 % interval", "top-1", "ppl",
         title=f"{model} against the original in float32, {rows[0].windows} windows",
+        box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     for row in rows:
         table.add_row(
-            row.system,
-            f"{row.format} {row.policy}",
+            _name(row),
             f"{row.bytes_per_token / 1e6:.1f}",
-            f"{row.kl:.1e} ({row.kl_low:.1e}, {row.kl_high:.1e})",
-            f"{row.kl_p95:.1e}",
-            f"{row.top1:.2%}",
+            f"{row.density:.3f}",
+            _interval(row.kl, row.kl_low, row.kl_high),
+            f"{row.top1:.1%}",
             f"{row.perplexity:.2f}",
         )
     out.print(table)
+    if any(row.kl_dense is not None for row in rows):
+        _print_to_dense(rows)
+
+
+def _print_to_dense(rows: list[Quality]) -> None:
+    table = Table(
+        Column("format, policy", overflow="fold", min_width=18), "of MLP", "KL, 95 % interval", "predicted",
+        "p95", "top-1", title="against the same format dense",
+        box=box.SIMPLE, pad_edge=False,
+    )  # fmt: skip
+    for row in rows:
+        if row.kl_dense is not None:
+            assert row.kl_dense_low is not None
+            assert row.kl_dense_high is not None
+            table.add_row(
+                f"{row.format} {row.policy}",
+                f"{row.density:.3f}",
+                _interval(row.kl_dense, row.kl_dense_low, row.kl_dense_high),
+                "" if row.predicted_kl is None else f"{row.predicted_kl:.2g}",
+                f"{row.kl_dense_p95_window:.2g}",
+                f"{row.top1_dense:.1%}",
+            )
+    out.print(table)
+
+
+def _name(row: Quality) -> str:
+    resolved = "" if row.resolved is None else f" = {row.resolved}"
+    return f"{row.system} {row.format} {row.policy}{resolved}"
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.2g} ({low:.2g}, {high:.2g})"
 
 
 def _print_tasks(model: str, scores: list[TaskScore]) -> None:

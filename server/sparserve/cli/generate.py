@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparserve.cli import sparsity_options as options
 from sparserve.cli.dialogue import Dialogue
 from sparserve.cli.local import connected
 from sparserve.cli.options import NO_VALUE, with_settings
@@ -96,6 +97,16 @@ def generate(
     choice: Annotated[
         list[str] | None, typer.Option(help="The text is one of these; may be given again.")
     ] = None,
+    policy: options.Policy = None,
+    density: options.Density = None,
+    target_kl: options.TargetKl = None,
+    choose_by: options.ChooseBy = None,
+    core_density: options.CoreDensity = None,
+    predictor: options.Predictor = None,
+    score: options.Score = None,
+    refresh_interval: options.RefreshInterval = None,
+    draft: options.Draft = None,
+    draft_tokens: options.DraftTokens = None,
     logprobs: Annotated[
         bool,
         typer.Option(
@@ -125,6 +136,9 @@ def generate(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias), "seed": seed, "n": n,
         "stop": stop, "stop_token_ids": stop_token_id, "json_schema": _text_of(json_schema),
+        "policy": policy, "density": density, "target_kl": target_kl, "choose_by": choose_by,
+        "core_density": core_density, "predictor": predictor, "score": score,
+        "refresh_interval": refresh_interval, "draft": draft, "draft_tokens": draft_tokens,
         "json_object": json_object, "regex": regex, "grammar": _text_of(grammar), "choice": choice,
         "logprobs": logprobs or None, "report_neurons": report_neurons or None,
     }  # fmt: skip

@@ -14,6 +14,19 @@ from typer.core import TyperCommand, TyperGroup
 from sparserve.cli.environment import check_environment
 from sparserve.config import ServerSettings, Settings, load_settings
 
+Policies = Annotated[
+    str,
+    typer.Option(
+        metavar="POLICY,…",
+        help="Which neurons decoded tokens use: dense; core:D, a set chosen from the prompt; token:D, a choice per "
+        "token; core:N+token:D, one inside a core of the share N of all neurons; kl:K, what the index says costs a mean "
+        "KL of K; auto; exact. D is the share of the feed-forward layers' bytes that a token reads. Options follow "
+        "after slashes: planes or gate (what tokens choose by), refresh=16, stability, similarity or auto (where a "
+        "core's scores come from), norm, count or signed_count (those scores), alpha=0.4 (of counts), layers=6-26 "
+        "(others stay dense), draft=ngram, drafts=4. CoreInfer as published: "
+        "core:0.4/stability/signed_count/alpha=0.4/layers=6-26.",
+    ),
+]
 NO_VALUE = ""  # metavar of a flag that takes none: by itself typer shows <bool>
 
 

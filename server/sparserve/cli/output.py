@@ -118,6 +118,8 @@ def tell_result(result: Result, *, asked_for_neurons: bool = False) -> None:
         *([f"{speed:.1f} tokens/s"] if speed else []),
     ]
     err.print(f"[dim]{', '.join(parts)}[/]")
+    if told := _sparsity(result):
+        err.print(f"[dim]{', '.join(told)}[/]")
     if result.core_share is not None:
         share = f"{result.core_share:.1%} of the neurons carry 90 % of this prompt's activations"
         err.print(f"[dim]{share}[/]")
@@ -125,6 +127,28 @@ def tell_result(result: Result, *, asked_for_neurons: bool = False) -> None:
         err.print(
             "[dim]--report-neurons needs a prompt of 2 tokens or more: the first one does not count[/]"
         )
+
+
+def _sparsity(result: Result) -> list[str]:
+    """What decoding did to read less; [] where it did nothing."""
+    if result.policy == "dense":
+        return []
+    parts = [
+        f"policy {result.policy}: {result.density:.1%} of the feed-forward bytes",
+        f"{result.bytes_per_token / 1e6:.1f} MB a token in all",
+    ]
+    if result.predicted_kl:  # exact loses nothing, and need not say so
+        parts.append(f"KL {result.predicted_kl:.3g} predicted")
+    if result.coverage is not None:
+        settled = "" if result.stable else ", not settled"
+        parts.append(f"the core holds {result.coverage:.1%} of the prompt's score{settled}")
+    if result.drafted_tokens:
+        parts.append(f"{result.accepted_tokens} of {result.drafted_tokens} drafts accepted")
+    if result.refreshes:
+        parts.append(f"{result.refreshes} refreshes")
+    if result.fallbacks:
+        parts.append("went on densely")
+    return parts
 
 
 def check_json_file(path: Path | None) -> None:

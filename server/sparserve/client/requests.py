@@ -57,7 +57,16 @@ class Fields(TypedDict, total=False):
     policy: str | None  # "dense", "core", "token", "exact" or "auto"
     density: float | None
     target_kl: float | None
+    choose_by: str | None  # "planes" or "gate"
+    core_density: float | None
+    predictor: str | None  # "stability", "similarity" or "auto"
+    score: str | None  # "norm", "count" or "signed_count"
+    alpha: float | None
+    first_layer: int | None
+    last_layer: int | None
     refresh_interval: int | None
+    draft: str | None  # "core", "token" or "ngram"
+    draft_tokens: int | None
     report_neurons: bool | None
     # the rest
     priority: int | None
@@ -83,18 +92,12 @@ _GROUPS: dict[str, str] = {
     )
     for field in kind.DESCRIPTOR.fields
 }
+# Keywords that are not named as their field is: `choice` is a constraint.
+_RENAMED = {"choice": "choose_by", "report": "report_neurons"}
 _SPARSITY = {
-    "density": "density",
-    "target_kl": "target_kl",
-    "refresh_interval": "refresh_interval",
-    "report_neurons": "report",
+    _RENAMED.get(field.name, field.name): field.name for field in pb.Sparsity.DESCRIPTOR.fields
 }
 _CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "json_object")
-_POLICIES = {
-    name.removeprefix("SPARSITY_POLICY_").lower(): number
-    for name, number in pb.SparsityPolicy.items()
-    if number != pb.SPARSITY_POLICY_UNSPECIFIED
-}
 
 
 def make_request(prompt: str | Sequence[int], **fields: Unpack[Fields]) -> pb.GenerateRequest:
@@ -147,8 +150,6 @@ def _fill(
         elif name in _SPARSITY:
             field = _SPARSITY[name]
             set_value(request.sparsity, field, value, f"sparsity.{field}", name)
-        elif name == "policy":
-            request.sparsity.policy = _policy(value)
         elif name in _CONSTRAINTS:
             _constrain(request, name, value)
         else:
@@ -162,12 +163,6 @@ def _unknown(name: str, kind: type[Any]) -> str:
     return f"a request has no field {name!r}" + (
         f"; did you mean {' or '.join(near)}?" if near else ""
     )
-
-
-def _policy(value: Any) -> pb.SparsityPolicy.ValueType:
-    if not isinstance(value, str) or value.lower() not in _POLICIES:
-        raise wrong("sparsity.policy", "policy", value, f"one of {', '.join(_POLICIES)}")
-    return _POLICIES[value.lower()]
 
 
 def _constrain(request: pb.GenerateRequest | pb.ChatRequest, name: str, value: Any) -> None:

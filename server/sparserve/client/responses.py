@@ -41,6 +41,7 @@ class Token:
 class Result:
     """How a request went. `finish_reason`, `stop` and `stop_token_id` are the first choice's,
     `finish_reason` e.g. "STOP_EOS"; tokens are those of all choices; times are seconds, server-side.
+    What sparsity did is told from `policy` on; see SparsityReport in `proto/sparserve/v1/inference.proto`.
     """
 
     finish_reason: str
@@ -52,6 +53,16 @@ class Result:
     policy: str
     density: float
     core_share: float | None = None
+    mlp_bytes_per_token: float = 0.0
+    bytes_per_token: float = 0.0
+    refreshes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    predicted_kl: float | None = None
+    coverage: float | None = None
+    stable: bool | None = None
+    fallbacks: int = 0
+    dense_share: float = 1.0
     stop: str | None = None
     cached_tokens: int = 0
     stop_token_id: int | None = None
@@ -300,12 +311,26 @@ def _result(
         decode_seconds=summary.timings.decode_seconds,
         policy=pb.SparsityPolicy.Name(sparsity.policy).removeprefix("SPARSITY_POLICY_").lower(),
         density=sparsity.density,
-        core_share=sparsity.core_share if sparsity.HasField("core_share") else None,
+        core_share=_optional(sparsity, "core_share"),
+        mlp_bytes_per_token=sparsity.mlp_bytes_per_token,
+        bytes_per_token=sparsity.bytes_per_token,
+        refreshes=sparsity.refreshes,
+        drafted_tokens=sparsity.drafted_tokens,
+        accepted_tokens=sparsity.accepted_tokens,
+        predicted_kl=_optional(sparsity, "predicted_kl"),
+        coverage=_optional(sparsity, "coverage"),
+        stable=_optional(sparsity, "stable"),
+        fallbacks=sparsity.fallbacks,
+        dense_share=sparsity.dense_share,
         stop=_stop(finished),
         cached_tokens=summary.usage.cached_tokens,
         stop_token_id=_stop_token_id(finished),
         request_id=request_id,
     )
+
+
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def _call_failed(error: Any) -> CallFailed:

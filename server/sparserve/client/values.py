@@ -77,6 +77,8 @@ def checked(field: Any, value: Any, path: str, told: str) -> Any:
         if not isinstance(value, bool):
             raise wrong(path, told, value, "True or False")
         return value
+    if field.enum_type is not None:
+        return _enum_number(field.enum_type, value, path, told)
     if field.type in _REAL:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise wrong(path, told, value, "a number")
@@ -108,6 +110,17 @@ def text(value: Any, path: str, told: str) -> str:
             f"{told} has half of a surrogate pair at position {error.start}; it must be Unicode text",
         ) from None
     return value
+
+
+def _enum_number(kind: Any, value: Any, path: str, told: str) -> int:
+    """Of a value's name in lower case, without what the names of all values begin with."""
+    prefix = kind.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    names: dict[str, int] = {
+        v.name.removeprefix(prefix).lower(): v.number for v in kind.values if v.number
+    }
+    if not isinstance(value, str) or value.lower() not in names:
+        raise wrong(path, told, value, f"one of {', '.join(names)}")
+    return names[value.lower()]
 
 
 def wrong(path: str, told: str, value: Any, allowed: str) -> InvalidRequest:

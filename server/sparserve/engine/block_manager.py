@@ -6,10 +6,11 @@ import hashlib
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from sparse_kernels.choice import Score
 from sparserve.model.backend import BLOCK_SIZE, Phase
 
 
@@ -28,6 +29,19 @@ class Provenance:
 ALL_NEURONS = "all"
 PREFILLED = Provenance(Phase.PREFILL, ALL_NEURONS)
 DECODED = Provenance(Phase.DECODE, ALL_NEURONS)
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsKind:
+    """What statistics add up (see `statistics.neuron_scores`); those of different kinds are never mixed."""
+
+    score: Score = Score.NORM
+    share: float = 1.0
+
+
+# Kinds of statistics that a cached block keeps, each about half as large as its KV. Of one more, the oldest
+# is forgotten: callers choose shares freely.
+MAX_STATISTICS = 2
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -57,7 +71,14 @@ class CachedBlock:
 
     key: bytes
     block: int
-    statistics: torch.Tensor | None  # [num_layers, intermediate] fp16, where they were collected
+    # [num_layers, intermediate] fp16 of each kind that was collected
+    statistics: dict[StatisticsKind, torch.Tensor] = field(default_factory=dict)
+
+    def keep(self, kind: StatisticsKind, statistics: torch.Tensor) -> None:
+        """Equal KV has equal statistics: those that are known stay."""
+        self.statistics.setdefault(kind, statistics)
+        if len(self.statistics) > MAX_STATISTICS:
+            del self.statistics[next(iter(self.statistics))]
 
 
 class BlockManager:
@@ -117,12 +138,17 @@ class BlockManager:
     def provenance(self, block: int) -> Provenance:
         return self._provenance[block]
 
-    def share(self, keys: Sequence[bytes], *, with_statistics: bool) -> list[CachedBlock]:
-        """The cached blocks of a prompt's beginning, now in use by one sequence more; `free` them later."""
+    def share(
+        self, keys: Sequence[bytes], *, with_statistics: StatisticsKind | None = None
+    ) -> list[CachedBlock]:
+        """The cached blocks of a prompt's beginning, now in use by one sequence more; `free` them later.
+        Only those `with_statistics` of a kind, where that is given."""
         found = []
         for key in keys:
             cached = self._cached.get(key)
-            if cached is None or (with_statistics and cached.statistics is None):
+            if cached is None:
+                break
+            if with_statistics is not None and with_statistics not in cached.statistics:
                 break
             found.append(cached)
         for cached in found:
@@ -131,16 +157,23 @@ class BlockManager:
             self._idle.pop(cached.block, None)
         return found
 
-    def publish(self, block: int, key: bytes, statistics: torch.Tensor | None) -> None:
-        """`block`, in use and whole, holds the KV that `key` names; prompts to come may share it."""
+    def publish(
+        self,
+        block: int,
+        key: bytes,
+        kind: StatisticsKind | None = None,
+        statistics: torch.Tensor | None = None,
+    ) -> None:
+        """`block`, in use and whole, holds the KV that `key` names; prompts to come may share it, and its
+        `statistics` of a kind where they were collected."""
         assert self._provenance[block] == PREFILLED
         if not self._prefix_cache:
             return
         known = self._cached.get(key)
         if known is None:
-            self._cached[key] = self._cached_in[block] = CachedBlock(key, block, statistics)
-        elif known.statistics is None:  # equal KV; only this may be new
-            known.statistics = statistics
+            known = self._cached[key] = self._cached_in[block] = CachedBlock(key, block)
+        if kind is not None and statistics is not None:
+            known.keep(kind, statistics)
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

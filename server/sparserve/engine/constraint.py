@@ -51,6 +51,10 @@ class Matcher(Protocol):
         """
         ...
 
+    def fork(self) -> Matcher:
+        """One in the same state that goes on by itself."""
+        ...
+
 
 class CompiledConstraint(Protocol):
     """Shared by requests and threads."""

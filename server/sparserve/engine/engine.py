@@ -8,10 +8,14 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 
+from sparse_kernels.choice import ALL_NEURONS, NeuronChoice, Score
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
+from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
-from sparserve.engine.next_token import continue_text, draw, needed_candidates
+from sparserve.engine.next_token import continue_text, draft, draw, needed_candidates
+from sparserve.engine.policies import Policies
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -21,8 +25,9 @@ from sparserve.engine.request import (
     Update,
 )
 from sparserve.engine.sampler import Row, rows_of
-from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap
+from sparserve.engine.scheduler import Plan, Scheduled, Scheduler, Swap, Work
 from sparserve.engine.sequence import Sequence
+from sparserve.engine.speculation import Speculation
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import (
     ConfigError,
@@ -33,8 +38,8 @@ from sparserve.errors import (
     SparserveError,
 )
 from sparserve.metrics import Metrics
-from sparserve.model.backend import Backend, ForwardBatch, Phase, SequenceInput
-from sparserve.sparsity.policy import PolicyKind
+from sparserve.model.backend import Backend, ForwardBatch, ForwardOutput, Phase, SequenceInput
+from sparserve.sparsity.chooser import ChoicePlan
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +62,12 @@ class Engine:
     """Not thread-safe: one thread adds, aborts and steps."""
 
     def __init__(
-        self, backend: Backend, tokenizer: TextTokenizer, limits: EngineLimits, metrics: Metrics
+        self,
+        backend: Backend,
+        tokenizer: TextTokenizer,
+        limits: EngineLimits,
+        metrics: Metrics,
+        policies: Policies,
     ) -> None:
         """Raises ConfigError where the KV pool cannot hold one full context."""
         if blocks_for(limits.max_context) > backend.num_blocks:
@@ -69,6 +79,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = limits
         self.metrics = metrics
+        self.policies = policies
         self.broken: str | None = None  # the error id that ended it
         self._blocks = BlockManager(backend.num_blocks, prefix_cache=limits.prefix_cache)
         self._scheduler = Scheduler(
@@ -90,11 +101,6 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._requests)
-
-    @property
-    def policies(self) -> tuple[PolicyKind, ...]:
-        """That requests can ask for."""
-        return (PolicyKind.DENSE,)
 
     @property
     def num_running(self) -> int:
@@ -128,8 +134,12 @@ class Engine:
         self.backend.forward(ForwardBatch([replace(token, start=1, phase=Phase.DECODE)]))
 
     def validate(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest or PromptTooLong; touches no state, so any thread may call it."""
+        """Raises InvalidRequest, PromptTooLong or SparsityUnavailable; touches no state, so any thread may
+        call it."""
         validate(request, self.limits, self.backend.config.vocab_size)
+        plan = self.policies.plan(request.policy)
+        if plan.score is not None and len(request.prompt_token_ids) == 1:
+            plan.choose(None)  # the attention sink counts nowhere: there will be no statistics
 
     def add(self, request: GenerationRequest) -> None:
         """Take a validated request whose id is not in flight."""
@@ -139,11 +149,13 @@ class Engine:
         seed = request.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
         refused = refused_tokens(request, self.backend.config.vocab_size)
-        first, *others = (
-            self._new_sequence(request, keys, refused, seed, choice)
-            for choice in range(request.sampling.n)
-        )
-        shares = bool(others) and len(keys) > 0
+        plan = self.policies.plan(request.policy)
+        first = self._new_sequence(request, plan, keys, refused, seed)
+        others = [
+            self._new_sequence(request, plan, keys, refused, seed, choice, first.neurons)
+            for choice in range(1, request.sampling.n)
+        ]
+        shares = bool(others) and (len(keys) > 0 or first.neurons.needs_statistics)
         entry = _Request([first] if shares else [first, *others], others if shares else [])
         self._requests[request.request_id] = entry
         for sequence in entry.sequences:
@@ -153,10 +165,12 @@ class Engine:
     def _new_sequence(
         self,
         request: GenerationRequest,
+        plan: ChoicePlan,
         keys: tuple[bytes, ...],
         refused: Mask | None,
         seed: int,
-        choice: int,
+        choice: int = 0,
+        first: ChoiceState | None = None,
     ) -> Sequence:
         config, stopping = self.backend.config, request.stopping
         detokenizer = self.tokenizer.detokenizer(
@@ -165,14 +179,21 @@ class Engine:
             include_stop=stopping.include_stop,
             skip_special_tokens=request.output.skip_special_tokens,
         )
+        max_tokens = stopping.max_tokens or self.limits.default_max_tokens
+        prompt = request.prompt_token_ids
         return Sequence(
             request,
-            max_tokens=stopping.max_tokens or self.limits.default_max_tokens,
+            max_tokens=max_tokens,
             detokenizer=detokenizer,
             adjuster=LogitAdjuster(request, config.vocab_size, config.eos_token_ids, refused),
+            neurons=ChoiceState(plan, self.backend.info, self.policies.plan, first),
             keys=keys,
             seed=seed,
             choice=choice,
+            speculation=Speculation.of(
+                plan, prompt, min(max_tokens, self.limits.max_context - len(prompt))
+            ),
+            refresh=Refresh.of(plan, len(prompt)),
         )
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
@@ -209,20 +230,42 @@ class Engine:
         output = self.backend.forward(ForwardBatch(inputs))
         if output.head is not None:
             self.metrics.observe_head(**asdict(output.head))
+        self._count_reads(plan, inputs, output)
         rows = iter(rows_of(output.candidates, vocab_size))
         parts = zip(plan.scheduled, output.statistics, output.scores, strict=True)
         for item, statistics, scores in parts:
             self._note_first_schedule(item.sequence, now)
-            item.sequence.take_prompt_output(statistics, scores)
-        wanting = [(item.sequence, next(rows)) for item in plan.scheduled if item.wants_token]
+            if item.work is Work.PROMPT:
+                item.sequence.take_prompt_output(statistics, scores)
+            elif statistics is not None:
+                item.sequence.neurons.take_refreshed(item.start, statistics)
+        wanting = [(item, [next(rows) for _ in item.outputs]) for item in plan.scheduled]
         self._scheduler.update(plan)
-        for sequence, row in wanting:
+        for item, own_rows in wanting:
+            sequence = item.sequence
             try:
-                updates.append(self._take_token(sequence, row))
+                if item.work is Work.DRAFT:
+                    draft(sequence, own_rows[0])
+                    continue
+                if item.work is Work.REFRESH and own_rows:
+                    sequence.choose_anew()
+                if own_rows:
+                    self._take_tokens(sequence, own_rows, updates)
             except InvalidRequest as error:
                 updates += self._end_failed(sequence, error)
             except Exception:  # the step is done: nobody else is touched
                 updates += self._end_failed(sequence, self._log_failure("a request's own step"))
+
+    def _count_reads(self, plan: Plan, inputs: list[SequenceInput], output: ForwardOutput) -> None:
+        reads = output.reads or [None] * len(inputs)
+        for item, own, read in zip(plan.scheduled, inputs, reads, strict=True):
+            if own.phase is Phase.DECODE:
+                context = own.start + len(own.token_ids)
+                item.sequence.neurons.count_pass(own.choice, read, context)
+        if output.union is not None:
+            config = self.backend.config
+            neurons = config.num_layers * config.intermediate_size * output.union.tokens
+            self.metrics.union_share.observe(int(output.union.counts[:, 1].sum()) / neurons)
 
     def _note_first_schedule(self, sequence: Sequence, now: float) -> None:
         if sequence.first_scheduled is not None:
@@ -233,7 +276,21 @@ class Engine:
                 queue_seconds=now - sequence.request.arrival, cached_tokens=sequence.cached_tokens
             )
 
+    def _take_tokens(self, sequence: Sequence, rows: list[Row], updates: list[Update]) -> None:
+        """A token from each row, as long as those before it are what the forward was given as drafts."""
+        speculation = sequence.speculation
+        for row in rows:
+            updates.append(self._take_token(sequence, row))
+            if updates[-1].finish is not None or speculation is None:
+                return
+            if not speculation.is_right:  # nor is any after it
+                speculation.verified()
+                return
+            self._scheduler.keep(sequence)
+
     def _take_token(self, sequence: Sequence, row: Row) -> Update:
+        if sequence.in_first_prefill:
+            sequence.choose_neurons()
         token = draw(sequence, row)
         now = time.monotonic()
         prompt: tuple[PromptToken, ...] = ()
@@ -244,8 +301,9 @@ class Engine:
             self._release_choices(sequence)
         else:
             self.metrics.observe_next_token(now - sequence.last_token)
+            sequence.neurons.count_token()
         sequence.last_token = now
-        sequence.output_token_ids.append(token.id)
+        sequence.append(token.id)
         text, finish = continue_text(sequence, token.id, self._eos, self.limits.max_context)
         if finish is None:
             return Update(
@@ -292,6 +350,16 @@ class Engine:
             prefill_seconds=finish.timings.prefill,
             decode_seconds=finish.timings.decode,
             completion_tokens=finish.completion_tokens,
+        )
+        report = finish.sparsity
+        self.metrics.observe_sparsity(
+            report.policy.value,
+            density=report.density if report.decoded_tokens else None,
+            coverage=report.coverage,
+            refreshes=report.refreshes,
+            drafted=report.drafted_tokens,
+            accepted=report.accepted_tokens,
+            fallbacks=report.fallbacks,
         )
         if not request.sequences and not request.held_back:
             del self._requests[request_id]
@@ -383,7 +451,7 @@ class Engine:
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.observe_step(
             seconds=seconds,
-            tokens=sum(item.count for item in plan.scheduled),
+            tokens=plan.num_tokens,
             preempted=plan.preempted,
             prefix_queries=plan.prefix_queries,
             prefix_hits=plan.prefix_hits,
@@ -392,8 +460,13 @@ class Engine:
 
 def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
     sequence = item.sequence
-    start, count = sequence.num_computed, item.count
+    start, count = item.start, item.count
     in_prompt = item.phase is Phase.PREFILL
+    kind = None
+    if in_prompt:
+        kind = sequence.wanted_statistics
+    elif item.work is Work.REFRESH and sequence.neurons.needs_statistics:
+        kind = sequence.neurons.statistics_kind
     targets: tuple[int, ...] = ()
     if in_prompt and sequence.wants_prompt_logprobs:
         targets = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
@@ -402,10 +475,22 @@ def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
         start=start,
         block_table=sequence.block_table,
         phase=item.phase,
-        output_offsets=(count - 1,) if item.wants_token else (),
+        choice=_neurons(item),
+        output_offsets=item.outputs,
         temperature=sequence.request.sampling.softmax_temperature,
-        needed=needed_candidates(sequence, vocab_size) if item.wants_token else 0,
-        collect_statistics=in_prompt and sequence.wants_statistics,
+        needed=needed_candidates(sequence, vocab_size) if item.outputs else 0,
+        collect_statistics=kind is not None,
+        score=kind.score if kind else Score.NORM,
+        score_share=kind.share if kind else 1.0,
         targets=targets,
         num_top=sequence.request.output.prompt_logprobs or 0,
     )
+
+
+def _neurons(item: Scheduled) -> NeuronChoice:
+    """Those that the step reads."""
+    neurons = item.sequence.neurons
+    if item.work is Work.DRAFT:
+        assert neurons.drafting is not None
+        return neurons.drafting.choice
+    return neurons.choice if item.work is Work.DECODE else ALL_NEURONS

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from sparse_kernels.arena import trim_heap
 from sparse_kernels.decoder import Decoder
@@ -23,17 +25,22 @@ from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
 from sparserve.engine.formats import native_only, weight_formats
 from sparserve.engine.limits import EngineLimits
+from sparserve.engine.policies import Policies, PolicyRules
 from sparserve.engine.tokenizer import TextTokenizer
-from sparserve.errors import ConfigError
+from sparserve.errors import ConfigError, RequestError, UnusableIndex
 from sparserve.metrics import Metrics
 from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
+from sparserve.model.identity import index_key
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
 from sparserve.model.placement import Placement
 from sparserve.model.reference import ReferenceBackend
+from sparserve.sparsity.chooser import Chooser
+from sparserve.sparsity.index import NeuronIndex, read_index
+from sparserve.sparsity.policy import Policy, PolicyKind
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +146,14 @@ def assemble_engine(
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> BuiltEngine:
     """An engine over a model in memory; `on_layer` is told of layers that are quantized for it. Raises
-    ConfigError or, of layers that are read only now, CorruptCheckpoint or UnsupportedModel."""
+    ConfigError (of the index UnusableIndex) or, of layers that are read only now, CorruptCheckpoint or
+    UnsupportedModel."""
     max_context = _max_context(settings, model.config.max_position_embeddings)
-    backend, max_context = make_backend(model, settings, max_context, on_layer=on_layer)
+    index = _read_index(model, settings, format_name(model, settings))
+    choice = None if index is None else index.choice
+    backend, max_context = make_backend(
+        model, settings, max_context, choice=choice, on_layer=on_layer
+    )
     log.info(
         "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens in %s",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
@@ -156,6 +168,12 @@ def assemble_engine(
     tokenizer = TextTokenizer(
         model.tokenizer, model.chat_template, config.vocab_size, special_tokens
     )
+    policies = _policies(settings, Chooser(config, backend.info, index))
+    log.info(
+        "policies %s, by default %s; %s",
+        ", ".join(kind.value for kind in policies.kinds), policies.default.value,
+        f"index {settings.index}" if index else "no index",
+    )  # fmt: skip
     max_tokens = settings.max_new_tokens or 2**31 - 1
     limits = EngineLimits(
         max_context=max_context,
@@ -168,8 +186,27 @@ def assemble_engine(
         prefix_cache=settings.prefix_cache,
     )
     return BuiltEngine(
-        Engine(backend, tokenizer, limits, Metrics(model.name, max_context)), model.name
+        Engine(backend, tokenizer, limits, Metrics(model.name, max_context), policies), model.name
     )
+
+
+def _policies(settings: EngineSettings, chooser: Chooser) -> Policies:
+    """Raises ConfigError of a default that requests could not ask for."""
+    least, most = settings.min_density, settings.max_target_kl or math.inf
+    rules = PolicyRules(
+        default=PolicyKind(settings.default_policy),
+        default_density=max(settings.default_density, least) if settings.default_density else None,
+        default_target_kl=min(settings.default_target_kl, most),
+        min_density=least,
+        max_target_kl=most,
+        allowed=frozenset(PolicyKind(name) for name in settings.policies),
+    )
+    policies = Policies(chooser, rules)
+    try:
+        policies.plan(policies.complete(Policy(policies.default)))
+    except RequestError as error:
+        raise ConfigError(f"default_policy is {settings.default_policy}: {error}") from error
+    return policies
 
 
 def make_backend(
@@ -216,6 +253,18 @@ def make_backend(
         choice=choice or ChoiceTensors(),
     )
     return backend, context
+
+
+def _read_index(model: LoadedModel, settings: EngineSettings, format: str) -> NeuronIndex | None:
+    """Of the model with its weights in `format`. Raises UnusableIndex."""
+    if not settings.index:
+        return None
+    path = Path(settings.index)
+    try:
+        key = index_key(model, format)
+    except OSError as error:
+        raise UnusableIndex(f"the model's files cannot be read to check {path}: {error}") from error
+    return read_index(path, key)
 
 
 def make_decoders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import re
 import time
@@ -170,6 +171,11 @@ class GrammarMatcher:
         if not self._matcher.accept_token(token_id):
             raise ValueError(f"token {token_id} was not among those allowed")
         self._check_time(started)
+
+    def fork(self) -> GrammarMatcher:
+        other = copy.copy(self)
+        other._matcher, other._mask = self._matcher.fork(), self._mask.copy()
+        return other
 
     def _fill(self) -> None:
         if self._is_filled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 
+from sparserve.engine.logits import LogitAdjuster
 from sparserve.engine.request import Finish, FinishReason, GeneratedToken
 from sparserve.engine.sampler import Row, adjusted_row, candidates_for, generated_token, sample
 from sparserve.engine.sequence import Sequence
@@ -23,10 +24,35 @@ def draw(sequence: Sequence, row: Row) -> GeneratedToken:
     """The next token of a sequence. Raises InvalidRequest where its request forbids every token, and
     FloatingPointError where the model's output is not finite (float16 overflows, damaged weights).
     """
+    step = len(sequence.output_token_ids)
+    token_id = _choose(sequence, sequence.adjuster, row, step)
+    output = sequence.request.output
+    if not output.wants_logprobs:
+        return GeneratedToken(token_id)
+    return generated_token(row, token_id, output.top_logprobs)
+
+
+def draft(sequence: Sequence, row: Row) -> None:
+    """Add to its drafts the token that `draw` would take if the drafts before it were generated; the sequence stays as it
+    is. What no token can be drawn from ends the drafts: dense logits may be another matter.
+    """
+    speculation = sequence.speculation
+    assert speculation is not None
+    adjuster = speculation.adjuster(sequence.adjuster)
+    step = len(sequence.output_token_ids) + len(speculation.drafts)
+    try:
+        speculation.drafts.append(_choose(sequence, adjuster, row, step))
+        if adjuster.is_finished:
+            speculation.end()
+    except (InvalidRequest, FloatingPointError):
+        speculation.end()
+
+
+def _choose(sequence: Sequence, adjuster: LogitAdjuster, row: Row, step: int) -> int:
+    """The `step`-th token, which `adjuster` accepts. Raises as `draw`."""
     if not row.head_only and not math.isfinite(row.log_normalizer_1):
         raise FloatingPointError("the model's logits are not finite")
-    sampling, adjuster = sequence.request.sampling, sequence.adjuster
-    step, chosen_from = len(sequence.output_token_ids), row
+    sampling, chosen_from = sequence.request.sampling, row
     if not adjuster.is_idle:
         chosen_from = adjusted_row(adjuster.adjust(row.full_logits()), sampling.softmax_temperature)
         if not math.isfinite(chosen_from.log_normalizer):
@@ -37,10 +63,7 @@ def draw(sequence: Sequence, row: Row) -> GeneratedToken:
             )
     token_id = sample(chosen_from, sampling, sequence.seed, sequence.choice, step)
     adjuster.accept(token_id)
-    output = sequence.request.output
-    if not output.wants_logprobs:
-        return GeneratedToken(token_id)
-    return generated_token(row, token_id, output.top_logprobs)
+    return token_id
 
 
 def continue_text(

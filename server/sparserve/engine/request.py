@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import reduce
+from operator import add
 
 from sparserve.engine.constraint import CompiledConstraint
 from sparserve.errors import InvalidRequest, SparserveError
-from sparserve.sparsity.policy import DENSE, Policy
+from sparserve.sparsity.policy import DENSE, Policy, PolicyKind
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -199,6 +201,54 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class SparsityReport:
+    """What decoding read, and what was done to read less. Bytes are sums over a choice's decode steps."""
+
+    policy: PolicyKind = PolicyKind.DENSE  # never AUTO
+    expected_density: float = 1.0
+    dense_mlp_bytes: int = 0  # that a dense step reads
+    mlp_bytes: float = 0.0
+    other_bytes: float = 0.0  # of other weights and of KV
+    decoded_tokens: int = 0
+    dense_tokens: int = 0  # of them, by steps that read all neurons
+    refreshes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    fallbacks: int = 0
+    predicted_kl: float | None = None  # nats per token
+    coverage: float | None = None
+    stable: bool | None = None
+
+    @property
+    def density(self) -> float:
+        """Share of the feed-forward layers' bytes read for a decoded token; where there was none, the one
+        that was expected."""
+        dense = self.dense_mlp_bytes * self.decoded_tokens
+        return self.mlp_bytes / dense if dense else self.expected_density
+
+    @property
+    def mlp_bytes_per_token(self) -> float:
+        return self.density * self.dense_mlp_bytes
+
+    @property
+    def bytes_per_token(self) -> float:
+        """0 where nothing was decoded."""
+        return (self.mlp_bytes + self.other_bytes) / max(self.decoded_tokens, 1)
+
+    @property
+    def dense_share(self) -> float:
+        return self.dense_tokens / max(self.decoded_tokens, 1)
+
+    def __add__(self, other: SparsityReport) -> SparsityReport:
+        """Of two choices of a request, whose prompt and plan are one."""
+        sums = (
+            "mlp_bytes", "other_bytes", "decoded_tokens", "dense_tokens", "refreshes", "drafted_tokens",
+            "accepted_tokens", "fallbacks",
+        )  # fmt: skip
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in sums})
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The end of a choice: its reason, or the error that every later step would meet too."""
 
@@ -209,6 +259,7 @@ class Finish:
     cached_tokens: int = 0  # of the prompt, whose KV was there already
     stop_string: str | None = None
     stop_token_id: int | None = None
+    sparsity: SparsityReport = SparsityReport()
     core_share: float | None = None
     error: SparserveError | None = None
 
@@ -258,6 +309,7 @@ def merge_finishes(finishes: Sequence[Finish]) -> Finish:
         prompt_tokens=first.prompt_tokens,
         completion_tokens=sum(finish.completion_tokens for finish in finishes),
         cached_tokens=first.cached_tokens,
+        sparsity=reduce(add, (finish.sparsity for finish in finishes)),
         core_share=first.core_share,
     )
 

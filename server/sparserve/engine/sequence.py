@@ -8,9 +8,11 @@ from enum import Enum
 
 import torch
 
-from sparserve.engine.block_manager import CachedBlock
+from sparserve.engine.block_manager import CachedBlock, StatisticsKind
+from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
+from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -19,6 +21,7 @@ from sparserve.engine.request import (
     Timings,
     TopToken,
 )
+from sparserve.engine.speculation import Speculation
 from sparserve.errors import SparserveError
 from sparserve.model.backend import BLOCK_SIZE, Phase, TargetScores
 from sparserve.sparsity.statistics import NeuronStatistics, PromptStatistics
@@ -45,18 +48,24 @@ class Sequence:
         max_tokens: int,
         detokenizer: Detokenizer,
         adjuster: LogitAdjuster,
+        neurons: ChoiceState,
         keys: Ordered[bytes] = (),
         seed: int = 0,
         choice: int = 0,
+        speculation: Speculation | None = None,
+        refresh: Refresh | None = None,
     ) -> None:
         """`keys` name the prompt's whole blocks in the prefix cache; (): neither looked for nor kept there."""
         self.request = request
         self.max_tokens = max_tokens
         self.detokenizer = detokenizer
         self.adjuster = adjuster
+        self.neurons = neurons
         self.keys = keys
         self.seed = seed
         self.choice = choice
+        self.speculation = speculation
+        self.refresh = refresh
         self.output_token_ids: list[int] = []
         self.status = Status.WAITING
         self.block_table: list[int] = []
@@ -95,9 +104,11 @@ class Sequence:
         return not self.output_token_ids
 
     @property
-    def wants_statistics(self) -> bool:
+    def wanted_statistics(self) -> StatisticsKind | None:
         """Of the prompt; one choice of a request collects them."""
-        return self.request.report_statistics and self.choice == 0 and self.in_first_prefill
+        wanted = self.request.report_statistics or self.neurons.needs_statistics
+        collects = wanted and self.choice == 0 and self.in_first_prefill
+        return self.neurons.statistics_kind if collects else None
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -119,11 +130,29 @@ class Sequence:
         """KV positions this sequence holds once it decodes its next token."""
         return self.prompt_len + max(len(self.output_token_ids), 1)
 
+    @property
+    def refreshes(self) -> int:
+        """Dense passes over decoded tokens."""
+        return self.refresh.passes if self.refresh else 0
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Those that were verified."""
+        return self.speculation.drafted_tokens if self.speculation else 0
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of them, those that came out."""
+        return self.speculation.accepted_tokens if self.speculation else 0
+
     def tokens(self, start: int, count: int) -> tuple[int, ...]:
-        """Token ids at positions [start, start + count), prompt and output together."""
-        prompt = self.request.prompt_token_ids[start : start + count]
-        first = max(start - self.prompt_len, 0)
-        return (*prompt, *self.output_token_ids[first : first + count - len(prompt)])
+        """Token ids at positions [start, start + count) of prompt, output and drafts, one after another."""
+        drafts = self.speculation.drafts if self.speculation else ()
+        ids: list[int] = []
+        for part in (self.request.prompt_token_ids, self.output_token_ids, drafts):
+            ids += part[max(start, 0) : max(start + count, 0)]
+            start -= len(part)
+        return tuple(ids)
 
     def take_cached(self, cached: Ordered[CachedBlock]) -> None:
         """These blocks, from the cache, now begin this sequence; it has not computed anything yet."""
@@ -131,11 +160,10 @@ class Sequence:
         self.num_computed = len(cached) * BLOCK_SIZE
         if self.first_scheduled is None:
             self.cached_tokens = self.num_computed
-        if self.wants_statistics:
+        if (kind := self.wanted_statistics) is not None:
             assert self.statistics is not None
             for block in cached:
-                assert block.statistics is not None
-                self.statistics.append_block(block.statistics)
+                self.statistics.append_block(block.statistics[kind])
 
     def take_prompt_output(
         self, parts: Ordered[NeuronStatistics] | None, scores: TargetScores | None
@@ -157,6 +185,27 @@ class Sequence:
                 token_id = self.request.prompt_token_ids[position]
                 self.prompt_tokens.append(PromptToken(token_id, logprob, top))
 
+    def choose_neurons(self) -> None:
+        """The prompt is in, and its first token is about to be drawn. Raises InvalidRequest of a prompt that
+        is too short for the policy.
+        """
+        self.neurons.choose(self.statistics)
+        if not self.request.report_statistics:
+            self.statistics = None  # as large as the prompt's KV
+
+    def choose_anew(self) -> None:
+        """A dense pass over decoded tokens is over."""
+        assert self.refresh is not None
+        self.neurons.refreshed()
+        if self.neurons.choice.is_dense:
+            self.refresh.end()
+
+    def append(self, token_id: int) -> None:
+        """A token was generated."""
+        self.output_token_ids.append(token_id)
+        if self.speculation is not None:
+            self.speculation.check(token_id)
+
     def advance(self, count: int) -> None:
         """`count` more positions have KV now."""
         self.num_computed += count
@@ -167,11 +216,13 @@ class Sequence:
         self.num_computed = 0
         self.block_table = []
         self.status = Status.WAITING
+        if self.speculation is not None:
+            self.speculation.drop()
         if self.in_first_prefill:
             self._begin_prompt()
 
     def _begin_prompt(self) -> None:
-        if self.wants_statistics:
+        if self.wanted_statistics is not None:
             self.statistics = PromptStatistics(BLOCK_SIZE)
         if self.wants_prompt_logprobs:
             self.prompt_tokens = [PromptToken(self.request.prompt_token_ids[0], None)]
@@ -201,7 +252,8 @@ class Sequence:
     ) -> Finish:
         """The record of this sequence's end; freeing its blocks is the scheduler's."""
         # Sorting them takes long for a large model, so only where somebody will read it.
-        ended = error is None and reason is not FinishReason.CANCELLED
+        wanted = self.request.report_statistics and error is None
+        ended = wanted and reason is not FinishReason.CANCELLED
         total = self.statistics.total() if self.statistics and ended else None
         return Finish(
             reason=reason,
@@ -211,6 +263,11 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
+            sparsity=self.neurons.report(
+                refreshes=self.refreshes,
+                drafted=self.drafted_tokens,
+                accepted=self.accepted_tokens,
+            ),
             core_share=total.share_holding(0.9) if total and total.tokens else None,
             error=error,
         )

@@ -26,7 +26,8 @@ from sparserve.sparsity.statistics import PromptStatistics
 DEFAULT_CORE_DENSITY = 0.7
 DEFAULT_TARGET_KL = 0.05  # nats per token, of policies that go by the curve
 DEFAULT_DRAFT_DENSITY = 0.5
-DEFAULT_DRAFT_TOKENS = 4
+# Found in a text they cost nothing, and the fewer are tried the more of them were wrong.
+DEFAULT_DRAFT_TOKENS = {DraftKind.NGRAM: 12, DraftKind.CORE: 4, DraftKind.TOKEN: 4}
 # Of counts: shares of all, and of the positive activations (CoreInfer's own).
 DEFAULT_ALPHA = {Score.COUNT: 0.1, Score.SIGNED_COUNT: 0.4}
 # Where so much is read anyway, `auto` leaves nothing out: choosing costs time too.
@@ -86,7 +87,7 @@ class ChoicePlan:
             members = best_neurons(scores, counts)
             core = core_words(members)
             total = None if prompt is None else prompt.total()
-            held = None if total is None else coverage(total.scores(), members)
+            held = None if total is None or not total.tokens else coverage(total.scores(), members)
         choice = NeuronChoice(core, setting.choice, setting.thresholds, setting.correction)
         return Chosen(choice, held, stable)
 
@@ -218,7 +219,7 @@ class Chooser:
     def _exact(self, policy: Policy) -> ChoicePlan:
         draft = policy.draft or DraftKind.NGRAM
         resolved = replace(
-            policy, draft=draft, draft_tokens=policy.draft_tokens or DEFAULT_DRAFT_TOKENS
+            policy, draft=draft, draft_tokens=policy.draft_tokens or DEFAULT_DRAFT_TOKENS[draft]
         )
         exact = ChoicePlan(resolved, 1.0, predicted_kl=0.0, predicted_top1=1.0)
         if draft is DraftKind.NGRAM:

@@ -12,6 +12,7 @@ to fp16 once, which is how the prefix cache keeps it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,8 @@ class NeuronStatistics:
 
 
 class PromptStatistics:
-    """Statistics of one prompt, block by block, from its beginning on.
+    """Statistics of one prompt, block by block, from its beginning on; of the tokens after it too, where they
+    are added.
 
     Each block's sums are rounded to fp16, those in a prompt's last, unfinished block too: blocks just
     computed and blocks from the prefix cache add up to the same.
@@ -63,6 +65,12 @@ class PromptStatistics:
         self._sum: torch.Tensor | None = None  # of them, [num_layers, intermediate] int64
         self._open: NeuronStatistics | None = None  # of the block that `extend` may go on with
         self._tokens = 0
+
+    def fork(self) -> PromptStatistics:
+        """Equal ones, which go on by themselves."""
+        other = copy.copy(self)
+        other._whole, other._open = list(self._whole), copy.copy(self._open)
+        return other
 
     def append_block(self, rounded: torch.Tensor) -> None:
         """The next block, [num_layers, intermediate] fp16, as `block` returned it."""

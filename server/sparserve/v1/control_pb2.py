@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sparserve.v1 import inference_pb2 as sparserve_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asparserve/v1/control.proto\x12\x0csparserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1csparserve/v1/inference.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.sparserve.v1.Model\"\x15\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x82\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x03\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x05\x12\x19\n\x11intermediate_size\x18\x06 \x01(\x05\x12\x11\n\tnum_heads\x18\x07 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\x05\x12\x10\n\x08head_dim\x18\t \x01(\x05\x12\x12\n\nvocab_size\x18\n \x01(\x05\x12\x1a\n\x12max_context_length\x18\x0b \x01(\x05\x12\x15\n\reos_token_ids\x18\x0c \x03(\x05\x12\x19\n\x0c\x62os_token_id\x18\r \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rchat_template\x18\x0e \x01(\tH\x01\x88\x01\x01\x12\r\n\x05\x64type\x18\x0f \x01(\tB\x0f\n\r_bos_token_idB\x10\n\x0e_chat_template\"\x16\n\x14GetServerInfoRequest\"\x8c\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x07\x62\x61\x63kend\x18\x03 \x01(\x0b\x32\x15.sparserve.v1.Backend\x12$\n\x06limits\x18\x04 \x01(\x0b\x32\x14.sparserve.v1.Limits\x12.\n\x08policies\x18\x05 \x03(\x0e\x32\x1c.sparserve.v1.SparsityPolicy\x12\x34\n\x0e\x64\x65\x66\x61ult_policy\x18\x06 \x01(\x0e\x32\x1c.sparserve.v1.SparsityPolicy\"f\n\x07\x42\x61\x63kend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07threads\x18\x04 \x01(\x05\x12\x0b\n\x03isa\x18\x05 \x01(\t\x12\x10\n\x08kv_dtype\x18\x06 \x01(\t\"\xc2\x02\n\x06Limits\x12\x1a\n\x12max_context_length\x18\x01 \x01(\x05\x12\x1c\n\x14max_running_requests\x18\x02 \x01(\x05\x12\x1c\n\x14max_waiting_requests\x18\x03 \x01(\x05\x12\x1a\n\x12max_batched_tokens\x18\x04 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x05\x12\x15\n\rkv_block_size\x18\x06 \x01(\x05\x12\x15\n\rnum_kv_blocks\x18\x07 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x08 \x01(\x05\x12\x12\n\nmax_tokens\x18\t \x01(\x05\x12\x13\n\x0bmax_choices\x18\n \x01(\x05\x12\x1a\n\x12max_waiting_tokens\x18\x0b \x01(\x03\x12\x1a\n\x12max_stream_backlog\x18\x0c \x01(\x05\"\x10\n\x0eGetLoadRequest\"\xa6\x01\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x02 \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x03\x12\x16\n\x0eused_kv_blocks\x18\x04 \x01(\x05\x12\x15\n\rnum_kv_blocks\x18\x05 \x01(\x05\x12\x18\n\x10\x63\x61\x63hed_kv_blocks\x18\x06 \x01(\x05\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"3\n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x03(\t\x12\x11\n\tnot_found\x18\x02 \x03(\t\"$\n\x13GetTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x14GetTokenizerResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"@\n\x0c\x44rainRequest\x12\x1c\n\x0ftimeout_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_timeout_seconds\"<\n\rDrainResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\x05\x12\x0f\n\x07\x64rained\x18\x02 \x01(\x08\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x15\n\x13LoadAdapterResponse\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse2\xe7\x05\n\x0e\x43ontrolService\x12O\n\nListModels\x12\x1f.sparserve.v1.ListModelsRequest\x1a .sparserve.v1.ListModelsResponse\x12U\n\x0cGetModelInfo\x12!.sparserve.v1.GetModelInfoRequest\x1a\".sparserve.v1.GetModelInfoResponse\x12X\n\rGetServerInfo\x12\".sparserve.v1.GetServerInfoRequest\x1a#.sparserve.v1.GetServerInfoResponse\x12\x46\n\x07GetLoad\x12\x1c.sparserve.v1.GetLoadRequest\x1a\x1d.sparserve.v1.GetLoadResponse\x12@\n\x05\x41\x62ort\x12\x1a.sparserve.v1.AbortRequest\x1a\x1b.sparserve.v1.AbortResponse\x12W\n\x0cGetTokenizer\x12!.sparserve.v1.GetTokenizerRequest\x1a\".sparserve.v1.GetTokenizerResponse0\x01\x12\x42\n\x05\x44rain\x12\x1a.sparserve.v1.DrainRequest\x1a\x1b.sparserve.v1.DrainResponse0\x01\x12R\n\x0bLoadAdapter\x12 .sparserve.v1.LoadAdapterRequest\x1a!.sparserve.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".sparserve.v1.UnloadAdapterRequest\x1a#.sparserve.v1.UnloadAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asparserve/v1/control.proto\x12\x0csparserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1csparserve/v1/inference.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.sparserve.v1.Model\"\x15\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x82\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x03\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x05\x12\x19\n\x11intermediate_size\x18\x06 \x01(\x05\x12\x11\n\tnum_heads\x18\x07 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\x05\x12\x10\n\x08head_dim\x18\t \x01(\x05\x12\x12\n\nvocab_size\x18\n \x01(\x05\x12\x1a\n\x12max_context_length\x18\x0b \x01(\x05\x12\x15\n\reos_token_ids\x18\x0c \x03(\x05\x12\x19\n\x0c\x62os_token_id\x18\r \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rchat_template\x18\x0e \x01(\tH\x01\x88\x01\x01\x12\r\n\x05\x64type\x18\x0f \x01(\tB\x0f\n\r_bos_token_idB\x10\n\x0e_chat_template\"\x16\n\x14GetServerInfoRequest\"\xbc\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x07\x62\x61\x63kend\x18\x03 \x01(\x0b\x32\x15.sparserve.v1.Backend\x12$\n\x06limits\x18\x04 \x01(\x0b\x32\x14.sparserve.v1.Limits\x12.\n\x08policies\x18\x05 \x03(\x0e\x32\x1c.sparserve.v1.SparsityPolicy\x12\x34\n\x0e\x64\x65\x66\x61ult_policy\x18\x06 \x01(\x0e\x32\x1c.sparserve.v1.SparsityPolicy\x12.\n\x08sparsity\x18\x07 \x01(\x0b\x32\x1c.sparserve.v1.SparsityBounds\"f\n\x0eSparsityBounds\x12\x13\n\x0bmin_density\x18\x01 \x01(\x02\x12\x1a\n\rmax_target_kl\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\thas_index\x18\x03 \x01(\x08\x42\x10\n\x0e_max_target_kl\"f\n\x07\x42\x61\x63kend\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07threads\x18\x04 \x01(\x05\x12\x0b\n\x03isa\x18\x05 \x01(\t\x12\x10\n\x08kv_dtype\x18\x06 \x01(\t\"\xc2\x02\n\x06Limits\x12\x1a\n\x12max_context_length\x18\x01 \x01(\x05\x12\x1c\n\x14max_running_requests\x18\x02 \x01(\x05\x12\x1c\n\x14max_waiting_requests\x18\x03 \x01(\x05\x12\x1a\n\x12max_batched_tokens\x18\x04 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x05\x12\x15\n\rkv_block_size\x18\x06 \x01(\x05\x12\x15\n\rnum_kv_blocks\x18\x07 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x08 \x01(\x05\x12\x12\n\nmax_tokens\x18\t \x01(\x05\x12\x13\n\x0bmax_choices\x18\n \x01(\x05\x12\x1a\n\x12max_waiting_tokens\x18\x0b \x01(\x03\x12\x1a\n\x12max_stream_backlog\x18\x0c \x01(\x05\"\x10\n\x0eGetLoadRequest\"\xa6\x01\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x02 \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x03\x12\x16\n\x0eused_kv_blocks\x18\x04 \x01(\x05\x12\x15\n\rnum_kv_blocks\x18\x05 \x01(\x05\x12\x18\n\x10\x63\x61\x63hed_kv_blocks\x18\x06 \x01(\x05\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"3\n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x03(\t\x12\x11\n\tnot_found\x18\x02 \x03(\t\"$\n\x13GetTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\"4\n\x14GetTokenizerResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"@\n\x0c\x44rainRequest\x12\x1c\n\x0ftimeout_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_timeout_seconds\"<\n\rDrainResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\x05\x12\x0f\n\x07\x64rained\x18\x02 \x01(\x08\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x15\n\x13LoadAdapterResponse\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse2\xe7\x05\n\x0e\x43ontrolService\x12O\n\nListModels\x12\x1f.sparserve.v1.ListModelsRequest\x1a .sparserve.v1.ListModelsResponse\x12U\n\x0cGetModelInfo\x12!.sparserve.v1.GetModelInfoRequest\x1a\".sparserve.v1.GetModelInfoResponse\x12X\n\rGetServerInfo\x12\".sparserve.v1.GetServerInfoRequest\x1a#.sparserve.v1.GetServerInfoResponse\x12\x46\n\x07GetLoad\x12\x1c.sparserve.v1.GetLoadRequest\x1a\x1d.sparserve.v1.GetLoadResponse\x12@\n\x05\x41\x62ort\x12\x1a.sparserve.v1.AbortRequest\x1a\x1b.sparserve.v1.AbortResponse\x12W\n\x0cGetTokenizer\x12!.sparserve.v1.GetTokenizerRequest\x1a\".sparserve.v1.GetTokenizerResponse0\x01\x12\x42\n\x05\x44rain\x12\x1a.sparserve.v1.DrainRequest\x1a\x1b.sparserve.v1.DrainResponse0\x01\x12R\n\x0bLoadAdapter\x12 .sparserve.v1.LoadAdapterRequest\x1a!.sparserve.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".sparserve.v1.UnloadAdapterRequest\x1a#.sparserve.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,35 +46,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=637
   _globals['_GETSERVERINFOREQUEST']._serialized_end=659
   _globals['_GETSERVERINFORESPONSE']._serialized_start=662
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=930
-  _globals['_BACKEND']._serialized_start=932
-  _globals['_BACKEND']._serialized_end=1034
-  _globals['_LIMITS']._serialized_start=1037
-  _globals['_LIMITS']._serialized_end=1359
-  _globals['_GETLOADREQUEST']._serialized_start=1361
-  _globals['_GETLOADREQUEST']._serialized_end=1377
-  _globals['_GETLOADRESPONSE']._serialized_start=1380
-  _globals['_GETLOADRESPONSE']._serialized_end=1546
-  _globals['_ABORTREQUEST']._serialized_start=1548
-  _globals['_ABORTREQUEST']._serialized_end=1583
-  _globals['_ABORTRESPONSE']._serialized_start=1585
-  _globals['_ABORTRESPONSE']._serialized_end=1636
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=1638
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=1674
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=1676
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=1728
-  _globals['_DRAINREQUEST']._serialized_start=1730
-  _globals['_DRAINREQUEST']._serialized_end=1794
-  _globals['_DRAINRESPONSE']._serialized_start=1796
-  _globals['_DRAINRESPONSE']._serialized_end=1856
-  _globals['_LOADADAPTERREQUEST']._serialized_start=1858
-  _globals['_LOADADAPTERREQUEST']._serialized_end=1906
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=1908
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=1929
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1931
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1967
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1969
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1992
-  _globals['_CONTROLSERVICE']._serialized_start=1995
-  _globals['_CONTROLSERVICE']._serialized_end=2738
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=978
+  _globals['_SPARSITYBOUNDS']._serialized_start=980
+  _globals['_SPARSITYBOUNDS']._serialized_end=1082
+  _globals['_BACKEND']._serialized_start=1084
+  _globals['_BACKEND']._serialized_end=1186
+  _globals['_LIMITS']._serialized_start=1189
+  _globals['_LIMITS']._serialized_end=1511
+  _globals['_GETLOADREQUEST']._serialized_start=1513
+  _globals['_GETLOADREQUEST']._serialized_end=1529
+  _globals['_GETLOADRESPONSE']._serialized_start=1532
+  _globals['_GETLOADRESPONSE']._serialized_end=1698
+  _globals['_ABORTREQUEST']._serialized_start=1700
+  _globals['_ABORTREQUEST']._serialized_end=1735
+  _globals['_ABORTRESPONSE']._serialized_start=1737
+  _globals['_ABORTRESPONSE']._serialized_end=1788
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=1790
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=1826
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=1828
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=1880
+  _globals['_DRAINREQUEST']._serialized_start=1882
+  _globals['_DRAINREQUEST']._serialized_end=1946
+  _globals['_DRAINRESPONSE']._serialized_start=1948
+  _globals['_DRAINRESPONSE']._serialized_end=2008
+  _globals['_LOADADAPTERREQUEST']._serialized_start=2010
+  _globals['_LOADADAPTERREQUEST']._serialized_end=2058
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=2060
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=2081
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=2083
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=2119
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=2121
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=2144
+  _globals['_CONTROLSERVICE']._serialized_start=2147
+  _globals['_CONTROLSERVICE']._serialized_end=2890
 # @@protoc_insertion_point(module_scope)

@@ -192,8 +192,10 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
     DEFAULT_POLICY_FIELD_NUMBER: _builtins.int
+    SPARSITY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     default_policy: _inference_pb2.SparsityPolicy.ValueType
+    """Of requests that name none."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -202,6 +204,8 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> Global___Limits: ...
     @_builtins.property
     def policies(self) -> _containers.RepeatedScalarFieldContainer[_inference_pb2.SparsityPolicy.ValueType]: ...
+    @_builtins.property
+    def sparsity(self) -> Global___SparsityBounds: ...
     def __init__(
         self,
         *,
@@ -211,14 +215,47 @@ class GetServerInfoResponse(_message.Message):
         limits: Global___Limits | None = ...,
         policies: _abc.Iterable[_inference_pb2.SparsityPolicy.ValueType] | None = ...,
         default_policy: _inference_pb2.SparsityPolicy.ValueType = ...,
+        sparsity: Global___SparsityBounds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "limits", b"limits", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "limits", b"limits", "sparsity", b"sparsity", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "default_policy", b"default_policy", "limits", b"limits", "policies", b"policies", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "default_policy", b"default_policy", "limits", b"limits", "policies", b"policies", "sparsity", b"sparsity", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class SparsityBounds(_message.Message):
+    """What requests may ask for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_DENSITY_FIELD_NUMBER: _builtins.int
+    MAX_TARGET_KL_FIELD_NUMBER: _builtins.int
+    HAS_INDEX_FIELD_NUMBER: _builtins.int
+    min_density: _builtins.float
+    """Smallest Sparsity.density."""
+    max_target_kl: _builtins.float
+    """Largest Sparsity.target_kl; absent: any."""
+    has_index: _builtins.bool
+    """Whether there is a calibrated index, which TOKEN, AUTO and target_kl need."""
+    def __init__(
+        self,
+        *,
+        min_density: _builtins.float = ...,
+        max_target_kl: _builtins.float | None = ...,
+        has_index: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_target_kl", b"_max_target_kl", "max_target_kl", b"max_target_kl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_target_kl", b"_max_target_kl", "has_index", b"has_index", "max_target_kl", b"max_target_kl", "min_density", b"min_density"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_target_kl: _TypeAlias = _typing.Literal["max_target_kl"]  # noqa: Y015
+    _WhichOneofArgType__max_target_kl: _TypeAlias = _typing.Literal["_max_target_kl", b"_max_target_kl"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_target_kl) -> _WhichOneofReturnType__max_target_kl | None: ...
+
+Global___SparsityBounds: _TypeAlias = SparsityBounds  # noqa: Y015
 
 @_typing.final
 class Backend(_message.Message):

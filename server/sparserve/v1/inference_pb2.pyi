@@ -35,7 +35,7 @@ class _SparsityPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sparsi
     SPARSITY_POLICY_TOKEN: _SparsityPolicy.ValueType  # 3
     """Chosen for each token."""
     SPARSITY_POLICY_EXACT: _SparsityPolicy.ValueType  # 4
-    """Sparse drafts, verified densely."""
+    """Sparse drafts, verified densely: the text is that of DENSE."""
     SPARSITY_POLICY_AUTO: _SparsityPolicy.ValueType  # 5
     """The server picks policy and budgets."""
 
@@ -50,10 +50,118 @@ SPARSITY_POLICY_CORE: SparsityPolicy.ValueType  # 2
 SPARSITY_POLICY_TOKEN: SparsityPolicy.ValueType  # 3
 """Chosen for each token."""
 SPARSITY_POLICY_EXACT: SparsityPolicy.ValueType  # 4
-"""Sparse drafts, verified densely."""
+"""Sparse drafts, verified densely: the text is that of DENSE."""
 SPARSITY_POLICY_AUTO: SparsityPolicy.ValueType  # 5
 """The server picks policy and budgets."""
 Global___SparsityPolicy: _TypeAlias = SparsityPolicy  # noqa: Y015
+
+class _SparsityChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SparsityChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SparsityChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPARSITY_CHOICE_UNSPECIFIED: _SparsityChoice.ValueType  # 0
+    """The one that costs least on the server's curve."""
+    SPARSITY_CHOICE_PLANES: _SparsityChoice.ValueType  # 1
+    """The upper bits of gate and up; for weights whose bits lie in planes."""
+    SPARSITY_CHOICE_GATE: _SparsityChoice.ValueType  # 2
+    """The gate."""
+
+class SparsityChoice(_SparsityChoice, metaclass=_SparsityChoiceEnumTypeWrapper):
+    """By what TOKEN chooses neurons."""
+
+SPARSITY_CHOICE_UNSPECIFIED: SparsityChoice.ValueType  # 0
+"""The one that costs least on the server's curve."""
+SPARSITY_CHOICE_PLANES: SparsityChoice.ValueType  # 1
+"""The upper bits of gate and up; for weights whose bits lie in planes."""
+SPARSITY_CHOICE_GATE: SparsityChoice.ValueType  # 2
+"""The gate."""
+Global___SparsityChoice: _TypeAlias = SparsityChoice  # noqa: Y015
+
+class _SparsityPredictor:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SparsityPredictorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SparsityPredictor.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPARSITY_PREDICTOR_UNSPECIFIED: _SparsityPredictor.ValueType  # 0
+    """AUTO."""
+    SPARSITY_PREDICTOR_STABILITY: _SparsityPredictor.ValueType  # 1
+    """The prompt alone."""
+    SPARSITY_PREDICTOR_SIMILARITY: _SparsityPredictor.ValueType  # 2
+    """The prompts of the server's calibration that this one is like."""
+    SPARSITY_PREDICTOR_AUTO: _SparsityPredictor.ValueType  # 3
+    """Both, the prompt with more weight the longer it is."""
+
+class SparsityPredictor(_SparsityPredictor, metaclass=_SparsityPredictorEnumTypeWrapper):
+    """Where a core's scores come from."""
+
+SPARSITY_PREDICTOR_UNSPECIFIED: SparsityPredictor.ValueType  # 0
+"""AUTO."""
+SPARSITY_PREDICTOR_STABILITY: SparsityPredictor.ValueType  # 1
+"""The prompt alone."""
+SPARSITY_PREDICTOR_SIMILARITY: SparsityPredictor.ValueType  # 2
+"""The prompts of the server's calibration that this one is like."""
+SPARSITY_PREDICTOR_AUTO: SparsityPredictor.ValueType  # 3
+"""Both, the prompt with more weight the longer it is."""
+Global___SparsityPredictor: _TypeAlias = SparsityPredictor  # noqa: Y015
+
+class _SparsityScore:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SparsityScoreEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SparsityScore.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPARSITY_SCORE_UNSPECIFIED: _SparsityScore.ValueType  # 0
+    """NORM."""
+    SPARSITY_SCORE_NORM: _SparsityScore.ValueType  # 1
+    """Squares, over their sum."""
+    SPARSITY_SCORE_COUNT: _SparsityScore.ValueType  # 2
+    """Whether it is among the largest of the token, whatever its sign."""
+    SPARSITY_SCORE_SIGNED_COUNT: _SparsityScore.ValueType  # 3
+    """The same of the positive ones."""
+
+class SparsityScore(_SparsityScore, metaclass=_SparsityScoreEnumTypeWrapper):
+    """What is added up of each prompt token's activations."""
+
+SPARSITY_SCORE_UNSPECIFIED: SparsityScore.ValueType  # 0
+"""NORM."""
+SPARSITY_SCORE_NORM: SparsityScore.ValueType  # 1
+"""Squares, over their sum."""
+SPARSITY_SCORE_COUNT: SparsityScore.ValueType  # 2
+"""Whether it is among the largest of the token, whatever its sign."""
+SPARSITY_SCORE_SIGNED_COUNT: SparsityScore.ValueType  # 3
+"""The same of the positive ones."""
+Global___SparsityScore: _TypeAlias = SparsityScore  # noqa: Y015
+
+class _SparsityDraft:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SparsityDraftEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SparsityDraft.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPARSITY_DRAFT_UNSPECIFIED: _SparsityDraft.ValueType  # 0
+    """NGRAM."""
+    SPARSITY_DRAFT_CORE: _SparsityDraft.ValueType  # 1
+    """The model with the prompt's core neurons."""
+    SPARSITY_DRAFT_TOKEN: _SparsityDraft.ValueType  # 2
+    """The model with neurons chosen for each token."""
+    SPARSITY_DRAFT_NGRAM: _SparsityDraft.ValueType  # 3
+    """What followed the last tokens before, in prompt or output."""
+
+class SparsityDraft(_SparsityDraft, metaclass=_SparsityDraftEnumTypeWrapper):
+    """Who drafts for EXACT."""
+
+SPARSITY_DRAFT_UNSPECIFIED: SparsityDraft.ValueType  # 0
+"""NGRAM."""
+SPARSITY_DRAFT_CORE: SparsityDraft.ValueType  # 1
+"""The model with the prompt's core neurons."""
+SPARSITY_DRAFT_TOKEN: SparsityDraft.ValueType  # 2
+"""The model with neurons chosen for each token."""
+SPARSITY_DRAFT_NGRAM: SparsityDraft.ValueType  # 3
+"""What followed the last tokens before, in prompt or output."""
+Global___SparsityDraft: _TypeAlias = SparsityDraft  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -707,7 +815,9 @@ Global___Choices: _TypeAlias = Choices  # noqa: Y015
 
 @_typing.final
 class Sparsity(_message.Message):
-    """How much quality a request may cost."""
+    """How much quality a request may cost. docs/api.md says what each policy takes; a field that the policy has no use for
+    is refused.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -716,15 +826,41 @@ class Sparsity(_message.Message):
     TARGET_KL_FIELD_NUMBER: _builtins.int
     REFRESH_INTERVAL_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    CORE_DENSITY_FIELD_NUMBER: _builtins.int
+    PREDICTOR_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     policy: Global___SparsityPolicy.ValueType
     density: _builtins.float
-    """Share of feed-forward neurons read in decode, in (0, 1]."""
+    """Share of the feed-forward layers' bytes that a decoded token reads, in (0, 1]; of CORE also the share of neurons, of
+    EXACT that of its drafts.
+    """
     target_kl: _builtins.float
-    """Mean KL divergence to the dense model that is acceptable, in nats per token. DENSE meets any."""
+    """Mean KL divergence to the dense model that is acceptable, in nats per token; in place of density. DENSE meets any."""
     refresh_interval: _builtins.int
-    """Dense pass every so many tokens; 0: never."""
+    """Dense pass every so many tokens over them; 0: never."""
     report: _builtins.bool
     """Collect the prompt's neuron statistics and report how concentrated they are (SparsityReport.core_share)."""
+    choice: Global___SparsityChoice.ValueType
+    """Of TOKEN, and of EXACT with such drafts."""
+    core_density: _builtins.float
+    """Of TOKEN: choose inside a core with this share of the neurons, in (0, 1]."""
+    predictor: Global___SparsityPredictor.ValueType
+    score: Global___SparsityScore.ValueType
+    alpha: _builtins.float
+    """Of count scores: the share of a token's activations that is counted, in (0, 1]."""
+    first_layer: _builtins.int
+    """Of CORE: layers before the first and from the last on stay dense."""
+    last_layer: _builtins.int
+    draft: Global___SparsityDraft.ValueType
+    """Of EXACT."""
+    draft_tokens: _builtins.int
+    """Of EXACT: tokens drafted before each verification."""
     def __init__(
         self,
         *,
@@ -733,13 +869,32 @@ class Sparsity(_message.Message):
         target_kl: _builtins.float | None = ...,
         refresh_interval: _builtins.int | None = ...,
         report: _builtins.bool | None = ...,
+        choice: Global___SparsityChoice.ValueType = ...,
+        core_density: _builtins.float | None = ...,
+        predictor: Global___SparsityPredictor.ValueType = ...,
+        score: Global___SparsityScore.ValueType = ...,
+        alpha: _builtins.float | None = ...,
+        first_layer: _builtins.int | None = ...,
+        last_layer: _builtins.int | None = ...,
+        draft: Global___SparsityDraft.ValueType = ...,
+        draft_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_refresh_interval", b"_refresh_interval", "_report", b"_report", "_target_kl", b"_target_kl", "density", b"density", "refresh_interval", b"refresh_interval", "report", b"report", "target_kl", b"target_kl"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_core_density", b"_core_density", "_density", b"_density", "_draft_tokens", b"_draft_tokens", "_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_refresh_interval", b"_refresh_interval", "_report", b"_report", "_target_kl", b"_target_kl", "alpha", b"alpha", "core_density", b"core_density", "density", b"density", "draft_tokens", b"draft_tokens", "first_layer", b"first_layer", "last_layer", b"last_layer", "refresh_interval", b"refresh_interval", "report", b"report", "target_kl", b"target_kl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_refresh_interval", b"_refresh_interval", "_report", b"_report", "_target_kl", b"_target_kl", "density", b"density", "policy", b"policy", "refresh_interval", b"refresh_interval", "report", b"report", "target_kl", b"target_kl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_core_density", b"_core_density", "_density", b"_density", "_draft_tokens", b"_draft_tokens", "_first_layer", b"_first_layer", "_last_layer", b"_last_layer", "_refresh_interval", b"_refresh_interval", "_report", b"_report", "_target_kl", b"_target_kl", "alpha", b"alpha", "choice", b"choice", "core_density", b"core_density", "density", b"density", "draft", b"draft", "draft_tokens", b"draft_tokens", "first_layer", b"first_layer", "last_layer", b"last_layer", "policy", b"policy", "predictor", b"predictor", "refresh_interval", b"refresh_interval", "report", b"report", "score", b"score", "target_kl", b"target_kl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__core_density: _TypeAlias = _typing.Literal["core_density"]  # noqa: Y015
+    _WhichOneofArgType__core_density: _TypeAlias = _typing.Literal["_core_density", b"_core_density"]  # noqa: Y015
     _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
     _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    _WhichOneofReturnType__draft_tokens: _TypeAlias = _typing.Literal["draft_tokens"]  # noqa: Y015
+    _WhichOneofArgType__draft_tokens: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__first_layer: _TypeAlias = _typing.Literal["first_layer"]  # noqa: Y015
+    _WhichOneofArgType__first_layer: _TypeAlias = _typing.Literal["_first_layer", b"_first_layer"]  # noqa: Y015
+    _WhichOneofReturnType__last_layer: _TypeAlias = _typing.Literal["last_layer"]  # noqa: Y015
+    _WhichOneofArgType__last_layer: _TypeAlias = _typing.Literal["_last_layer", b"_last_layer"]  # noqa: Y015
     _WhichOneofReturnType__refresh_interval: _TypeAlias = _typing.Literal["refresh_interval"]  # noqa: Y015
     _WhichOneofArgType__refresh_interval: _TypeAlias = _typing.Literal["_refresh_interval", b"_refresh_interval"]  # noqa: Y015
     _WhichOneofReturnType__report: _TypeAlias = _typing.Literal["report"]  # noqa: Y015
@@ -747,7 +902,17 @@ class Sparsity(_message.Message):
     _WhichOneofReturnType__target_kl: _TypeAlias = _typing.Literal["target_kl"]  # noqa: Y015
     _WhichOneofArgType__target_kl: _TypeAlias = _typing.Literal["_target_kl", b"_target_kl"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__core_density) -> _WhichOneofReturnType__core_density | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_tokens) -> _WhichOneofReturnType__draft_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_layer) -> _WhichOneofReturnType__first_layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_layer) -> _WhichOneofReturnType__last_layer | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__refresh_interval) -> _WhichOneofReturnType__refresh_interval | None: ...
     @_typing.overload
@@ -1131,30 +1296,86 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class SparsityReport(_message.Message):
+    """What sparsity did for a request, all its choices together."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POLICY_FIELD_NUMBER: _builtins.int
     DENSITY_FIELD_NUMBER: _builtins.int
     CORE_SHARE_FIELD_NUMBER: _builtins.int
+    MLP_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    REFRESHES_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREDICTED_KL_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    STABLE_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    DENSE_SHARE_FIELD_NUMBER: _builtins.int
     policy: Global___SparsityPolicy.ValueType
+    """What served it; never AUTO."""
     density: _builtins.float
-    """Mean share of feed-forward neurons read per decoded token."""
+    """Share of the feed-forward layers' bytes read per decoded token, dense passes and rejected drafts included."""
     core_share: _builtins.float
-    """Share of neurons, mean over layers, that carries 90 % of the prompt's norm score; only with Sparsity.report."""
+    """Share of neurons, mean over layers, that carries 90 % of the prompt's score (norm, unless the policy goes by
+    another); only with Sparsity.report.
+    """
+    mlp_bytes_per_token: _builtins.float
+    """Bytes of the feed-forward layers read per decoded token."""
+    bytes_per_token: _builtins.float
+    """The same of all weights and of the KV cache, as if the request were decoded alone."""
+    refreshes: _builtins.int
+    """Dense passes over tokens decoded before."""
+    drafted_tokens: _builtins.int
+    accepted_tokens: _builtins.int
+    predicted_kl: _builtins.float
+    """Mean KL divergence to the dense model in nats per token, from the calibrated curve; absent where it was not measured."""
+    coverage: _builtins.float
+    """Share of the prompt's score that its core holds; absent without a core."""
+    stable: _builtins.bool
+    """Whether the core no longer changed towards the prompt's end; absent without a core."""
+    fallbacks: _builtins.int
+    """Choices that drifted away from their core and went on densely."""
+    dense_share: _builtins.float
+    """Share of the decoded tokens whose steps read every neuron."""
     def __init__(
         self,
         *,
         policy: Global___SparsityPolicy.ValueType = ...,
         density: _builtins.float = ...,
         core_share: _builtins.float | None = ...,
+        mlp_bytes_per_token: _builtins.float = ...,
+        bytes_per_token: _builtins.float = ...,
+        refreshes: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
+        predicted_kl: _builtins.float | None = ...,
+        coverage: _builtins.float | None = ...,
+        stable: _builtins.bool | None = ...,
+        fallbacks: _builtins.int = ...,
+        dense_share: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_core_share", b"_core_share", "core_share", b"core_share"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_core_share", b"_core_share", "_coverage", b"_coverage", "_predicted_kl", b"_predicted_kl", "_stable", b"_stable", "core_share", b"core_share", "coverage", b"coverage", "predicted_kl", b"predicted_kl", "stable", b"stable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_core_share", b"_core_share", "core_share", b"core_share", "density", b"density", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_core_share", b"_core_share", "_coverage", b"_coverage", "_predicted_kl", b"_predicted_kl", "_stable", b"_stable", "accepted_tokens", b"accepted_tokens", "bytes_per_token", b"bytes_per_token", "core_share", b"core_share", "coverage", b"coverage", "dense_share", b"dense_share", "density", b"density", "drafted_tokens", b"drafted_tokens", "fallbacks", b"fallbacks", "mlp_bytes_per_token", b"mlp_bytes_per_token", "policy", b"policy", "predicted_kl", b"predicted_kl", "refreshes", b"refreshes", "stable", b"stable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__core_share: _TypeAlias = _typing.Literal["core_share"]  # noqa: Y015
     _WhichOneofArgType__core_share: _TypeAlias = _typing.Literal["_core_share", b"_core_share"]  # noqa: Y015
+    _WhichOneofReturnType__coverage: _TypeAlias = _typing.Literal["coverage"]  # noqa: Y015
+    _WhichOneofArgType__coverage: _TypeAlias = _typing.Literal["_coverage", b"_coverage"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_kl: _TypeAlias = _typing.Literal["predicted_kl"]  # noqa: Y015
+    _WhichOneofArgType__predicted_kl: _TypeAlias = _typing.Literal["_predicted_kl", b"_predicted_kl"]  # noqa: Y015
+    _WhichOneofReturnType__stable: _TypeAlias = _typing.Literal["stable"]  # noqa: Y015
+    _WhichOneofArgType__stable: _TypeAlias = _typing.Literal["_stable", b"_stable"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__core_share) -> _WhichOneofReturnType__core_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage) -> _WhichOneofReturnType__coverage | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_kl) -> _WhichOneofReturnType__predicted_kl | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stable) -> _WhichOneofReturnType__stable | None: ...
 
 Global___SparsityReport: _TypeAlias = SparsityReport  # noqa: Y015
 

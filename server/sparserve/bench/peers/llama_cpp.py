@@ -63,6 +63,7 @@ def _warn_of_amx() -> None:
 
 class LlamaCpp:
     name = "llama.cpp"
+    policy = "dense"
 
     def __init__(
         self, file: Path, format: str, threads: int, *, weight_bytes: int, kv_bytes_per_token: int

@@ -18,6 +18,7 @@ from sparserve.errors import ConfigError, UnsupportedModel
 
 class OpenVino:
     name = "openvino"
+    policy = "dense"
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from sparserve.model.weights import step_weight_bytes
 
 class Transformers:
     name = "transformers"
+    policy = "dense"
 
     def __init__(self, model: LoadedModel, threads: int) -> None:
         self._threads = threads

@@ -1,0 +1,39 @@
+"""Texts from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from sparserve.errors import ConfigError
+from sparserve.model.loader import LoadedModel
+
+TEXTS = "texts"  # in a calibrated index's source: `text_hash` of each file that it was made of
+
+
+def read_text(path: Path) -> str:
+    """Raises ConfigError where the file cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def tokens_of(model: LoadedModel, text: str) -> list[int]:
+    """Without special tokens."""
+    return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def text_hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=32).hexdigest()
+
+
+def refuse_calibration_text(path: Path, source: Mapping[str, object]) -> None:
+    """`source` is that of a calibrated index. Raises ConfigError of a text that it was made of."""
+    texts = source.get(TEXTS)
+    if isinstance(texts, list) and text_hash(path.read_bytes()) in texts:
+        raise ConfigError(
+            f"the index was calibrated on {path}: what it predicts and chooses is fitted to this text; give one "
+            "that it has not seen"
+        )
