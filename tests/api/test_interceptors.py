@@ -64,7 +64,15 @@ async def test_a_call_leaves_one_line_with_status_time_tokens_and_trace(wire, ac
         "level": "INFO", "logger": "sparserve.access", "message": "call ended", "method": GENERATE,
         "code": "OK", "request_id": "r1", "prompt_tokens": 5, "completion_tokens": 4,
         "trace_id": TRACE_ID, "span_id": SPAN_ID, "cached_tokens": 0, "finish_reason": "length",
+        "policy": "dense", "density": 1.0,
     }  # fmt: skip
+
+
+async def test_the_line_tells_the_policy_and_what_its_choices_read(wire, access):
+    fields = {"max_tokens": 4, "ignore_eos": True, "n": 2, "policy": "core", "density": 0.5}
+    await wire.inference.Generate(make_request("hello there", **fields))
+    (line,) = await access()
+    assert (line["policy"], line["density"]) == ("core", 0.5)
 
 
 async def test_a_stream_leaves_one_line_and_a_request_gets_its_id_there(wire, access):

@@ -326,7 +326,7 @@ def test_a_request_for_statistics_shares_only_blocks_that_have_them():
 def test_a_block_keeps_the_latest_kinds_of_statistics():
     blocks = BlockManager(1)
     key, table = prefix_keys(range(16), ""), blocks.allocate(1)
-    kinds = [StatisticsKind(Score.COUNT, share) for share in (0.1, 0.2, 0.3, 0.4)]
+    kinds = [StatisticsKind(Score.COUNT, share) for share in (0.1, 0.2, 0.3)]
     for number, kind in enumerate(kinds):
         blocks.publish(table[0], key[0], kind, torch.full((1, 2), number).half())
     assert blocks.share(key, with_statistics=kinds[0]) == []

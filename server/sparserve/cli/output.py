@@ -137,7 +137,7 @@ def _sparsity(result: Result) -> list[str]:
         f"policy {result.policy}: {result.density:.1%} of the feed-forward bytes",
         f"{result.bytes_per_token / 1e6:.1f} MB a token in all",
     ]
-    if result.predicted_kl is not None:
+    if result.predicted_kl:  # exact loses nothing, and need not say so
         parts.append(f"KL {result.predicted_kl:.3g} predicted")
     if result.coverage is not None:
         settled = "" if result.stable else ", not settled"

@@ -39,9 +39,9 @@ class StatisticsKind:
     share: float = 1.0
 
 
-# Kinds of statistics that a cached block keeps; of one more, the oldest is forgotten: callers choose
-# shares freely.
-MAX_STATISTICS = 3
+# Kinds of statistics that a cached block keeps, each about half as large as its KV. Of one more, the oldest
+# is forgotten: callers choose shares freely.
+MAX_STATISTICS = 2
 
 
 def blocks_for(num_tokens: int) -> int:
