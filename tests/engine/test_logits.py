@@ -1,5 +1,7 @@
 """Penalties, bias, minimum length and allowed tokens against their plain definitions."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,6 +86,11 @@ class Alternating:
     def matcher(self) -> "Alternating":
         return self
 
+    def fork(self) -> "Alternating":
+        other = Alternating()
+        other.taken = list(self.taken)
+        return other
+
     def allowed(self) -> np.ndarray:
         bits = np.zeros(64, np.uint8)
         bits[len(self.taken) % 2 : VOCAB : 2] = 1
@@ -96,6 +103,23 @@ class Alternating:
 
     def accept(self, token_id: int) -> None:
         self.taken.append(token_id)
+
+
+def test_a_fork_goes_on_by_itself():
+    sampling = SamplingParams(repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=0.5)
+    constraint = SimpleNamespace(matcher=Alternating)
+    stopping = StoppingParams(min_tokens=2)
+    request = GenerationRequest("a", (1, 2), sampling, stopping, constraint=constraint)
+    made, same = (LogitAdjuster(request, VOCAB, (0,)) for _ in range(2))
+    logits = random_logits(1)
+    for adjuster in (made, same):
+        adjuster.accept(4)
+    fork = made.fork()
+    fork.accept(5)
+    assert made.adjust(logits).tolist() == same.adjust(logits).tolist()
+    same.accept(5)
+    assert fork.adjust(logits).tolist() == same.adjust(logits).tolist()
+    assert (fork.may_end, made.may_end) == (True, False)
 
 
 def test_a_constraint_forbids_all_other_tokens_and_is_fed_the_output():

@@ -370,6 +370,15 @@ def test_a_draft_gives_its_block_back_to_whoever_needs_it(tiny_model):
     assert len(drafting.speculation.drafts) == 1, "it begins again"
 
 
+def test_drafts_of_a_step_are_bounded(tiny_model, monkeypatch):
+    monkeypatch.setattr("sparserve.engine.scheduler.MAX_DRAFTS", 7)
+    scheduler = Scheduler(BlockManager(100), max_running=4, max_batched_tokens=100)
+    for _ in range(3):
+        scheduler.add(sequence_of(tiny_model, 20, 60, more="ngrams"))
+    counts = [[item.count for item in step(scheduler).scheduled] for _ in range(4)]
+    assert counts[-1] == [6, 3, 1], "five each, until there are seven"
+
+
 def test_a_long_pass_takes_what_a_step_has_room_for(tiny_model):
     scheduler = Scheduler(BlockManager(50), max_running=3, max_batched_tokens=10)
     scheduler.add(sequence_of(tiny_model, 4, 60, more=20))

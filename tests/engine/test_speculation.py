@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_kernels.choice import ChoiceKind
+from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.constraint import Constraint, ConstraintKind
+from sparserve.engine.formats import weight_formats
 from sparserve.engine.grammar import ConstraintCompiler
 from sparserve.engine.request import (
     GenerationRequest,
@@ -104,6 +106,30 @@ def test_exact_equals_dense(any_engine, finish_all, seed):
     settings = source.choice([{}, {"max_running": 4, "max_batched_tokens": 6}])
     wanted = finish_all(any_engine(max_running=3), dense_of(requests))
     assert_equal_results(finish_all(any_engine(**settings), requests, stagger=2), wanted)
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        {"dtype": "int8", "weight_planes": "4+4"},
+        {"dtype": "int4", "lm_head_dtype": "int8"},
+        {"dtype": "bfloat16", "lm_head_dtype": "int4+exact"},
+    ],
+    ids=["int8 in planes", "int4", "scan"],
+)
+def test_exact_equals_dense_in_each_format(native_engine, index_file, finish_all, formats):
+    """One token or several: the kernels for few tokens and for many give equal bits."""
+    planes = "weight_planes" in formats
+    named = str(weight_formats(EngineSettings(backend="cpu", **formats)))
+    own = replace(TOKEN, density=0.65, choice=ChoiceKind.PLANES) if planes else POLICIES[2]
+    source = random.Random(4)
+    requests = [
+        random_request(source, str(i), source.choice([NGRAM, CORE, own])) for i in range(10)
+    ]
+    index = str(index_file(named, planes=planes))
+    wanted = finish_all(native_engine(index=index, **formats), dense_of(requests))
+    made = finish_all(native_engine(index=index, **formats), requests, stagger=2)
+    assert_equal_results(made, wanted)
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 
-from sparse_kernels.choice import ALL_NEURONS, NeuronChoice, Score
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.choosing import ChoiceState
+from sparserve.engine.inputs import input_of
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
-from sparserve.engine.next_token import continue_text, draft, draw, needed_candidates
+from sparserve.engine.next_token import continue_text, draft, draw
 from sparserve.engine.policies import Policies
 from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
@@ -139,7 +139,9 @@ class Engine:
         validate(request, self.limits, self.backend.config.vocab_size)
         plan = self.policies.plan(request.policy)
         if plan.score is not None and len(request.prompt_token_ids) == 1:
-            plan.choose(None)  # the attention sink counts nowhere: there will be no statistics
+            (plan.drafts or plan).choose(
+                None
+            )  # the attention sink counts nowhere: there will be no statistics
 
     def add(self, request: GenerationRequest) -> None:
         """Take a validated request whose id is not in flight."""
@@ -226,7 +228,7 @@ class Engine:
             self.backend.write_blocks(swap.blocks, swap.sequence.host_blocks)
             swap.sequence.host_blocks = None
         vocab_size = self.backend.config.vocab_size
-        inputs = [_input(item, vocab_size) for item in plan.scheduled]
+        inputs = [input_of(item, vocab_size) for item in plan.scheduled]
         output = self.backend.forward(ForwardBatch(inputs))
         if output.head is not None:
             self.metrics.observe_head(**asdict(output.head))
@@ -456,41 +458,3 @@ class Engine:
             prefix_queries=plan.prefix_queries,
             prefix_hits=plan.prefix_hits,
         )
-
-
-def _input(item: Scheduled, vocab_size: int) -> SequenceInput:
-    sequence = item.sequence
-    start, count = item.start, item.count
-    in_prompt = item.phase is Phase.PREFILL
-    kind = None
-    if in_prompt:
-        kind = sequence.wanted_statistics
-    elif item.work is Work.REFRESH and sequence.neurons.needs_statistics:
-        kind = sequence.neurons.statistics_kind
-    targets: tuple[int, ...] = ()
-    if in_prompt and sequence.wants_prompt_logprobs:
-        targets = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
-    return SequenceInput(
-        token_ids=sequence.tokens(start, count),
-        start=start,
-        block_table=sequence.block_table,
-        phase=item.phase,
-        choice=_neurons(item),
-        output_offsets=item.outputs,
-        temperature=sequence.request.sampling.softmax_temperature,
-        needed=needed_candidates(sequence, vocab_size) if item.outputs else 0,
-        collect_statistics=kind is not None,
-        score=kind.score if kind else Score.NORM,
-        score_share=kind.share if kind else 1.0,
-        targets=targets,
-        num_top=sequence.request.output.prompt_logprobs or 0,
-    )
-
-
-def _neurons(item: Scheduled) -> NeuronChoice:
-    """Those that the step reads."""
-    neurons = item.sequence.neurons
-    if item.work is Work.DRAFT:
-        assert neurons.drafting is not None
-        return neurons.drafting.choice
-    return neurons.choice if item.work is Work.DECODE else ALL_NEURONS

@@ -32,6 +32,10 @@ from sparserve.engine.sequence import Sequence, Status
 from sparserve.engine.speculation import Speculation
 from sparserve.model.backend import BLOCK_SIZE, Phase
 
+# Verified in a step, of all sequences together: each needs a row of logits of its own, and a step of so many
+# tokens no longer takes its time from reading weights.
+MAX_DRAFTS = 128
+
 
 class Work(Enum):
     """What a sequence does in a step."""
@@ -193,7 +197,7 @@ class Scheduler:
 
     def _schedule_drafts(self, plan: Plan) -> None:
         """Of steps that decode, those draft instead, or verify, whose policy says so."""
-        budget = self.max_batched_tokens - plan.num_tokens
+        budget = min(self.max_batched_tokens - plan.num_tokens, MAX_DRAFTS)
         for index, item in enumerate(plan.scheduled):
             if item.work is Work.DECODE and item.sequence.speculation is not None:
                 plan.scheduled[index] = self._with_drafts(item, item.sequence.speculation, budget)
