@@ -445,8 +445,11 @@ async def test_the_operators_bounds_are_kept(serving, connect, fields, code, nam
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_core_of_a_prompt_of_one_token_is_refused(refusal, details_of, n):
-    asked = with_fields(sparsity={"policy": CORE}, sampling={"n": n})
+@pytest.mark.parametrize(
+    "fields", [{"policy": CORE}, {"policy": EXACT, "draft": pb.SPARSITY_DRAFT_CORE}]
+)
+async def test_a_core_of_a_prompt_of_one_token_is_refused(refusal, details_of, fields, n):
+    asked = with_fields(sparsity=fields, sampling={"n": n})
     asked.token_ids.ids.append(5)
     error = await refusal(asked)
     assert error.code() is INVALID

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparserve.calibration.pipeline import QUICK, CalibrationPlan, Effort, calibrate
+from sparserve.calibration.pipeline import calibrate
+from sparserve.calibration.plan import QUICK, CalibrationPlan, Effort
 from sparserve.config import EngineSettings
 from sparserve.model.loader import LoadedModel
 from sparserve.sparsity.index import NeuronIndex

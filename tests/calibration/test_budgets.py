@@ -14,7 +14,7 @@ LOSSES = st.lists(st.tuples(*[st.floats(0, 2)] * 3), min_size=1, max_size=5)
 
 
 @given(rows=LOSSES, density=st.floats(0.02, 1))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_shares_have_the_density_for_their_mean_and_stay_near_it(rows, density):
     shares = allocate(torch.tensor(rows), GRID, density)
     assert float(shares.mean()) == pytest.approx(density, abs=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_kernels.choice import ChoiceKind
-from sparserve.calibration.pipeline import QUICK
+from sparserve.calibration.plan import QUICK
 from sparserve.calibration.text import read_text
 from sparserve.engine.factory import make_backend
 from sparserve.errors import ConfigError, UnusableIndex

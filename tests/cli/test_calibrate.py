@@ -33,6 +33,7 @@ def test_an_index_is_written_and_its_curve_shown(run_main, tiny_folder, text_fil
         (("--text", "/nowhere/text"), "cannot be read"),
         (("--out", "/nowhere/index"), "does not exist"),
         (("--weight-planes", "4+4"), "weight_planes"),
+        (("--device-map", "auto"), "take --device-map cpu"),
         (("--model", "smollm2-135m-instruct"), "give one of them"),
     ],
 )

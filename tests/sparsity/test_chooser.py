@@ -245,7 +245,7 @@ KINDS = st.sampled_from([CORE, PolicyKind.TOKEN, PolicyKind.AUTO])
 
 
 @given(kind=KINDS, targets=st.tuples(*[st.floats(1e-6, 10)] * 2).map(sorted))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stricter_target_never_reads_less_and_every_target_is_kept(calibrated, kind, targets):
     strict, lax = (calibrated.plan(Policy(kind, target_kl=target)) for target in targets)
     assert strict.density >= lax.density
@@ -255,7 +255,7 @@ def test_a_stricter_target_never_reads_less_and_every_target_is_kept(calibrated,
 
 
 @given(densities=st.tuples(*[st.floats(0.45, 1)] * 2).map(sorted))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_more_density_never_costs_more(calibrated, densities):
     sparse, dense = (calibrated.plan(Policy(PolicyKind.AUTO, d)) for d in densities)
     assert dense.predicted_kl <= sparse.predicted_kl * (1 + 1e-9)

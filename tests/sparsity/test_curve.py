@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparserve.sparsity.curve import Curve
@@ -23,6 +23,7 @@ def curves(draw):
     return Curve.of([point(d / 100, draw(st.floats(0, 10))) for d in densities])
 
 
+@settings(max_examples=60, deadline=None)
 @given(curve=curves(), ways=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted))
 def test_what_reads_more_is_never_predicted_worse(curve, ways):
     low, high = (curve.at(curve.least + way * (1 - curve.least)) for way in ways)
@@ -32,7 +33,8 @@ def test_what_reads_more_is_never_predicted_worse(curve, ways):
     assert low.shares.isfinite().all()
 
 
-@given(curve=curves(), target=st.floats(1e-9, 20))
+@settings(max_examples=60, deadline=None)
+@given(curve=curves(), target=st.floats(1e-13, 20))
 def test_the_density_for_a_target_is_where_the_curve_meets_it(curve, target):
     density = curve.density_for(target)
     if density is None:

@@ -139,7 +139,9 @@ def test_values_that_cannot_be_are_refused(path, key, change):
 
 
 @given(data=st.data())
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_damage_anywhere_is_refused_or_leaves_an_index_of_values_in_range(path, key, data):
     whole = path.read_bytes()
     damaged = path.with_name("damaged")

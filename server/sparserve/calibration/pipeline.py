@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +22,7 @@ from sparserve.calibration.candidates import core_setting, plan_of, token_settin
 from sparserve.calibration.clusters import spherical_kmeans
 from sparserve.calibration.factors import Aim, Factors, Tiers, fit_corrections, fit_factors
 from sparserve.calibration.measure import WindowCost, costs, prefill
+from sparserve.calibration.plan import CalibrationPlan, Effort
 from sparserve.calibration.stages import Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
@@ -45,53 +45,18 @@ MAX_CLUSTERS, WINDOWS_PER_CLUSTER = 16, 4
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much is measured."""
-
-    core_densities: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    # Of what is left of a neuron once it was looked at.
-    reaches: Sequence[float] = (0.1, 0.15, 0.22, 0.3, 0.4, 0.5, 0.65, 0.85)
-    # Tried of a choice by planes, with down whole and in planes.
-    tiers: Sequence[Tiers] = (Tiers(0), Tiers(0.8), Tiers(1.0), Tiers(1.4))
-    down_tiers: Sequence[Tiers] = (Tiers(0.8, 5), Tiers(1.0, 3), Tiers(1.4, 8), Tiers(1.4, 12))
-    token_core: float = 0.7  # share of a core that tokens choose in
-    loss_grid: Sequence[float] = (0.3, 0.5, 0.7)
-    loss_windows: int = 4
-    trial_windows: int = 8
-    correction_rank: int = 32
-    corrected_up_to: float = 0.7  # denser settings have little to correct
-
-
-QUICK = Effort(
-    core_densities=(0.5, 0.7, 0.9),
-    reaches=(0.15, 0.3, 0.5, 0.8),
-    tiers=(Tiers(1.0),),
-    down_tiers=(Tiers(1.4, 8),),
-    loss_grid=(0.5,),
-    loss_windows=1,
-    trial_windows=2,
-    correction_rank=0,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationPlan:
-    files: Sequence[Path]
-    out: Path
-    windows: int
-    prompt_tokens: int
-    decode_tokens: int
-    effort: Effort = field(default_factory=Effort)
-
-
 def calibrate(
     model: LoadedModel, settings: EngineSettings, plan: CalibrationPlan, on_progress: Progress
 ) -> NeuronIndex:
     """The index, written to `plan.out`. What is finished is kept in a file beside it, and not done again.
 
-    Raises ConfigError of a text that cannot be read or is too short, and as `make_backend`.
+    Raises ConfigError of a text that cannot be read or is too short or of another device, and as `make_backend`.
     """
+    if settings.device_map != "cpu":
+        raise ConfigError(
+            f"device_map is {settings.device_map!r}, and a calibration runs in main memory; take --device-map "
+            "cpu: the index serves wherever the weights are"
+        )
     text = read_text(model, plan.files, plan.windows, plan.prompt_tokens, plan.decode_tokens)
     try:
         key = index_key(model, format_name(model, settings))
@@ -287,7 +252,8 @@ class _Calibration:
                 best = kl.view(len(aim.tiers), -1).argmin(dim=0).tolist()
             for reach, tier in enumerate(best):
                 found.append(tried[tier * len(best) + reach])
-                if kind is ChoiceKind.PLANES or ChoiceKind.PLANES not in factors:
+                best_kind = kind is ChoiceKind.PLANES or ChoiceKind.PLANES not in factors
+                if best_kind and aim.reaches[reach] <= effort.token_core_up_to:
                     found.append(token_setting(kind, own, aim, tier, reach, effort.token_core))
         return found
 

@@ -63,8 +63,8 @@ def calibrate(
     by the KL divergence they accept. An index fits the weights, the tokenizer and the format (--dtype,
     --weight-planes, …) that it was made with. A run that was interrupted goes on where it stopped.
     """
-    from sparserve.calibration.pipeline import QUICK, CalibrationPlan, Effort
     from sparserve.calibration.pipeline import calibrate as run
+    from sparserve.calibration.plan import QUICK, CalibrationPlan, Effort
     from sparserve.engine.factory import load_by_settings
 
     if name is not None:

@@ -139,7 +139,9 @@ class Engine:
         validate(request, self.limits, self.backend.config.vocab_size)
         plan = self.policies.plan(request.policy)
         if plan.score is not None and len(request.prompt_token_ids) == 1:
-            plan.choose(None)  # the attention sink counts nowhere: there will be no statistics
+            (plan.drafts or plan).choose(
+                None
+            )  # the attention sink counts nowhere: there will be no statistics
 
     def add(self, request: GenerationRequest) -> None:
         """Take a validated request whose id is not in flight."""

@@ -10,6 +10,8 @@ import torch
 
 from sparserve.sparsity.index import Setting
 
+TINY = 1e-12  # what a KL of 0 counts as: its logarithm is taken
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -29,9 +31,13 @@ class Curve:
         for own in falling:
             worst = rising[-1] if rising else own
             rising.append(
-                replace(own, kl=max(own.kl, worst.kl), kl_p95=max(own.kl_p95, worst.kl_p95),
-                        top1=min(own.top1, worst.top1))
-            )  # fmt: skip
+                replace(
+                    own,
+                    kl=max(own.kl, worst.kl, TINY),
+                    kl_p95=max(own.kl_p95, worst.kl_p95, TINY),
+                    top1=min(own.top1, worst.top1),
+                )
+            )
         return cls(rising[::-1])
 
     @property
@@ -56,15 +62,12 @@ class Curve:
             if own.kl <= target_kl:
                 if sparser is None:
                     return own.density
-                way = math.log(sparser.kl / target_kl) / math.log(sparser.kl / max(own.kl, TINY))
+                way = math.log(sparser.kl / target_kl) / math.log(sparser.kl / own.kl)
                 return min(sparser.density + way * (own.density - sparser.density), own.density)
             sparser = own
         assert sparser is not None
         density = sparser.density + (1 - target_kl / sparser.kl) * (1 - sparser.density)
         return density if density < 1 else None
-
-
-TINY = 1e-12  # what a KL of 0 counts as in logarithms
 
 
 def _between(low: Setting, high: Setting, density: float) -> Setting:
@@ -98,7 +101,7 @@ def _towards_dense(last: Setting, density: float) -> Setting:
 
 
 def _geometric(low: float, high: float, way: float) -> float:
-    return math.exp((1 - way) * math.log(max(low, TINY)) + way * math.log(max(high, TINY)))
+    return math.exp((1 - way) * math.log(low) + way * math.log(high))
 
 
 def _mixed(low: torch.Tensor | None, high: torch.Tensor | None, way: float) -> torch.Tensor | None:
