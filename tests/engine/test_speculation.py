@@ -232,22 +232,6 @@ def test_drafts_keep_to_the_budget_of_a_step_and_to_free_blocks(small_pool, monk
     assert [1, 5] in seen or [5, 1] in seen
 
 
-def test_drafts_preempt_nobody(small_pool, finish_all, monkeypatch):
-    """Two contexts that just fit: with the blocks of drafts they would not."""
-    requests = [
-        GenerationRequest(
-            key, (1,) * 50, SamplingParams(0), StoppingParams(max_tokens=14, ignore_eos=True), policy=NGRAM
-        )
-        for key in "ab"
-    ]  # fmt: skip
-    monkeypatch.setattr(
-        "sparserve.engine.speculation.Ngrams.propose", lambda self, output, n: [1] * n
-    )
-    engine = small_pool(8, 2, 200)
-    finish_all(engine, requests)
-    assert engine.metrics.preemptions._value.get() == 0
-
-
 def logits_after(engine, text):
     item = SequenceInput(text, 0, (0,), Phase.PREFILL, output_offsets=(len(text) - 1,))
     return engine.backend.forward(ForwardBatch([item])).candidates.full_logits(0).double()

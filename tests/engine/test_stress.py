@@ -14,8 +14,16 @@ from sparserve.engine.request import (
     StoppingParams,
     Update,
 )
+from sparserve.sparsity.policy import DENSE, DraftKind, Policy, PolicyKind
 
 CONTEXT = 128  # of `small_pool`
+POLICIES = [
+    DENSE,
+    DENSE,
+    Policy(PolicyKind.CORE, 0.5, refresh_interval=6),
+    Policy(PolicyKind.EXACT, draft=DraftKind.NGRAM),
+    Policy(PolicyKind.EXACT, 0.6, draft=DraftKind.CORE),
+]
 
 
 def random_request(source: random.Random, key: str) -> GenerationRequest:
@@ -30,6 +38,7 @@ def random_request(source: random.Random, key: str) -> GenerationRequest:
         OutputParams(
             top_logprobs=source.choice([0, 3]), prompt_logprobs=source.choice([None, None, 0, 3])
         ),
+        policy=source.choice(POLICIES),
         report_statistics=source.random() < 0.3,
     )
 
