@@ -7,20 +7,21 @@ import pytest
 from sparserve.bench.plot_quality import LEAST_KL, draw_quality, join
 from sparserve.errors import ConfigError
 
+INT8 = "int8 (gate and up in planes of 4 + 4 bits)"
 SCORED = [
-    ("sparserve", "int8", "dense", 3e-3),
-    ("sparserve", "int8", "token:0.6/planes", 3e-2),
-    ("sparserve", "int8", "token:0.5/planes", 0.09),
-    ("sparserve", "int8", "core:0.5", 0.9),
+    ("sparserve", INT8, "dense", 3e-3),
+    ("sparserve", INT8, "token:0.6/planes", 3e-2),
+    ("sparserve", INT8, "token:0.5/planes", 0.09),
+    ("sparserve", INT8, "core:0.5", 0.9),
     ("sparserve", "float32", "dense", 0.0),
     ("llama.cpp", "Q8_0", "dense", 4e-3),
     ("llama.cpp", "Q4_0", "dense", 0.3),  # not timed
 ]
 TIMED = [
-    ("sparserve", "int8", "dense", 100.0),
-    ("sparserve", "int8", "token:0.6/planes", 130.0),
-    ("sparserve", "int8", "token:0.5/planes", 140.0),
-    ("sparserve", "int8", "core:0.5", 140.0),
+    ("sparserve", INT8, "dense", 100.0),
+    ("sparserve", INT8, "token:0.6/planes", 130.0),
+    ("sparserve", INT8, "token:0.5/planes", 140.0),
+    ("sparserve", INT8, "core:0.5", 140.0),
     ("sparserve", "float32", "dense", 40.0),
     ("sparserve", "float32", "exact/draft=ngram", 60.0),  # is dense in what it says
     ("llama.cpp", "Q8_0", None, 90.0),  # reports had no policies once
@@ -78,7 +79,7 @@ def test_the_picture_has_every_point_and_a_line_for_each_format(reports, tmp_pat
         "sparserve int8", "token:0.6/planes", "token:0.5/planes", "core:0.5", "sparserve float32", "exact/draft=ngram", "llama.cpp Q8_0",
     }  # fmt: skip
     labels = [text.get_text() for text in panel.get_legend().get_texts()]
-    assert labels == ["sparserve int8", "sparserve float32", "llama.cpp Q8_0"]
+    assert labels == [f"sparserve {INT8}", "sparserve float32", "llama.cpp Q8_0"]
     assert "tiny" in figure.get_suptitle()
     figure.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparserve.bench.peers.packages import require
 from sparserve.bench.plot import colour_of
-from sparserve.bench.systems import DENSE_POLICY
+from sparserve.bench.systems import DENSE_POLICY, data_type
 from sparserve.errors import ConfigError
 
 LEAST_KL = 1e-6  # what lies below is drawn here: 0 has no place on a logarithmic axis
@@ -33,7 +33,9 @@ class Point:
 
     @property
     def name(self) -> str:
-        return self.policy if self.policy != DENSE_POLICY else f"{self.system} {self.format}"
+        """The legend has the whole format."""
+        own = f"{self.system} {data_type(self.format)}"
+        return own if self.policy == DENSE_POLICY else self.policy
 
 
 @dataclass(frozen=True, slots=True)
