@@ -10,6 +10,7 @@
 #include "simd_avx512.hpp"
 #include "integer_amx.inl"
 #include "integer_rows.inl"
+#include "integer_pairs.inl"
 #include "tiles_amx.inl"
 // clang-format on
 
@@ -239,7 +240,8 @@ template <int kBits>
 void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
                 size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
   if (tokens == 1) {
-    return integer::dot_chosen<kBits>(weights, first_row, mask, operand, 1, out, out_stride, fetch);
+    return integer::dot_chosen_few<kBits>(weights, first_row, mask, operand, 1, out, out_stride,
+                                          fetch);
   }
   constexpr size_t kBlock = integer::kBlock, kStride = integer::kChosenStride;
   const Matrix& m = *weights;
@@ -268,7 +270,7 @@ template <int kBits>
 void dot(const Matrix* weights, size_t first_row, size_t rows, const void* operand, size_t tokens,
          float* out, size_t out_stride) {
   if (tokens == 1)
-    return integer::dot<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
+    return integer::dot_few<kBits>(weights, first_row, rows, operand, 1, out, out_stride);
   for (size_t row = 0; row < rows; row += 16 * kRowTiles) {
     const size_t tiles = at_most(kRowTiles, (rows - row) / 16);
     for (size_t begin = 0; begin < weights->columns; begin += kChunkColumns) {

@@ -6,6 +6,7 @@ namespace {
 typedef VectorIntegers Integers;
 }
 #include "integer_rows.inl"
+#include "integer_pairs.inl"
 #include "attention.inl"
 #include "attention_bfloat16.inl"
 #include "attention_int8.inl"
@@ -13,6 +14,13 @@ typedef VectorIntegers Integers;
 // clang-format on
 
 const sk::Kernels& sk::kernels_avx512() {
-  static const Kernels kernels = make_kernels();
+  static const Kernels kernels = [] {
+    Kernels made = make_kernels();
+    made.integer16.dot = integer::dot_few<16>;
+    made.integer16.dot_chosen = integer::dot_chosen_few<16>;
+    made.integer8.dot = integer::dot_few<8>;
+    made.integer8.dot_chosen = integer::dot_chosen_few<8>;
+    return made;
+  }();
   return kernels;
 }

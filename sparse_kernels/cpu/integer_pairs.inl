@@ -1,0 +1,209 @@
+// Dot products of rows whose codes are in planes of 4 bits, with a single token: two blocks of 64
+// columns at once, unpacked in registers. A vector of 64 bytes has half of each block's codes in
+// its lower nibbles and half in the upper ones; so the lower lanes of a sum are one block's, the
+// upper lanes the other's. Included after integer_rows.inl.
+
+namespace {
+namespace integer {
+
+// 128 codes of a row: {columns 0 ... 31 of both blocks, columns 32 ... 63 of both}.
+struct PairCodes {
+  __m512i first, second;
+};
+
+inline __m512i load_pair(const uint8_t* at, bool both) {
+  if (both) return _mm512_loadu_si512(at);
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+
+template <Planes kPlanes>
+inline PairCodes load_pair_codes(const uint8_t* codes, const uint8_t* low, bool both) {
+  const __m512i nibble = _mm512_set1_epi8(15), v = load_pair(codes, both);
+  if constexpr (kPlanes == Planes::k4) {
+    return {_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble)};
+  }
+  const __m512i w = load_pair(low, both);
+  // a where the mask is set, else b.
+  const auto select = [&](__m512i a, __m512i b) {
+    return _mm512_ternarylogic_epi32(nibble, b, a, 0xca);
+  };
+  return {select(_mm512_slli_epi16(v, 4), w), select(v, _mm512_srli_epi16(w, 4))};
+}
+
+// The sums of the lower and of the upper halves of 16 vectors.
+struct PairSums {
+  __m512i first, second;
+};
+
+inline PairSums pair_totals(const __m512i* v) {
+  __m512i pairs[8], fours[4];
+  for (size_t i = 0; i < 8; ++i) {
+    pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]),
+                                _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
+  }
+  // Lanes of 128 bits 0 and 1 are the first block's, 2 and 3 the second's.
+  const __m512i a = VectorIntegers::halves_added(fours[0], fours[1]);
+  const __m512i b = VectorIntegers::halves_added(fours[2], fours[3]);
+  return {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd)};
+}
+
+// Two blocks of an input, their halves side by side as the codes are.
+struct PairInputs {
+  explicit PairInputs(const uint8_t* at, bool both) {
+    const __m512i a = _mm512_loadu_si512(at);
+    const __m512i b = both ? _mm512_loadu_si512(at + Integers::kUnitBytes) : _mm512_setzero_si512();
+    first = _mm512_shuffle_i64x2(a, b, 0x44);
+    second = _mm512_shuffle_i64x2(a, b, 0xee);
+  }
+  __m512i first, second;
+};
+
+// 16 rows at `rows`, in planes.
+struct PairRows {
+  const uint8_t *codes[kRowTile], *low[kRowTile];
+};
+
+inline void take_row(const Matrix& m, size_t row, size_t place, PairRows* rows) {
+  rows->codes[place] = m.codes + row * m.stride;
+  rows->low[place] = m.low + row * m.low_stride;
+}
+
+// Groups [first, last) of 16 rows; scales and offsets as dot_tile takes them.
+template <int kBits, Planes kPlanes, typename Later>
+inline void dot_pairs(const Matrix& m, const PairRows& rows, size_t first, size_t last,
+                      const float* scales, const float* offsets, size_t scale_stride,
+                      const uint8_t* input, bool add, float* out, const Later& ahead) {
+  const float* input_scale = input_scales(m, const_cast<uint8_t*>(input));
+  __m512 sums = add ? _mm512_loadu_ps(out) : _mm512_setzero_ps();
+  const auto add_group = [&](size_t g, __m512i exact) {
+    const size_t at = (g - first) * scale_stride;
+    const __m512 v = _mm512_cvtepi32_ps(exact) * _mm512_set1_ps(input_scale[g]);
+    sums = _mm512_fmadd_ps(v, _mm512_loadu_ps(scales + at), sums);
+    sums = _mm512_fmadd_ps(_mm512_set1_ps(input_scale[m.groups + g]), _mm512_loadu_ps(offsets + at),
+                           sums);
+  };
+  const size_t end = at_most(last * m.group, m.columns) / 64;
+  for (size_t block = first * m.group / 64; block < end; block += 2) {
+    const bool both = block + 1 < end;
+    ahead.prefetch(block * 64 - first * m.group);
+    const uint8_t* unit = input + block * Integers::kUnitBytes;
+    __m512i acc[kRowTile];
+    PairInputs x(unit, both);
+    if constexpr (kBits == 16) {
+      const PairInputs y(unit + 64, both);
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kRowTile; ++i) {
+        const PairCodes w =
+            load_pair_codes<kPlanes>(rows.codes[i] + block * 32, rows.low[i] + block * 32, both);
+        __m512i v = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.first, x.first);
+        v = _mm512_slli_epi32(_mm512_dpbusd_epi32(v, w.second, x.second), 8);
+        v = _mm512_dpbusd_epi32(v, w.first, y.first);
+        acc[i] = _mm512_dpbusd_epi32(v, w.second, y.second);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (size_t i = 0; i < kRowTile; ++i) {
+        const PairCodes w =
+            load_pair_codes<kPlanes>(rows.codes[i] + block * 32, rows.low[i] + block * 32, both);
+        const __m512i v = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.first, x.first);
+        acc[i] = _mm512_dpbusd_epi32(v, w.second, x.second);
+      }
+    }
+    const PairSums exact = pair_totals(acc);
+    if (m.group == 128) {
+      add_group(block / 2, _mm512_add_epi32(exact.first, exact.second));
+    } else {
+      add_group(block, exact.first);
+      if (both) add_group(block + 1, exact.second);
+    }
+  }
+  _mm512_storeu_ps(out, sums);
+}
+
+// Whether rows of a matrix are multiplied so: groups of 32 share a vector's bytes.
+inline bool in_pairs(const Matrix& m, size_t tokens) {
+  const Planes planes = planes_of(m);
+  return tokens == 1 && m.group != 32 && (planes == Planes::k4 || planes == Planes::k44);
+}
+
+// dot_tile's two forms for 16 rows; `rows` are their places.
+template <int kBits, typename Later>
+inline void dot_pair_rows(const Matrix& m, const PairRows& rows, size_t first, size_t last,
+                          const float* scales, const float* offsets, size_t scale_stride,
+                          const uint8_t* input, bool add, float* out, const Later& ahead) {
+  if (planes_of(m) == Planes::k4) {
+    dot_pairs<kBits, Planes::k4>(m, rows, first, last, scales, offsets, scale_stride, input, add,
+                                 out, ahead);
+  } else {
+    dot_pairs<kBits, Planes::k44>(m, rows, first, last, scales, offsets, scale_stride, input, add,
+                                  out, ahead);
+  }
+}
+
+template <int kBits>
+void dot_in_pairs(const Matrix& m, size_t first_row, size_t rows, const uint8_t* input,
+                  float* out) {
+  for (size_t row = first_row; row < first_row + rows; row += kRowTile) {
+    PairRows at;
+    for (size_t i = 0; i < kRowTile; ++i) take_row(m, row + i, i, &at);
+    for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
+      const size_t columns = at_most(kChunkColumns, m.columns - begin);
+      alignas(64) float scales[kMostChunkGroups * kRowTile], offsets[kMostChunkGroups * kRowTile];
+      const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
+      load_scales(m, row, first, last, scales, offsets);
+      dot_pair_rows<kBits>(m, at, first, last, scales, offsets, kRowTile, input, begin != 0,
+                           out + row - first_row, Ahead(m, row + kRowTile, begin, true));
+    }
+  }
+}
+
+template <int kBits>
+void dot_chosen_in_pairs(const Matrix& m, size_t first_row, BlockMask mask, const uint8_t* input,
+                         float* out, Fetch* fetch) {
+  const ChosenRows rows(mask, first_row);
+  alignas(64) float values[kBlock];
+  begin_fetch(fetch, (rows.count + kRowTile - 1) / kRowTile * ((m.columns + 127) / 128));
+  for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
+    const size_t columns = at_most(kChunkColumns, m.columns - begin);
+    alignas(64) float scales[kMostChunkGroups * kChosenStride];
+    alignas(64) float offsets[kMostChunkGroups * kChosenStride];
+    const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
+    load_chosen_scales(m, first_row, mask, first, last, scales, offsets);
+    for (size_t i = 0; i < rows.count; i += kRowTile) {
+      PairRows at;
+      for (size_t j = 0; j < kRowTile; ++j) {
+        take_row(m, rows.at[at_most(i + j, rows.count - 1)], j, &at);
+      }
+      dot_pair_rows<kBits>(m, at, first, last, scales + i, offsets + i, kChosenStride, input,
+                           begin != 0, values + i, LaterRows{fetch});
+    }
+  }
+  spread(rows, first_row, values, kBlock, 1, out, kBlock);
+}
+
+// A single token or few, by pairs where that can be.
+template <int kBits>
+void dot_few(const Matrix* weights, size_t first_row, size_t rows, const void* operand,
+             size_t tokens, float* out, size_t out_stride) {
+  if (!in_pairs(*weights, tokens)) {
+    return dot<kBits>(weights, first_row, rows, operand, tokens, out, out_stride);
+  }
+  dot_in_pairs<kBits>(*weights, first_row, rows, static_cast<const uint8_t*>(operand), out);
+}
+
+template <int kBits>
+void dot_chosen_few(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
+                    size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
+  if (!in_pairs(*weights, tokens)) {
+    return dot_chosen<kBits>(weights, first_row, mask, operand, tokens, out, out_stride, fetch);
+  }
+  dot_chosen_in_pairs<kBits>(*weights, first_row, mask, static_cast<const uint8_t*>(operand), out,
+                             fetch);
+}
+
+}  // namespace integer
+}  // namespace
