@@ -53,12 +53,17 @@ inline PairSums pair_totals(const __m512i* v) {
 
 // Two blocks of an input, their halves side by side as the codes are.
 struct PairInputs {
-  explicit PairInputs(const uint8_t* at, bool both) {
-    const __m512i a = _mm512_loadu_si512(at);
-    const __m512i b = both ? _mm512_loadu_si512(at + Integers::kUnitBytes) : _mm512_setzero_si512();
-    first = _mm512_shuffle_i64x2(a, b, 0x44);
-    second = _mm512_shuffle_i64x2(a, b, 0xee);
+  // The first columns of a block begin at `a`, the others in the second half of `b`; those of the
+  // next block are `step` bytes further.
+  PairInputs(const uint8_t* a, const uint8_t* b, size_t step, bool both)
+      : first(halves(a, step, both)), second(halves(b + 32, step, both)) {}
+  static __m512i halves(const uint8_t* at, size_t step, bool both) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    if (!both) return _mm512_zextsi256_si512(x);
+    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + step));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
   }
+
   __m512i first, second;
 };
 
@@ -73,7 +78,7 @@ inline void take_row(const Matrix& m, size_t row, size_t place, PairRows* rows) 
 }
 
 // Groups [first, last) of 16 rows; scales and offsets as dot_tile takes them.
-template <int kBits, Planes kPlanes, typename Later>
+template <int kBits, Planes kPlanes, bool kApart, typename Later>
 inline void dot_pairs(const Matrix& m, const PairRows& rows, size_t first, size_t last,
                       const float* scales, const float* offsets, size_t scale_stride,
                       const uint8_t* input, bool add, float* out, const Later& ahead) {
@@ -90,31 +95,40 @@ inline void dot_pairs(const Matrix& m, const PairRows& rows, size_t first, size_
   for (size_t block = first * m.group / 64; block < end; block += 2) {
     const bool both = block + 1 < end;
     ahead.prefetch(block * 64 - first * m.group);
-    const uint8_t* unit = input + block * Integers::kUnitBytes;
-    __m512i acc[kRowTile];
-    PairInputs x(unit, both);
-    if constexpr (kBits == 16) {
-      const PairInputs y(unit + 64, both);
+    // With groups of 32 the halves of a block are units of their own.
+    constexpr size_t kUnits = kApart ? 2 : 1;
+    const uint8_t* unit = input + block * kUnits * Integers::kUnitBytes;
+    const uint8_t* other = unit + (kUnits - 1) * Integers::kUnitBytes;
+    constexpr size_t kStep = kUnits * Integers::kUnitBytes;
+    const PairInputs upper(unit, other, kStep, both), lower(unit + 64, other + 64, kStep, both);
+    __m512i acc[2][kRowTile];  // of the first columns, if apart, and of the others or all
 #pragma GCC unroll 16
-      for (size_t i = 0; i < kRowTile; ++i) {
-        const PairCodes w =
-            load_pair_codes<kPlanes>(rows.codes[i] + block * 32, rows.low[i] + block * 32, both);
-        __m512i v = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.first, x.first);
-        v = _mm512_slli_epi32(_mm512_dpbusd_epi32(v, w.second, x.second), 8);
-        v = _mm512_dpbusd_epi32(v, w.first, y.first);
-        acc[i] = _mm512_dpbusd_epi32(v, w.second, y.second);
+    for (size_t i = 0; i < kRowTile; ++i) {
+      const PairCodes w =
+          load_pair_codes<kPlanes>(rows.codes[i] + block * 32, rows.low[i] + block * 32, both);
+      const __m512i zero = _mm512_setzero_si512();
+      __m512i a = _mm512_dpbusd_epi32(zero, w.first, upper.first);
+      __m512i b = _mm512_dpbusd_epi32(kApart ? zero : a, w.second, upper.second);
+      if constexpr (kBits == 16) {
+        if constexpr (kApart) {
+          a = _mm512_dpbusd_epi32(_mm512_slli_epi32(a, 8), w.first, lower.first);
+          b = _mm512_slli_epi32(b, 8);
+        } else {
+          b = _mm512_dpbusd_epi32(_mm512_slli_epi32(b, 8), w.first, lower.first);
+        }
+        b = _mm512_dpbusd_epi32(b, w.second, lower.second);
       }
-    } else {
-#pragma GCC unroll 16
-      for (size_t i = 0; i < kRowTile; ++i) {
-        const PairCodes w =
-            load_pair_codes<kPlanes>(rows.codes[i] + block * 32, rows.low[i] + block * 32, both);
-        const __m512i v = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.first, x.first);
-        acc[i] = _mm512_dpbusd_epi32(v, w.second, x.second);
-      }
+      acc[0][i] = a;
+      acc[1][i] = b;
     }
-    const PairSums exact = pair_totals(acc);
-    if (m.group == 128) {
+    const PairSums exact = pair_totals(acc[1]);
+    if constexpr (kApart) {
+      const PairSums others = pair_totals(acc[0]);
+      add_group(2 * block, others.first);
+      add_group(2 * block + 1, exact.first);
+      if (both) add_group(2 * block + 2, others.second);
+      if (both) add_group(2 * block + 3, exact.second);
+    } else if (m.group == 128) {
       add_group(block / 2, _mm512_add_epi32(exact.first, exact.second));
     } else {
       add_group(block, exact.first);
@@ -124,23 +138,31 @@ inline void dot_pairs(const Matrix& m, const PairRows& rows, size_t first, size_
   _mm512_storeu_ps(out, sums);
 }
 
-// Whether rows of a matrix are multiplied so: groups of 32 share a vector's bytes.
+// Whether rows of a matrix are multiplied so.
 inline bool in_pairs(const Matrix& m, size_t tokens) {
   const Planes planes = planes_of(m);
-  return tokens == 1 && m.group != 32 && (planes == Planes::k4 || planes == Planes::k44);
+  return tokens == 1 && (planes == Planes::k4 || planes == Planes::k44);
 }
 
-// dot_tile's two forms for 16 rows; `rows` are their places.
+template <bool kApart>
+struct Apart {
+  static constexpr bool value = kApart;
+};
+
 template <int kBits, typename Later>
 inline void dot_pair_rows(const Matrix& m, const PairRows& rows, size_t first, size_t last,
                           const float* scales, const float* offsets, size_t scale_stride,
                           const uint8_t* input, bool add, float* out, const Later& ahead) {
+  const auto dot = [&](auto planes, auto apart) {
+    dot_pairs<kBits, decltype(planes)::value, decltype(apart)::value>(
+        m, rows, first, last, scales, offsets, scale_stride, input, add, out, ahead);
+  };
   if (planes_of(m) == Planes::k4) {
-    dot_pairs<kBits, Planes::k4>(m, rows, first, last, scales, offsets, scale_stride, input, add,
-                                 out, ahead);
+    m.group == 32 ? dot(PlanesTag<Planes::k4>(), Apart<true>())
+                  : dot(PlanesTag<Planes::k4>(), Apart<false>());
   } else {
-    dot_pairs<kBits, Planes::k44>(m, rows, first, last, scales, offsets, scale_stride, input, add,
-                                  out, ahead);
+    m.group == 32 ? dot(PlanesTag<Planes::k44>(), Apart<true>())
+                  : dot(PlanesTag<Planes::k44>(), Apart<false>());
   }
 }
 
