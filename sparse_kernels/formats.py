@@ -109,7 +109,8 @@ class DecoderFormats:
         if self.lm_head_scan:
             notes.append("LM head int4+exact")
         if low:
-            notes.insert(0, f"gate and up in planes of {self.gate_up.bits - low} + {low} bits")
+            names = "gate, up and down" if self.down.low_bits == low else "gate and up"
+            notes.insert(0, f"{names} in planes of {self.gate_up.bits - low} + {low} bits")
         if self.quantized and self.activation_bits != 16:
             notes.append(f"{self.activation_bits}-bit activations")
         return f"{main} ({', '.join(notes)})" if notes else main

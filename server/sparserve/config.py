@@ -95,7 +95,14 @@ class EngineSettings(BaseSettings):
         Literal["whole", "4+4", "2+2", "3+1"],
         Field(
             description="How the bits of gate and up are laid out: whole, or the upper ones apart from the lower "
-            "ones, 4+4 of int8, 2+2 or 3+1 of int4."
+            "ones, 4+4 of int8, 2+2 or 3+1 of int4. In planes, policy token can choose neurons by the upper bits."
+        ),
+    ] = "whole"
+    down_planes: Annotated[
+        Literal["whole", "same"],
+        Field(
+            description="How the bits of down are laid out: whole, or the same as --weight-planes, so that policy token "
+            "reads less of neurons that matter little."
         ),
     ] = "whole"
     activation_bits: Annotated[

@@ -93,7 +93,7 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
   fetch.count = fetch.next = fetch.byte = 0;
   BlockMask downs = 0;
   for (size_t t = 0; t < count_; ++t) {
-    if (kind_of(tokens_[t]) == SK_CHOICE_PLANES) downs |= reads[t].used;
+    if (kind_of(tokens_[t]) == SK_CHOICE_PLANES) downs |= reads[t].down_whole;
   }
   add_rows(layer.up, row, ups & downs, &fetch);
   add_rows(layer.down, row, downs, &fetch);
@@ -123,7 +123,8 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
     take_approximate(high + at, approximate, gate + at);
     take_approximate(high + count_ * kBlock + at, approximate, up + at);
     used[t] = reads[t].used;
-    used_[block] |= used[t];
+    used_[block] |= reads[t].down_whole;
+    coarse_[block * count_ + t] = reads[t].used & ~reads[t].down_whole;
   }
   count_reads(reads, own);
   SwigluTask task = {};

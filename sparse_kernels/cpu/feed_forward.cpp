@@ -143,7 +143,13 @@ void Forward::down(const Layer& layer, size_t first, size_t last, size_t column,
   task.columns = columns;
   task.activations = activations_;
   task.tokens = count_;
-  if (choosing_) task.used = used_.data() + first;
+  if (choosing_) {
+    task.used = used_.data() + first;
+    if (layer.down_coarse.codes != nullptr) {
+      task.coarse = &layer.down_coarse;
+      task.by_coarse = coarse_.data() + first * count_;
+    }
+  }
   task.out = out;
   task.out_stride = m_.columns;
   task.add = add;

@@ -125,6 +125,7 @@ void Forward::allocate() {
     for (const Layer& layer : m_.layers) groups = std::max<size_t>(groups, layer.gate.groups);
     squares_ = m_.squares.get<float>(t * groups);
     used_.resize(m_.words);
+    coarse_.resize(m_.words * t);
     reads_.assign(ranges_.size() * reads_stride(), 0);
   }
   if (Scan::wanted(m_, args_)) scan_.emplace(m_, args_);

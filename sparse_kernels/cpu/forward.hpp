@@ -225,9 +225,10 @@ class Forward {
   size_t count_ = 0;           // of them
   bool fused_ = false;
   bool choosing_ = false,
-       corrected_ = false;       // some sequence chooses neurons; and has a correction
-  std::vector<BlockMask> used_;  // of each block, by any token
-  std::vector<uint64_t> reads_;  // [threads][sequences, and their union][kReadKinds]
+       corrected_ = false;         // some sequence chooses neurons; and has a correction
+  std::vector<BlockMask> used_;    // of each block, by any token, by all bits of down
+  std::vector<BlockMask> coarse_;  // of each block and token, by its upper ones
+  std::vector<uint64_t> reads_;    // [threads][sequences, and their union][kReadKinds]
   std::vector<std::vector<QueryTile>> tiles_;  // by heads per KV head
   std::vector<StatisticsUnit> statistics_;
   bool split_ = false;

@@ -203,12 +203,25 @@ struct DownStrip {
   float offsets[kTokenGroup * kMostStripGroups];     // [token][groups]
 };
 
-// The activations of a block of neurons for a group of columns, those of `used` side by side; their
-// part of the offsets is added.
+// Some neurons of a block, and the matrix that has their codes; of each token those that count,
+// null: all.
+struct BlockPart {
+  const Matrix* weights;
+  BlockMask used;
+  const BlockMask* own;  // [tokens of the task]
+  bool others;           // those that are not `own` count
+  BlockMask of(size_t token) const {
+    if (own == nullptr) return kWholeBlock;
+    return others ? ~own[token] : own[token];
+  }
+};
+
+// The activations of a part of a block for a group of columns, side by side; their part of the
+// offsets is added.
 template <int kBits>
-inline void quantize_activations(const DownTask& task, size_t neuron, BlockMask used, size_t group,
-                                 size_t strip_group, DownStrip* strip, const float* factors,
-                                 typename Integers::Activations* out) {
+inline void quantize_activations(const DownTask& task, size_t neuron, const BlockPart& part,
+                                 size_t group, size_t strip_group, DownStrip* strip,
+                                 const float* factors, typename Integers::Activations* out) {
   constexpr size_t kVectors = kBlock / kLanes;
   const Matrix& m = *task.weights;
   const size_t tile = m.groups * kRowTile;
@@ -222,30 +235,31 @@ inline void quantize_activations(const DownTask& task, size_t neuron, BlockMask 
     const float* from = static_cast<const float*>(task.activations) + neuron * task.tokens +
                         (strip->token + t) * kBlock;
     alignas(64) int16_t integers[kBlock];
+    const BlockMask own = part.of(strip->token + t);
     for (size_t i = 0; i < kVectors; ++i) {
-      Simd::round_to(Simd::load(from + i * kLanes) * scales[i], integers + i * kLanes);
+      const F v = Simd::keep_bits(Simd::load(from + i * kLanes), own >> i * kLanes);
+      Simd::round_to(v * scales[i], integers + i * kLanes);
     }
     // Exact, as the sums of the codes are: who else is in the block makes no difference.
     const int32_t offset = Simd::dot_bytes(integers, m.zeros + place, tile);
     strip->offsets[t * strip->groups + strip_group] += static_cast<float>(offset) * factors[t];
-    if (used != kWholeBlock) Integers::side_by_side(used, integers);
+    if (part.used != kWholeBlock) Integers::side_by_side(part.used, integers);
     out->template put<kBits>(t, strip->tokens, integers);
   }
 }
 
-// Block `neuron` of the neurons, whose codes of those in `used` are in `codes`, is added to the
-// sums of a strip.
+// A part of block `neuron`, whose codes are in `codes`, is added to the sums of a strip.
 template <int kBits>
-inline void add_block(const DownTask& task, size_t neuron, BlockMask used, const uint8_t* codes,
-                      DownStrip* strip) {
+inline void add_block(const DownTask& task, size_t neuron, const BlockPart& part,
+                      const uint8_t* codes, DownStrip* strip) {
   const Matrix& m = *task.weights;
   const float* factors = static_cast<const float*>(task.activations) + task.tokens * task.neurons +
                          neuron / kBlock * task.tokens + strip->token;
-  const size_t neurons = static_cast<size_t>(__builtin_popcountll(used));
+  const size_t neurons = static_cast<size_t>(__builtin_popcountll(part.used));
   Integers::Activations activations;
   for (size_t begin = 0; begin < strip->columns; begin += m.group) {
     const size_t group = (strip->column + begin) / m.group;
-    quantize_activations<kBits>(task, neuron, used, group, begin / m.group, strip, factors,
+    quantize_activations<kBits>(task, neuron, part, group, begin / m.group, strip, factors,
                                 &activations);
     Integers::add_columns<kBits>(codes, strip->columns, begin,
                                  at_most(m.group, strip->columns - begin), neurons, activations,
@@ -275,6 +289,24 @@ inline void finish_strip(const DownTask& task, DownStrip* strip) {
   }
 }
 
+// What of a block is read: nothing, one matrix's rows, or two's.
+inline size_t parts_of(const DownTask& task, size_t neuron, BlockPart* parts) {
+  if (task.used == nullptr) return 1;
+  const size_t block = (neuron - task.first_neuron) / kBlock;
+  if (task.coarse == nullptr) {
+    parts[0].used = task.used[block];
+    return parts[0].used != 0;
+  }
+  const BlockMask* own = task.by_coarse + block * task.tokens;
+  BlockMask coarse = 0;
+  for (size_t t = 0; t < task.tokens; ++t) coarse |= own[t];
+  size_t count = 0;
+  const BlockMask whole = task.used[block];
+  if (whole != 0) parts[count++] = {task.weights, whole, own, true};
+  if (coarse != 0) parts[count++] = {task.coarse, coarse, own, false};
+  return count;
+}
+
 template <int kBits>
 void down(const DownTask* task) {
   // Weights in the order of Integers. Few tokens: a block at a time, its rows in long pieces as
@@ -288,31 +320,31 @@ void down(const DownTask* task) {
     strip.columns = at_most(most, end - strip.column);
     strip.groups = (strip.columns + task->weights->group - 1) / task->weights->group;
     const size_t block_bytes = few ? 0 : kBlock * strip.columns;
-    const auto used = [&](size_t neuron) {
-      return task->used == nullptr ? kWholeBlock
-                                   : task->used[(neuron - task->first_neuron) / kBlock];
-    };
-    const auto gather = [&](size_t neuron) {
+    const auto gather = [&](size_t neuron, const BlockPart& part) {
       uint8_t* to = codes + (neuron - task->first_neuron) / kBlock * block_bytes;
-      if (used(neuron) == kWholeBlock) {
-        Integers::gather(*task->weights, neuron, strip.column, strip.columns, to);
+      if (part.used == kWholeBlock) {
+        Integers::gather(*part.weights, neuron, strip.column, strip.columns, to);
       } else {
-        const ChosenRows rows(used(neuron), neuron);
-        Integers::gather_chosen(*task->weights, rows, strip.column, strip.columns, to);
+        const ChosenRows rows(part.used, neuron);
+        Integers::gather_chosen(*part.weights, rows, strip.column, strip.columns, to);
       }
     };
+    const BlockPart all = {task->weights, kWholeBlock, nullptr, false};
     if (!few) {
-      for (size_t n = task->first_neuron; n < task->last_neuron; n += kBlock) gather(n);
+      for (size_t n = task->first_neuron; n < task->last_neuron; n += kBlock) gather(n, all);
     }
     for (strip.token = 0; strip.token < task->tokens; strip.token += kTokenGroup) {
       strip.tokens = at_most(kTokenGroup, task->tokens - strip.token);
       memset(strip.sums, 0, strip.tokens * strip.columns * sizeof(float));
       memset(strip.offsets, 0, strip.tokens * strip.groups * sizeof(float));
       for (size_t n = task->first_neuron; n < task->last_neuron; n += kBlock) {
-        if (used(n) == 0) continue;
-        if (few) gather(n);
-        add_block<kBits>(*task, n, used(n), codes + (n - task->first_neuron) / kBlock * block_bytes,
-                         &strip);
+        const uint8_t* own = codes + (n - task->first_neuron) / kBlock * block_bytes;
+        BlockPart parts[2] = {all, all};
+        const size_t count = few ? parts_of(*task, n, parts) : 1;
+        for (size_t i = 0; i < count; ++i) {
+          if (few) gather(n, parts[i]);
+          add_block<kBits>(*task, n, parts[i], own, &strip);
+        }
       }
       finish_strip(*task, &strip);
     }

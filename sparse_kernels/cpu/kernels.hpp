@@ -113,8 +113,13 @@ struct DownTask {
   const Matrix* weights;
   size_t neurons;                    // in a row of activations
   size_t first_neuron, last_neuron;  // multiples of 64, at most kMaxDownNeurons between
-  const BlockMask* used;  // null, or of each block in between: the others are not read, and all
-                          // their activations are zero
+  // Null, or of each block in between the neurons that some token uses: the others are not read,
+  // and all their activations are zero.
+  const BlockMask* used;
+  // With it, null, or the matrix with one number for all lower bits, and of each block and token
+  // [tokens] the neurons that it uses so; `used` are then those that are used otherwise.
+  const Matrix* coarse;
+  const BlockMask* by_coarse;
   size_t first_column, columns;  // multiples of 64
   const void* activations;
   size_t tokens;

@@ -126,6 +126,15 @@ int32_t take_layer(Model& model, const sk_layer& from) {
     }
     layer.gate_high = upper_bits(layer.gate);
     layer.up_high = upper_bits(layer.up);
+    if (layer.down.low != nullptr) {
+      // The upper half of the lower bits' range begins in the middle: 8 of 4 bits, 2 of 2, 1 of 1.
+      const uint32_t bits = layer.down.low_bits;
+      const uint8_t middle = bits == 4 ? 0x88 : bits == 2 ? 0xaa : 0xff;
+      layer.middle.assign(size_t{layer.down.columns} * bits / 8, middle);
+      layer.down_coarse = layer.down;
+      layer.down_coarse.low = layer.middle.data();
+      layer.down_coarse.low_stride = 0;
+    }
   }
   SK_TRY(check_vector("attention_norm", from.attention_norm, model.hidden, true));
   SK_TRY(check_vector("mlp_norm", from.mlp_norm, model.hidden, true));

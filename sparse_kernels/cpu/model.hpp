@@ -42,6 +42,9 @@ struct Layer {
   const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
   // For choices by planes, if planes_factors is not empty: gate and up by their upper bits.
   Matrix gate_high, up_high;
+  // And down with one number for all lower bits, in `middle`, if it is in two planes.
+  Matrix down_coarse;
+  std::vector<uint8_t> middle;
   std::vector<float> planes_factors, gate_factors;  // [neurons in whole blocks], zeros at the end
   size_t kv_offset;  // bytes from the beginning of KV, for each of its blocks
 

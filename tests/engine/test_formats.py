@@ -61,6 +61,7 @@ def test_settings_mean_formats(fields, expected):
     [
         ({"dtype": "int8", "weight_planes": "2+2"}, r"weight_planes is 2\+2, which int4 can have, .* are int8; take --weight-planes whole or --mlp-dtype int4"),
         ({"dtype": "int4", "weight_planes": "4+4"}, r"4\+4, which int8 .* are int4"),
+        ({"dtype": "int8", "down_planes": "same"}, "weight_planes whole: there are no planes"),
         ({"weight_planes": "3+1"}, r"weight_planes is 3\+1, .* are bfloat16"),
         ({"dtype": "int8", "mlp_dtype": "bfloat16", "weight_planes": "4+4"}, "are bfloat16"),
         ({"group_size": 32}, "group_size is 32, and no matrix is of integers; take --dtype int8"),

@@ -31,6 +31,9 @@ FORMATS = {
     "int8 in 4 + 4 bits": plan(8, 64, 4),
     "int4 in 3 + 1 bits": plan(4, 64, 1),
     "int4 in 2 + 2 bits": plan(4, 128, 2),
+    "int8, down in 4 + 4 bits": plan(8, 64, 4, 4),
+    "int4, down in 3 + 1 bits": plan(4, 64, 1, 1),
+    "int4, down in 2 + 2 bits": plan(4, 32, 2, 2),
 }
 SHAPES = {
     "plain": {"hidden_size": 192, "layers": [LayerShape(4, 2, 192)] * 2},

@@ -11,7 +11,7 @@ BITS = {"int8": 8, "int4": 4}
 PLANES = {"4+4": (8, 4), "2+2": (4, 2), "3+1": (4, 1)}
 PARTS = ("attention_dtype", "mlp_dtype", "lm_head_dtype")
 # Settings that say how integers are stored and used.
-DETAILS = ("group_size", "weight_planes", "activation_bits")
+DETAILS = ("group_size", "weight_planes", "down_planes", "activation_bits")
 
 
 def weight_formats(settings: EngineSettings) -> DecoderFormats:
@@ -31,7 +31,7 @@ def weight_formats(settings: EngineSettings) -> DecoderFormats:
     return DecoderFormats(
         attention=format_of(attention, group_size=32),
         gate_up=format_of(mlp, low_bits),
-        down=format_of(mlp),
+        down=format_of(mlp, low_bits if settings.down_planes == "same" else 0),
         lm_head=format_of(lm_head),
         activation_bits=settings.activation_bits,
         lm_head_scan=settings.lm_head_dtype == "int4+exact",
@@ -73,6 +73,11 @@ def _bits(settings: EngineSettings, part: str) -> int:
 
 def _check_planes(settings: EngineSettings, bits: int) -> None:
     if settings.weight_planes == "whole":
+        if settings.down_planes == "same":
+            raise ConfigError(
+                "down_planes is same, and weight_planes whole: there are no planes; take --weight-planes 4+4 "
+                "with int8, 3+1 or 2+2 with int4"
+            )
         return
     needed, _ = PLANES[settings.weight_planes]
     if bits != needed:
