@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_kernels import native
+from sparse_kernels.choice import ALL_NEURONS, NeuronChoice, core_words
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparserve.compression.quantize import quantize
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
@@ -310,6 +311,30 @@ def test_a_value_that_bfloat16_cannot_hold_is_told(write_tiny_checkpoint, tmp_pa
     model = load_model(str(folder), dtype="bfloat16", layers_at_use=True)
     with pytest.raises(CorruptCheckpoint, match="lm_head holds"):
         make_decoder(model.config, model.weights, threads=1)
+
+
+def test_many_sequences_of_which_one_chooses_are_computed_in_parts(tiny_bfloat16, make_backend):
+    """Rows as each has them alone; the parts' neurons add up, those of dense parts too."""
+    backend, alone = (make_backend(tiny_bfloat16, kind="cpu", num_blocks=40) for _ in range(2))
+    config = backend.config
+    members = torch.zeros(config.num_layers, config.intermediate_size, dtype=torch.bool)
+    members[:, ::3] = True
+    core = NeuronChoice(core_words(members))
+    sequences = [
+        SequenceInput(
+            random_tokens(1 + i % 2, i), 0, [i], Phase.DECODE, core if i == 5 else ALL_NEURONS, (0,)
+        )
+        for i in range(20)
+    ]
+    output = backend.forward(ForwardBatch(sequences))
+    for i, sequence in enumerate(sequences):
+        own = alone.forward(ForwardBatch([sequence])).candidates
+        assert torch.equal(output.candidates.logits[i], own.logits[0])
+        assert torch.equal(output.candidates.full_logits(i), own.full_logits(0))
+    assert [reads is not None for reads in output.reads] == [i == 5 for i in range(20)]
+    assert output.union is not None
+    assert output.union.tokens == 2
+    assert (output.union.counts == 2 * config.intermediate_size).all()
 
 
 def test_torch_has_one_thread_beside_those_of_the_forward_but_all_in_the_reference(

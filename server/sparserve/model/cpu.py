@@ -278,11 +278,11 @@ class CpuBackend:
         """Raises ValueError of a sequence that chooses neurons for more than SK_CHOICE_TOKENS tokens."""
         sequences, calls = batch.sequences, self._calls(batch.sequences)
         if len(calls) == 1:
-            return self._forward(sequences, prompts=calls[0].prompts)
+            return self._forward(sequences, prompts=calls[0].prompts, union=calls[0].union)
         outputs = []
         for call in calls:
             own = [sequences[place] for place in call.places]
-            output = self._forward(own, prompts=call.prompts)
+            output = self._forward(own, prompts=call.prompts, union=call.union)
             outputs.append(output if call is calls[-1] else kept(output))
         return merged(sequences, calls, outputs)
 
@@ -292,14 +292,16 @@ class CpuBackend:
         decode = [i for i, s in enumerate(sequences) if s.phase is Phase.DECODE]
         choosing = any(not sequences[i].choice.is_dense for i in decode)
         if not choosing and (not own_way or len(decode) in (0, len(sequences))):
-            return [Call(range(len(sequences)), prompts=own_way and not decode)]
+            return [Call(range(len(sequences)), own_way and not decode, union=False)]
         prefill = [i for i, s in enumerate(sequences) if s.phase is Phase.PREFILL]
         parts = _split(sequences, decode) if choosing else [decode]
-        calls = [Call(prefill, prompts=own_way)] if prefill else []
-        return calls + [Call(part, prompts=False) for part in parts]
+        calls = [Call(prefill, own_way, union=False)] if prefill else []
+        return calls + [Call(part, prompts=False, union=choosing) for part in parts]
 
-    def _forward(self, sequences: Sequence[SequenceInput], *, prompts: bool) -> ForwardOutput:
-        """One call of the library."""
+    def _forward(
+        self, sequences: Sequence[SequenceInput], *, prompts: bool, union: bool
+    ) -> ForwardOutput:
+        """One call of the library; with `union` it tells what all sequences together read."""
         output_rows: list[int] = []
         temperatures: list[float] = []
         hidden_rows: list[int] = []
@@ -314,8 +316,7 @@ class CpuBackend:
         with_scan = self._decoder.has_scan
         rescored = array("I", bytes(4 * len(needed) * with_scan))
         wanted = [self._wanted(sequence) for sequence in sequences]
-        choosing = any(own.reads is not None for own in wanted)
-        union = torch.zeros(self.config.num_layers, 4, dtype=torch.int64) if choosing else None
+        read = torch.zeros(self.config.num_layers, 4, dtype=torch.int64) if union else None
         rows = self._decoder.forward(
             sequences,
             self._kv,
@@ -326,7 +327,7 @@ class CpuBackend:
             wanted=wanted,
             needed=needed if with_scan else None,
             rescored=rescored if with_scan else None,
-            union_reads=union,
+            union_reads=read,
         )
         statistics = [
             None if own.statistics is None else _by_block(sequence, own.statistics)
@@ -349,8 +350,8 @@ class CpuBackend:
             statistics,
             scores,
             counts,
-            reads if union is not None else (),
-            None if union is None else NeuronReads(union, 1),
+            reads if union else (),
+            None if read is None else NeuronReads(read, 1),
         )
 
     def _wanted(self, sequence: SequenceInput) -> Wanted:

@@ -22,6 +22,7 @@ class Call:
 
     places: Sequence[int]
     prompts: bool  # as `Decoder.forward` takes it
+    union: bool  # whether it tells what they read together
 
 
 def kept(output: ForwardOutput) -> ForwardOutput:
