@@ -10,15 +10,17 @@ namespace {
 constexpr size_t kBlock = SK_NEURON_BLOCK;
 
 // The product with some rows of a block; the same bits whichever way.
-void dot_some(const Matrix& matrix, size_t first_row, BlockMask rows, BlockMask all,
-              const void* operand, size_t tokens, float* out, Fetch* fetch) {
+void dot_some(const Matrix& matrix, size_t first_row, BlockMask rows, const void* operand,
+              size_t tokens, float* out, Fetch* fetch) {
   if (rows == 0) return;
-  if (rows == all) {
+  if (rows == kWholeBlock) {
     matrix.products->dot(&matrix, first_row, kBlock, operand, tokens, out, kBlock);
   } else {
     matrix.products->dot_chosen(&matrix, first_row, rows, operand, tokens, out, kBlock, fetch);
   }
 }
+
+void clear(Fetch* fetch) { fetch->count = fetch->next = fetch->byte = 0; }
 
 // Adds some rows of a block to those that are fetched.
 void add_rows(const Matrix& matrix, size_t first_row, BlockMask rows, Fetch* fetch) {
@@ -76,13 +78,13 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
     if (kind == SK_CHOICE_CORE) ups |= core;
   }
   Fetch fetch;
-  fetch.count = fetch.next = fetch.byte = 0;
+  clear(&fetch);
   if (planes != 0) {
     float* const high_up = high + count_ * kBlock;
     add_rows(layer.up_high, row, planes, &fetch);
-    dot_some(layer.gate_high, row, planes, kWholeBlock, operand_, count_, high, &fetch);
-    fetch.count = fetch.next = fetch.byte = 0;
-    dot_some(layer.up_high, row, planes, kWholeBlock, operand_, count_, high_up, &fetch);
+    dot_some(layer.gate_high, row, planes, operand_, count_, high, &fetch);
+    clear(&fetch);
+    dot_some(layer.up_high, row, planes, operand_, count_, high_up, &fetch);
     choose_by_planes(layer, index, block, high, reads);
     for (size_t t = 0; t < count_; ++t) {
       if (kind_of(tokens_[t]) != SK_CHOICE_PLANES) continue;
@@ -90,7 +92,7 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
       ups |= reads[t].whole;
     }
   }
-  fetch.count = fetch.next = fetch.byte = 0;
+  clear(&fetch);
   BlockMask downs = 0;
   for (size_t t = 0; t < count_; ++t) {
     if (kind_of(tokens_[t]) == SK_CHOICE_PLANES) downs |= reads[t].down_whole;
@@ -106,15 +108,15 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, co
     if (kind == SK_CHOICE_CORE) next_cores |= core;
   }
   add_rows(layer.gate, row + kBlock, next_gates, &fetch);
-  dot_some(layer.gate, row, gates, kWholeBlock, operand_, count_, gate, &fetch);
+  dot_some(layer.gate, row, gates, operand_, count_, gate, &fetch);
   choose_by_gate(layer, index, block, gate, reads);
   for (size_t t = 0; t < count_; ++t) {
     if (kind_of(tokens_[t]) == SK_CHOICE_GATE) ups |= reads[t].used;
   }
-  fetch.count = fetch.next = fetch.byte = 0;
+  clear(&fetch);
   add_rows(layer.up, row + kBlock, next_cores, &fetch);
   add_rows(layer.down, row + kBlock, next_cores, &fetch);
-  dot_some(layer.up, row, ups, kWholeBlock, operand_, count_, up, &fetch);
+  dot_some(layer.up, row, ups, operand_, count_, up, &fetch);
   BlockMask used[kMaxChoiceTokens];
   used_[block] = 0;
   for (size_t t = 0; t < count_; ++t) {

@@ -26,19 +26,14 @@ DENSE_PLAN = ChoicePlan(DENSE, 1.0)
 
 
 def read_bytes(info: BackendInfo, kind: ChoiceKind | None, reads: NeuronReads) -> float:
-    """Of feed-forward weights, over all tokens of `reads`; see BackendInfo.neuron_bytes."""
-    counts = reads.counts.sum(dim=0).tolist()
-    parts = zip(counts, info.neuron_bytes[kind], strict=True)
-    return float(sum(count * each for count, each in parts))
+    """Of feed-forward weights, over all tokens of `reads`."""
+    return info.read_bytes(kind, reads.counts.sum(dim=0).tolist())
 
 
 def correction_bytes(plan: ChoicePlan, choice: NeuronChoice) -> int:
     """Of what stands in for the neurons left out, in all layers."""
     index = (plan.drafts or plan).index
-    if index is None or not choice.correction:
-        return 0
-    pairs = index.corrections[choice.correction - 1]
-    return sum(inputs.nbytes + outputs.nbytes for inputs, outputs in pairs)
+    return 0 if index is None else index.correction_bytes(choice.correction)
 
 
 @dataclass(frozen=True, slots=True)

@@ -375,12 +375,9 @@ def _density(
     backend: Backend, setting: Setting, reads: Sequence[float], index: NeuronIndex
 ) -> float:
     """Share of the feed-forward layers' bytes, with those of a correction."""
-    each = backend.info.neuron_bytes[setting.choice]
-    share = sum(part * own for part, own in zip(each, reads, strict=True)) / sum(each)
-    if not setting.correction:
-        return share
-    pairs = index.corrections[setting.correction - 1]
-    return share + sum(part.nbytes for pair in pairs for part in pair) / backend.info.mlp_bytes
+    info = backend.info
+    share = info.read_bytes(setting.choice, reads) / sum(info.neuron_bytes[setting.choice])
+    return share + index.correction_bytes(setting.correction) / info.mlp_bytes
 
 
 @contextmanager

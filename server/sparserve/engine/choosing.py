@@ -147,17 +147,10 @@ class ChoiceState:
         self._dense_tokens += self._last_was_dense
 
     def _bytes_of(self, choice: NeuronChoice, reads: NeuronReads) -> float:
-        costs = self._info.neuron_bytes[choice.kind]
-        counts = reads.counts.sum(dim=0).tolist()
-        neurons: float = sum(count * cost for count, cost in zip(counts, costs, strict=True))
-        return neurons + reads.tokens * self._correction_bytes(choice)
-
-    def _correction_bytes(self, choice: NeuronChoice) -> int:
+        neurons = self._info.read_bytes(choice.kind, reads.counts.sum(dim=0).tolist())
         index = self.plan.index
-        if not choice.correction or index is None:
-            return 0
-        layers = index.corrections[choice.correction - 1]
-        return sum(tensor.nbytes for layer in layers for tensor in layer)
+        corrected = 0 if index is None else index.correction_bytes(choice.correction)
+        return neurons + reads.tokens * corrected
 
     def report(self, *, refreshes: int, drafted: int, accepted: int) -> SparsityReport:
         chosen, info = self.chosen, self._info

@@ -145,6 +145,11 @@ class BackendInfo:
     def title(self) -> str:
         return f"{self.name} ({self.isa})" if self.isa else self.name
 
+    def read_bytes(self, kind: ChoiceKind | None, counts: Sequence[float]) -> float:
+        """Of feed-forward weights, by so many neurons of each of NeuronReads' counts."""
+        parts = zip(counts, self.neuron_bytes[kind], strict=True)
+        return float(sum(count * each for count, each in parts))
+
 
 class Backend(Protocol):
     """A model's weights and KV cache on some device. Not thread-safe: one thread calls it."""

@@ -84,6 +84,12 @@ class NeuronIndex:
         """What a backend needs of it."""
         return ChoiceTensors(self.planes_factors, self.gate_factors, self.corrections)
 
+    def correction_bytes(self, number: int) -> int:
+        """Of a setting's correction, in all layers; 0 of number 0, which is none."""
+        if not number:
+            return 0
+        return sum(part.nbytes for pair in self.corrections[number - 1] for part in pair)
+
 
 def write_index(path: Path, index: NeuronIndex) -> None:
     """All of it or nothing; equal indices make equal files. Raises OSError."""
