@@ -166,14 +166,13 @@ void Forward::add_statistics(const StatisticsUnit& unit, const Layer& layer, siz
                              float* scratch) {
   const size_t stride = size_t{layer.blocks} * SK_NEURON_BLOCK;
   int64_t* const sums = unit.sums + index * m_.widest;
-  for (uint32_t i = 0; i < unit.count; ++i) {
-    const float* a = plain_ + (unit.row + i) * stride;
-    const double total = k_.sum_of_squares(a, layer.neurons);
-    if (unit.sequence->score == SK_SCORE_NORM) {
-      k_.add_norm_scores(a, layer.neurons, total, sums);
-    } else if (std::isfinite(total)) {
-      add_counts(a, layer.neurons, *unit.sequence, scratch, sums);
-    }
+  const float* const first = plain_ + unit.row * stride;
+  if (unit.sequence->score == SK_SCORE_NORM) {
+    return k_.add_norm_scores(first, stride, unit.count, layer.neurons, sums);
+  }
+  for (const float* a = first; a < first + unit.count * stride; a += stride) {
+    if (!std::isfinite(k_.sum_of_squares(a, layer.neurons))) continue;
+    add_counts(a, layer.neurons, *unit.sequence, scratch, sums);
   }
 }
 

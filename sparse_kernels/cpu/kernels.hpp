@@ -184,9 +184,10 @@ struct Kernels {
   // whose groups have these squares, as a variance.
   void (*variance)(const Matrix* high, size_t first_row, const float* squares, float* out);
 
-  // Norm score of one token's activations [n]: sums[i] += round(2^32 a_i^2 / total).
-  double (*sum_of_squares)(const float* a, size_t n);
-  void (*add_norm_scores)(const float* a, size_t n, double total, int64_t* sums);
+  float (*sum_of_squares)(const float* a, size_t n);
+  // Norm scores of at most 16 tokens' activations [n]: sums[i] += 2^32 a_i^2 / (sum of squares),
+  // rounded. `a` [tokens, stride] can be read up to a whole vector.
+  void (*add_norm_scores)(const float* a, size_t stride, size_t tokens, size_t n, int64_t* sums);
 
   void (*embed)(const void* row, size_t n, float* out);
   float (*largest)(const float* x, size_t n);

@@ -123,35 +123,41 @@ void variance(const Matrix* high, size_t first_row, const float* squares, float*
   }
 }
 
-double sum_of_squares(const float* a, size_t n) {
-  double sums[8] = {};
+float sum_of_squares(const float* a, size_t n) {
+  F sums[2] = {Simd::zero(), Simd::zero()};
   size_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (size_t lane = 0; lane < 8; ++lane) {
-      const double v = a[i + lane];
-      sums[lane] += v * v;
-    }
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const F v = Simd::load(a + i), w = Simd::load(a + i + kLanes);
+    sums[0] = Simd::fma(v, v, sums[0]);
+    sums[1] = Simd::fma(w, w, sums[1]);
   }
-  for (; i < n; ++i) {
-    const double v = a[i];
-    sums[0] += v * v;
-  }
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  float total = Simd::sum(sums[0] + sums[1]);
+  for (; i < n; ++i) total += a[i] * a[i];
+  return total;
 }
 
-void add_norm_scores(const float* a, size_t n, double total, int64_t* sums) {
-  // A token whose activations are not finite scores nothing, like one whose are all zero.
-  if (!(total > 0 && total < static_cast<double>(kInfinity))) return;
-  const double units = 4294967296.0 / total;
-  // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
-  const double magic = 6755399441055744.0;
-  for (size_t i = 0; i < n; ++i) {
-    const double v = a[i];
-    const double rounded = v * v * units + magic;
-    int64_t bits, zero;
-    memcpy(&bits, &rounded, sizeof(bits));
-    memcpy(&zero, &magic, sizeof(zero));
-    sums[i] += bits - zero;
+// A token's scores in steps of 2^-26: the sums of 16 fit 32 bits.
+void add_norm_scores(const float* a, size_t stride, size_t tokens, size_t n, int64_t* sums) {
+  const float* counted[16];
+  F units[16];
+  size_t count = 0;
+  for (size_t t = 0; t < tokens; ++t) {
+    const float total = sum_of_squares(a + t * stride, n);
+    // A token whose activations are not finite scores nothing, like one whose are all zero.
+    if (!(total > 1e-30f && total < kInfinity)) continue;
+    units[count] = Simd::set(67108864.0f / total);
+    counted[count++] = a + t * stride;
+  }
+  for (size_t i = 0; i < n; i += kLanes) {
+    typename Simd::I sum = Simd::to_integers(Simd::zero());
+    for (size_t t = 0; t < count; ++t) {
+      const F v = Simd::load(counted[t] + i);
+      sum = Simd::add(sum, Simd::to_integers(v * v * units[t]));
+    }
+    alignas(64) int32_t steps[kLanes];
+    Simd::store_integers(steps, sum);
+    const size_t lanes = at_most(kLanes, n - i);
+    for (size_t j = 0; j < lanes; ++j) sums[i + j] += int64_t{steps[j]} * 64;
   }
 }
 

@@ -140,10 +140,10 @@ struct Simd {
   typedef U Bytes;
   typedef U Dots;
   static constexpr float kLargestCode = 32639;
-  // To the nearest integer, |v| < 2^22; of anything else some integer.
+  // To the nearest integer, from 2^22 on to one of the nearest; of what 32 bits do not hold, some.
   static I to_integers(F v) {
     const F magic = set(12582912.0f);
-    return reinterpret_cast<I>(reinterpret_cast<U>(v + magic) - reinterpret_cast<U>(magic));
+    return __builtin_convertvector((v + magic) - magic, I);
   }
   static void store_integers(int32_t* p, I v) { memcpy(p, &v, sizeof(v)); }
   static I add(I a, I b) {
