@@ -66,6 +66,7 @@ class sk_cpu_flag(enum.IntEnum):
     SK_CPU_AVX512BF16 = 256
     SK_CPU_AMX_INT8 = 512
     SK_CPU_AMX_BF16 = 1024
+    SK_CPU_AVX512VBMI2 = 2048
 
 
 class sk_cpu_info(ctypes.Structure):

@@ -52,7 +52,7 @@ class CpuFeatures:
     """Highest level that this CPU runs."""
     flags: frozenset[str]
     """Of avx2, fma, f16c, avx512f, avx512bw, avx512dq, avx512vl, avx512vnni, avx512bf16, amx_int8,
-    amx_bf16."""
+    amx_bf16, avx512vbmi2."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-// The feed-forward layers of a few tokens some of which choose their neurons: block by block, what
-// each of them uses, and that alone is read.
-#include <iterator>
+// The feed-forward layers of a few tokens some of which choose their neurons: a few blocks at a
+// time, what each of them uses, and that alone is read. What is read next is fetched meanwhile:
+// chosen rows are no order that the CPU would foresee.
+#include <type_traits>
 
 #include "forward.hpp"
 
@@ -8,36 +9,66 @@ namespace sk {
 namespace {
 
 constexpr size_t kBlock = SK_NEURON_BLOCK;
+constexpr size_t kTile = SK_ROW_TILE;
 
-// The product with some rows of a block; the same bits whichever way.
-void dot_some(const Matrix& matrix, size_t first_row, BlockMask rows, const void* operand,
-              size_t tokens, float* out, Fetch* fetch) {
-  if (rows == 0) return;
-  if (rows == kWholeBlock) {
-    matrix.products->dot(&matrix, first_row, kBlock, operand, tokens, out, kBlock);
-  } else {
-    matrix.products->dot_chosen(&matrix, first_row, rows, operand, tokens, out, kBlock, fetch);
+bool none(const ChosenRows& rows) { return rows.count == 0; }
+bool all(const ChosenRows& rows) { return rows.count == rows.blocks * kBlock; }
+
+// Makes the list of the rows that are in the masks.
+void list(ChosenRows* rows) {
+  rows->count = 0;
+  for (size_t i = 0; i < rows->blocks; ++i) {
+    const uint32_t first = static_cast<uint32_t>(rows->first + i * kBlock);
+    for (BlockMask left = rows->masks[i]; left != 0; left &= left - 1) {
+      rows->at[rows->count++] = first + static_cast<uint32_t>(__builtin_ctzll(left));
+    }
   }
 }
 
-void clear(Fetch* fetch) { fetch->count = fetch->next = fetch->byte = 0; }
+// The product with some rows; the same bits whichever way.
+void dot_some(const Matrix& matrix, const ChosenRows& rows, const void* operand, size_t tokens,
+              float* out, Fetch* fetch) {
+  const size_t stride = rows.blocks * kBlock;
+  if (none(rows)) return;
+  if (all(rows)) {
+    matrix.products->dot(&matrix, rows.first, stride, operand, tokens, out, stride);
+  } else {
+    matrix.products->dot_chosen(&matrix, &rows, operand, tokens, out, stride, fetch);
+  }
+}
 
-// Adds some rows of a block to those that are fetched.
-void add_rows(const Matrix& matrix, size_t first_row, BlockMask rows, Fetch* fetch) {
+// Adds some rows, but for the first ones, to those that are fetched.
+void add_rows(const Matrix& matrix, const ChosenRows& rows, size_t skipped, Fetch* fetch) {
+  constexpr size_t kSideBySide = std::extent_v<decltype(Fetch::Rows::at)>;
   const auto add = [&](const uint8_t* data, size_t stride, uint32_t bits) {
-    Fetch::Rows* side_by_side = nullptr;
-    for (BlockMask left = rows; left != 0; left &= left - 1) {
-      if (side_by_side == nullptr || side_by_side->count == std::size(side_by_side->at)) {
-        side_by_side = &fetch->rows[fetch->count++];
-        side_by_side->count = 0;
-        side_by_side->bytes = matrix.columns * bits / 8;
+    for (size_t i = skipped; i < rows.count; i += kSideBySide) {
+      Fetch::Rows& to = fetch->rows[fetch->count++];
+      to.bytes = matrix.columns * bits / 8;
+      for (size_t j = 0; j < kSideBySide; ++j) {
+        to.at[j] = data + rows.at[std::min(i + j, rows.count - 1)] * stride;
       }
-      const size_t row = first_row + static_cast<size_t>(__builtin_ctzll(left));
-      side_by_side->at[side_by_side->count++] = data + row * stride;
     }
   };
   add(matrix.codes, matrix.stride, matrix.bits);
   if (matrix.low != nullptr) add(matrix.low, matrix.low_stride, matrix.low_bits);
+}
+// Together at most gate, up and down of kChosenBlocks blocks and gate of the next, in two planes.
+static_assert(4 * 2 * kChosenBlocks * kBlock / std::extent_v<decltype(Fetch::Rows::at)> <=
+                  std::extent_v<decltype(Fetch::rows)>,
+              "there is room for what is fetched");
+
+void clear(Fetch* fetch) { fetch->count = fetch->next = fetch->byte = 0; }
+
+// Partitions in a unit of work. Chosen rows are multiplied 16 at a time: those of several
+// partitions fill these better.
+uint32_t partitions_together(const Layer& layer, size_t threads) {
+  return std::max(layer.partitions / (4 * static_cast<uint32_t>(threads)), 1u);
+}
+
+// Where blocks that are multiplied together end, of those up to `last`.
+size_t piece_end(size_t first, size_t last) {
+  const size_t left = last - first, pieces = (left + kChosenBlocks - 1) / kChosenBlocks;
+  return first + (left + pieces - 1) / pieces;
 }
 
 uint32_t kind_of(const Token& token) {
@@ -64,95 +95,157 @@ BlockMask Forward::core_of(const Layer& layer, size_t index, size_t block,
   return choice->core[index * m_.words + block] & exist;
 }
 
-void Forward::activate_chosen(const Layer& layer, size_t index, size_t block, const Own& own) {
-  BlockReads reads[kMaxChoiceTokens];
-  float *const gate = own.scratch, *const up = gate + count_ * kBlock;
-  float* const high = up + count_ * kBlock;
-  const size_t row = block * kBlock;
-  BlockMask planes = 0, gates = 0, ups = 0;  // rows of gate and up that somebody needs
-  for (size_t t = 0; t < count_; ++t) {
-    const BlockMask core = core_of(layer, index, block, tokens_[t]);
-    reads[t] = {core, core, core, core};
-    const uint32_t kind = kind_of(tokens_[t]);
-    (kind == SK_CHOICE_PLANES ? planes : gates) |= core;
-    if (kind == SK_CHOICE_CORE) ups |= core;
+uint32_t Forward::chosen_units(const Layer& layer) const {
+  const uint32_t together = partitions_together(layer, ranges_.size());
+  return (layer.partitions + together - 1) / together;
+}
+
+void Forward::add_chosen(const Layer& layer, size_t index, uint32_t unit, const Own& own) {
+  const size_t threads = ranges_.size(), units = chosen_units(layer) + corrected_;
+  const auto partition = [&](uint32_t i) {
+    return std::min(i * partitions_together(layer, threads), layer.partitions);
+  };
+  const auto block = [&](uint32_t i) { return layer.partition_begin(partition(i)); };
+  // The range of units that this thread goes through, unless it helps another; see phase().
+  const size_t begin = units * own.index / threads, end = units * (own.index + 1) / threads;
+  const size_t first = block(unit), last = block(unit + 1);
+  for (size_t at = first; at < last; at = piece_end(at, last)) {
+    const bool fetched = at == first && unit > begin && unit < end;
+    activate_chosen(layer, index, at, piece_end(at, last), fetched, own);
   }
   Fetch fetch;
   clear(&fetch);
-  if (planes != 0) {
-    float* const high_up = high + count_ * kBlock;
-    add_rows(layer.up_high, row, planes, &fetch);
-    dot_some(layer.gate_high, row, planes, operand_, count_, high, &fetch);
-    clear(&fetch);
-    dot_some(layer.up_high, row, planes, operand_, count_, high_up, &fetch);
-    choose_by_planes(layer, index, block, high, reads);
+  if (unit + 1 < end && last < layer.blocks) {
+    add_first_rows(layer, index, last, piece_end(last, block(unit + 2)), &fetch);
+  }
+  for (uint32_t p = partition(unit); p < partition(unit + 1); ++p) {
+    down(layer, layer.partition_begin(p), layer.partition_begin(p + 1), 0, m_.columns,
+         partial_ + p * count_ * m_.columns, false, &fetch);
+  }
+}
+
+void Forward::add_first_rows(const Layer& layer, size_t index, size_t first, size_t last,
+                             Fetch* fetch) const {
+  ChosenRows cores, planes;
+  for (ChosenRows* rows : {&cores, &planes}) {
+    *rows = {};
+    rows->first = first * kBlock;
+    rows->blocks = last - first;
+  }
+  for (size_t i = 0; i < cores.blocks; ++i) {
     for (size_t t = 0; t < count_; ++t) {
-      if (kind_of(tokens_[t]) != SK_CHOICE_PLANES) continue;
-      gates |= reads[t].whole;
-      ups |= reads[t].whole;
+      const bool by_planes = kind_of(tokens_[t]) == SK_CHOICE_PLANES;
+      (by_planes ? planes : cores).masks[i] |= core_of(layer, index, first + i, tokens_[t]);
     }
   }
+  list(&cores);
+  list(&planes);
+  add_rows(layer.gate, cores, 0, fetch);
+  if (!none(planes)) add_rows(layer.gate_high, planes, 0, fetch);
+}
+
+void Forward::activate_chosen(const Layer& layer, size_t index, size_t first, size_t last,
+                              bool fetched, const Own& own) {
+  const size_t blocks = last - first, stride = blocks * kBlock, row = first * kBlock;
+  BlockReads reads[kChosenBlocks][kMaxChoiceTokens];
+  float *const gate = own.scratch, *const up = gate + count_ * stride;
+  float* const high = up + count_ * stride;
+  ChosenRows planes, gates, ups, later_ups, downs;  // that somebody needs
+  for (ChosenRows* rows : {&planes, &gates, &ups, &later_ups, &downs}) {
+    std::fill_n(rows->masks, kChosenBlocks, BlockMask{0});
+    rows->first = row;
+    rows->blocks = blocks;
+  }
+  const auto each = [&](auto&& body) {
+    for (size_t i = 0; i < blocks; ++i) {
+      for (size_t t = 0; t < count_; ++t) body(i, t, kind_of(tokens_[t]), reads[i][t]);
+    }
+  };
+  each([&](size_t i, size_t t, uint32_t kind, BlockReads& read) {
+    const BlockMask core = core_of(layer, index, first + i, tokens_[t]);
+    read = {core, core, core, core};
+    (kind == SK_CHOICE_PLANES ? planes : gates).masks[i] |= core;
+    if (kind == SK_CHOICE_CORE) ups.masks[i] |= core;
+  });
+  Fetch fetch;
   clear(&fetch);
-  BlockMask downs = 0;
-  for (size_t t = 0; t < count_; ++t) {
-    if (kind_of(tokens_[t]) == SK_CHOICE_PLANES) downs |= reads[t].down_whole;
-  }
-  add_rows(layer.up, row, ups & downs, &fetch);
-  add_rows(layer.down, row, downs, &fetch);
-  // A block ahead, what is known before anybody chooses.
-  BlockMask next_gates = 0, next_cores = 0;
-  for (size_t t = 0; t < count_ && block + 1 < layer.blocks; ++t) {
-    const uint32_t kind = kind_of(tokens_[t]);
-    const BlockMask core = core_of(layer, index, block + 1, tokens_[t]);
-    if (kind != SK_CHOICE_PLANES) next_gates |= core;
-    if (kind == SK_CHOICE_CORE) next_cores |= core;
-  }
-  add_rows(layer.gate, row + kBlock, next_gates, &fetch);
-  dot_some(layer.gate, row, gates, operand_, count_, gate, &fetch);
-  choose_by_gate(layer, index, block, gate, reads);
-  for (size_t t = 0; t < count_; ++t) {
-    if (kind_of(tokens_[t]) == SK_CHOICE_GATE) ups |= reads[t].used;
+  list(&planes);
+  if (!none(planes)) {
+    float* const high_up = high + count_ * stride;
+    if (!fetched) add_rows(layer.gate_high, planes, kTile, &fetch);
+    add_rows(layer.up_high, planes, 0, &fetch);
+    dot_some(layer.gate_high, planes, operand_, count_, high, &fetch);
+    clear(&fetch);
+    dot_some(layer.up_high, planes, operand_, count_, high_up, &fetch);
+    for (size_t i = 0; i < blocks; ++i) {
+      choose_by_planes(layer, index, first + i, high + i * kBlock, stride, reads[i]);
+    }
+    each([&](size_t i, size_t, uint32_t kind, const BlockReads& read) {
+      if (kind != SK_CHOICE_PLANES) return;
+      gates.masks[i] |= read.whole;
+      ups.masks[i] |= read.whole;
+    });
   }
   clear(&fetch);
-  add_rows(layer.up, row + kBlock, next_cores, &fetch);
-  add_rows(layer.down, row + kBlock, next_cores, &fetch);
-  dot_some(layer.up, row, ups, operand_, count_, up, &fetch);
-  BlockMask used[kMaxChoiceTokens];
-  used_[block] = 0;
-  for (size_t t = 0; t < count_; ++t) {
-    const size_t at = t * kBlock;
-    const BlockMask approximate = reads[t].used & ~reads[t].whole;
+  list(&gates);
+  list(&ups);
+  if (!fetched || !none(planes)) add_rows(layer.gate, gates, kTile, &fetch);
+  add_rows(layer.up, ups, 0, &fetch);
+  dot_some(layer.gate, gates, operand_, count_, gate, &fetch);
+  clear(&fetch);
+  for (size_t i = 0; i < blocks; ++i) {
+    choose_by_gate(layer, index, first + i, gate + i * kBlock, stride, reads[i]);
+  }
+  each([&](size_t i, size_t, uint32_t kind, const BlockReads& read) {
+    if (kind == SK_CHOICE_GATE) later_ups.masks[i] |= read.used & ~ups.masks[i];
+    downs.masks[i] |= read.down_whole;
+  });
+  list(&later_ups);
+  list(&downs);
+  add_rows(layer.up, later_ups, kTile, &fetch);
+  add_rows(layer.down, downs, 0, &fetch);
+  if (!none(later_ups)) {
+    for (size_t i = 0; i < blocks; ++i) ups.masks[i] |= later_ups.masks[i];
+    list(&ups);
+  }
+  dot_some(layer.up, ups, operand_, count_, up, &fetch);
+  each([&](size_t i, size_t t, uint32_t, const BlockReads& read) {
+    const size_t at = t * stride + i * kBlock;
+    const BlockMask approximate = read.used & ~read.whole;
     take_approximate(high + at, approximate, gate + at);
-    take_approximate(high + count_ * kBlock + at, approximate, up + at);
-    used[t] = reads[t].used;
-    used_[block] |= reads[t].down_whole;
-    coarse_[block * count_ + t] = reads[t].used & ~reads[t].down_whole;
-  }
-  count_reads(reads, own);
+    take_approximate(high + count_ * stride + at, approximate, up + at);
+    coarse_[(first + i) * count_ + t] = read.used & ~read.down_whole;
+  });
   SwigluTask task = {};
   task.down = &layer.down;
-  task.gate = gate;
-  task.up = up;
-  task.stride = kBlock;
+  task.stride = stride;
   task.tokens = count_;
-  task.first = row;
   task.neurons = task.plain_stride = size_t{layer.blocks} * kBlock;
-  task.used = used;
   task.activations = activations_;
   task.plain = plain_;
-  layer.down.products->swiglu(&task);
+  for (size_t i = 0; i < blocks; ++i) {
+    BlockMask used[kMaxChoiceTokens];
+    for (size_t t = 0; t < count_; ++t) used[t] = reads[i][t].used;
+    used_[first + i] = downs.masks[i];
+    count_reads(reads[i], own);
+    task.gate = gate + i * kBlock;
+    task.up = up + i * kBlock;
+    task.first = row + i * kBlock;
+    task.used = used;
+    layer.down.products->swiglu(&task);
+  }
 }
 
 void Forward::choose_by_planes(const Layer& layer, size_t index, size_t block, const float* high,
-                               BlockReads* reads) const {
+                               size_t stride, BlockReads* reads) const {
   for (size_t t = 0; t < count_; ++t) {
     if (kind_of(tokens_[t]) != SK_CHOICE_PLANES) continue;
     alignas(64) float variances[2][kBlock];
     const float* squares = squares_ + t * layer.gate.groups;
     k_.variance(&layer.gate_high, block * kBlock, squares, variances[0]);
     k_.variance(&layer.up_high, block * kBlock, squares, variances[1]);
-    const ChooseTask task = {high + t * kBlock,
-                             high + (count_ + t) * kBlock,
+    const ChooseTask task = {high + t * stride,
+                             high + (count_ + t) * stride,
                              layer.planes_factors.data() + block * kBlock,
                              variances[0],
                              variances[1],
@@ -167,11 +260,11 @@ void Forward::choose_by_planes(const Layer& layer, size_t index, size_t block, c
 }
 
 void Forward::choose_by_gate(const Layer& layer, size_t index, size_t block, const float* gate,
-                             BlockReads* reads) const {
+                             size_t stride, BlockReads* reads) const {
   for (size_t t = 0; t < count_; ++t) {
     if (kind_of(tokens_[t]) != SK_CHOICE_GATE) continue;
     const ChooseTask task = {
-        gate + t * kBlock, nullptr, layer.gate_factors.data() + block * kBlock,
+        gate + t * stride, nullptr, layer.gate_factors.data() + block * kBlock,
         nullptr,           nullptr, tokens_[t].sequence->choice->thresholds + 3 * index};
     Chosen chosen;
     k_.choose(&task, &chosen);

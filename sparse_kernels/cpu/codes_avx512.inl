@@ -6,8 +6,13 @@
 namespace {
 
 struct Codes {  // 16 rows
+  const uint8_t* row(size_t i) const { return at + i * stride; }
   const uint8_t* at;
   size_t stride;
+};
+struct ChosenCodes {  // the same, anywhere
+  const uint8_t* row(size_t i) const { return at[i]; }
+  const uint8_t* at[16];
 };
 
 // The planes that a code's bits are in.
@@ -114,7 +119,6 @@ inline Codes unpack(const Matrix& m, size_t row, size_t column, size_t columns, 
 }
 
 constexpr size_t kAheadNeurons = 16;  // between what is read and what is fetched
-constexpr size_t kAheadChosen = 8;
 
 // A block of columns of four neurons side by side, in vectors 1024 bytes apart.
 template <Planes kPlanes>
@@ -153,22 +157,18 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
 
 // The same of some neurons, whose number is made a multiple of four by the last one again.
 template <Planes kPlanes>
-inline void gather_chosen_rows(const Matrix& m, const ChosenRows& rows, size_t column,
-                               size_t columns, uint8_t* out) {
+inline void gather_chosen_rows(const Matrix& m, const Neurons& rows, size_t column, size_t columns,
+                               uint8_t* out, Fetch* fetch) {
   for (size_t first = 0; first < rows.count; first += 4, out += 64) {
+    if (fetch != nullptr) fetch_some(fetch);
     const uint8_t *codes[4], *low[4];
     for (size_t i = 0; i < 4; ++i) {
       const size_t row = rows.at[at_most(first + i, rows.count - 1)];
       codes[i] = m.codes + row * m.stride;
       low[i] = m.low + row * m.low_stride;
     }
-    const uint8_t* ahead[4];
-    for (size_t i = 0; i < 4; ++i) {
-      ahead[i] = m.codes + rows.at[at_most(first + kAheadChosen + i, rows.count - 1)] * m.stride;
-    }
     uint8_t* to = out;
     for (size_t j = 0; j < columns; j += 64, to += 4096) {
-      for (size_t i = 0; i < 4; ++i) __builtin_prefetch(ahead[i] + (column + j) * m.bits / 8, 0, 2);
       interleave_four<kPlanes>(codes, low, (column + j) / 64, to);
     }
   }
@@ -203,20 +203,67 @@ inline void one_byte(const int16_t* integers, uint8_t* out) {
   }
 }
 
+inline __m512i join(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+// 64 integers, 32 in each, modulo 256.
+inline __m512i to_bytes(__m512i a, __m512i b) {
+  return join(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b));
+}
+
+// Bytes of a mask side by side, zeros behind them.
+inline __m512i side_by_side(BlockMask used, __m512i bytes) {
+#ifdef __AVX512VBMI2__
+  return _mm512_maskz_compress_epi8(used, bytes);
+#else
+  if (used == kWholeBlock) return bytes;
+  alignas(64) uint8_t from[64], to[64 + 16] = {};
+  _mm512_store_si512(from, bytes);
+  size_t count = 0;
+  for (size_t i = 0; i < 64; i += 16) {
+    const __mmask16 own = static_cast<__mmask16>(used >> i);
+    const __m512i all = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<__m128i*>(from + i)));
+    const __m128i kept = _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(own, all));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + count), kept);
+    count += static_cast<size_t>(__builtin_popcount(own));
+  }
+  return _mm512_load_si512(to);
+#endif
+}
+
 // Activations of a block of neurons: those of 16 tokens, upper bytes then lower; up to 8 tokens'
 // upper and lower bytes are one tile.
 struct ActivationBytes {
   alignas(64) uint8_t bytes[2 * 1024];
 
   static size_t low_at(size_t tokens) { return tokens <= 8 ? 512 : 1024; }
+  // Rounds a token's 64 activations and moves those of a mask side by side, zeros behind them; the
+  // sum of activations times zeros, which are four times 16 bytes, `stride` apart. All in
+  // registers: a load of what was stored in other pieces would wait until it is in the cache.
   template <int kBits>
-  void put(size_t token, size_t tokens, const int16_t* integers) {
+  int32_t put(size_t token, size_t tokens, const __m512* activations, BlockMask used,
+              const uint8_t* zeros, size_t stride) {
+    const auto words = [&](size_t i) {
+      return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(activations[i]));
+    };
+    const auto products = [&](size_t i, __m512i integers) {
+      const auto load = [&](size_t at) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + at * stride));
+      };
+      const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i)), load(i + 1), 1);
+      return _mm512_madd_epi16(_mm512_cvtepu8_epi16(both), integers);
+    };
+    const __m512i a = join(words(0), words(1)), b = join(words(2), words(3));
     uint8_t* at = bytes + token * 64;
     if (kBits == 16) {
-      split_bytes(integers, at, at + low_at(tokens));
-    } else {
-      one_byte(integers, at);
+      const auto upper = [](__m512i v) {
+        return _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8);
+      };
+      _mm512_store_si512(at, side_by_side(used, to_bytes(upper(a), upper(b))));
+      at += low_at(tokens);
     }
+    _mm512_store_si512(at, side_by_side(used, to_bytes(a, b)));
+    return Simd::sum(_mm512_add_epi32(products(0, a), products(2, b)));
   }
 };
 

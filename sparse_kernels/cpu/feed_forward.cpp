@@ -60,18 +60,18 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
       for (size_t t = from; t < to; ++t) add_partitions(partitions, t);
       if (m_.reduce.add_up == nullptr) norm(from, to);
     };
+    const uint32_t units = choosing_ ? chosen_units(layer) : layer.partitions;
     phase(
-        own, partitions,
-        [&](size_t p) {
-          float* const out = partial_ + p * count_ * m_.columns;
-          if (p == layer.partitions) return correct(index, scratch, out);
-          const uint32_t part = static_cast<uint32_t>(p);
-          const size_t begin = layer.partition_begin(part), end = layer.partition_begin(part + 1);
-          if (choosing_) {
-            for (size_t b = begin; b < end; ++b) activate_chosen(layer, index, b, own);
-          } else {
-            activate(layer, begin, end, scratch);
+        own, units + corrected_,
+        [&](size_t i) {
+          const uint32_t unit = static_cast<uint32_t>(i);
+          float* const out = partial_ + i * count_ * m_.columns;
+          if (unit == units) {
+            return correct(index, scratch, partial_ + layer.partitions * count_ * m_.columns);
           }
+          if (choosing_) return add_chosen(layer, index, unit, own);
+          const size_t begin = layer.partition_begin(unit), end = layer.partition_begin(unit + 1);
+          activate(layer, begin, end, scratch);
           down(layer, begin, end, 0, m_.columns, out, false);
         },
         [&] {
@@ -133,7 +133,7 @@ void Forward::activate(const Layer& layer, size_t first, size_t last, float* scr
 }
 
 void Forward::down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
-                   float* out, bool add) {
+                   float* out, bool add, Fetch* fetch) {
   DownTask task = {};
   task.weights = &layer.down;
   task.neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
@@ -145,6 +145,7 @@ void Forward::down(const Layer& layer, size_t first, size_t last, size_t column,
   task.tokens = count_;
   if (choosing_) {
     task.used = used_.data() + first;
+    task.fetch = fetch;
     if (layer.down_coarse.codes != nullptr) {
       task.coarse = &layer.down_coarse;
       task.by_coarse = coarse_.data() + first * count_;

@@ -134,8 +134,10 @@ void Forward::allocate() {
       std::max<size_t>(2 * SK_NEURON_BLOCK * (fused_ ? std::max<size_t>(most_blocks, 2) : 1),
                        m_.dim),
       kOutputRows);
-  const size_t floats = std::max(rows * per_token, args_.num_outputs * kHeadRows) + columns +
-                        mixed_columns + kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
+  const size_t chosen = choosing_ ? 4 * kChosenBlocks * SK_NEURON_BLOCK : 0;  // see activate_chosen
+  const size_t floats =
+      std::max(rows * std::max(per_token, chosen), args_.num_outputs * kHeadRows) + columns +
+      mixed_columns + kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
   const size_t most = std::max(
       {floats, columns + Scan::scratch_floats(m_), columns + neurons /* counted scores */});
   for (Scratch& scratch : m_.scratch) scratch.get<float>(most);

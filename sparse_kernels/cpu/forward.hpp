@@ -193,16 +193,21 @@ class Forward {
   // Blocks [first, last) of neurons.
   void activate(const Layer& layer, size_t first, size_t last, float* scratch);
   // choice.cpp
-  // The same of one block, where some sequence chooses its neurons; sets what any token uses of it.
-  void activate_chosen(const Layer& layer, size_t index, size_t block, const Own& own);
+  // The same, of at most kChosenBlocks blocks, where some sequence chooses its neurons; sets what
+  // any token uses of them. `fetched`: their first rows were, see add_first_rows.
+  void activate_chosen(const Layer& layer, size_t index, size_t first, size_t last, bool fetched,
+                       const Own& own);
+  // Adds what is read first of blocks [first, last) to `fetch`.
+  void add_first_rows(const Layer& layer, size_t index, size_t first, size_t last,
+                      Fetch* fetch) const;
   // Of a token before it chooses.
   BlockMask core_of(const Layer& layer, size_t index, size_t block, const Token& token) const;
   // By the upper bits of gate and up, for all tokens that choose so; their gate and up are in
-  // `high`.
+  // `high` [2, tokens, stride].
   void choose_by_planes(const Layer& layer, size_t index, size_t block, const float* high,
-                        BlockReads* reads) const;
+                        size_t stride, BlockReads* reads) const;
   void choose_by_gate(const Layer& layer, size_t index, size_t block, const float* gate,
-                      BlockReads* reads) const;
+                      size_t stride, BlockReads* reads) const;
   void count_reads(const BlockReads* reads, const Own& own);
   // Hands all threads' counts on; on one thread.
   void tell_reads(size_t index);
@@ -210,9 +215,12 @@ class Forward {
   void correct(size_t index, float* scratch, float* out);
   size_t reads_stride() const { return (args_.num_sequences + 1) * kReadKinds + 8; }
 
+  // The partitions of a layer in units of several, where some sequence chooses its neurons.
+  uint32_t chosen_units(const Layer& layer) const;
+  void add_chosen(const Layer& layer, size_t index, uint32_t unit, const Own& own);
   // Some neurons' part of the down product in some columns; the neurons are a partition.
   void down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
-            float* out, bool add);
+            float* out, bool add, Fetch* fetch = nullptr);
   // The partitions' sums of one token, in order, are added to its residual.
   void add_partitions(size_t partitions, size_t token);
   void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index, float* scratch);

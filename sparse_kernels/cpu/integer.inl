@@ -133,15 +133,16 @@ inline void load_scales(const Matrix& m, size_t row, size_t first, size_t last, 
   }
 }
 
-// The same of some rows of a block, side by side: [group][kChosenStride].
-constexpr size_t kChosenStride = kBlock + 16;  // room for what compress writes too much
+// The same of some rows of a few blocks, side by side: [group][kChosenStride].
+constexpr size_t kMostChosen = kChosenBlocks * kBlock;
+constexpr size_t kChosenStride = kMostChosen + 16;  // room for what compress writes too much
 
-inline void load_chosen_scales(const Matrix& m, size_t first_row, BlockMask rows, size_t first,
-                               size_t last, float* scales, float* offsets) {
-  for (size_t i = 0, done = 0; i < kBlock; i += kLanes) {
-    const BlockMask own = rows >> i & ((BlockMask{1} << kLanes) - 1);
+inline void load_chosen_scales(const Matrix& m, const ChosenRows& rows, size_t first, size_t last,
+                               float* scales, float* offsets) {
+  for (size_t i = 0, done = 0; i < rows.blocks * kBlock; i += kLanes) {
+    const BlockMask own = rows.masks[i / kBlock] >> i % kBlock & ((BlockMask{1} << kLanes) - 1);
     if (own == 0) continue;
-    const size_t row = first_row + i;
+    const size_t row = rows.first + i;
     for (size_t g = first; g < last; ++g) {
       const size_t place = (row / kRowTile * m.groups + g) * kRowTile + row % kRowTile;
       const size_t to = (g - first) * kChosenStride + done;
@@ -234,17 +235,15 @@ inline void quantize_activations(const DownTask& task, size_t neuron, const Bloc
   for (size_t t = 0; t < strip->tokens; ++t) {
     const float* from = static_cast<const float*>(task.activations) + neuron * task.tokens +
                         (strip->token + t) * kBlock;
-    alignas(64) int16_t integers[kBlock];
     const BlockMask own = part.of(strip->token + t);
+    F values[kVectors];
     for (size_t i = 0; i < kVectors; ++i) {
-      const F v = Simd::keep_bits(Simd::load(from + i * kLanes), own >> i * kLanes);
-      Simd::round_to(v * scales[i], integers + i * kLanes);
+      values[i] = Simd::keep_bits(Simd::load(from + i * kLanes), own >> i * kLanes) * scales[i];
     }
     // Exact, as the sums of the codes are: who else is in the block makes no difference.
-    const int32_t offset = Simd::dot_bytes(integers, m.zeros + place, tile);
+    const int32_t offset =
+        out->template put<kBits>(t, strip->tokens, values, part.used, m.zeros + place, tile);
     strip->offsets[t * strip->groups + strip_group] += static_cast<float>(offset) * factors[t];
-    if (part.used != kWholeBlock) Integers::side_by_side(part.used, integers);
-    out->template put<kBits>(t, strip->tokens, integers);
   }
 }
 
@@ -307,6 +306,16 @@ inline size_t parts_of(const DownTask& task, size_t neuron, BlockPart* parts) {
   return count;
 }
 
+// In how many fours the neurons that are used are read.
+inline size_t task_fours(const DownTask& task) {
+  size_t fours = 0;
+  for (size_t n = task.first_neuron; n < task.last_neuron; n += kBlock) {
+    const BlockMask used = task.used[(n - task.first_neuron) / kBlock];
+    fours += (static_cast<size_t>(__builtin_popcountll(used)) + 3) / 4;
+  }
+  return fours == 0 ? 1 : fours;
+}
+
 template <int kBits>
 void down(const DownTask* task) {
   // Weights in the order of Integers. Few tokens: a block at a time, its rows in long pieces as
@@ -315,6 +324,7 @@ void down(const DownTask* task) {
   static_assert(kMaxDownNeurons * kStrip >= kBlock * kWideStrip, "room for one block");
   DownStrip strip;
   const bool few = task->tokens <= kTokenGroup;
+  if (task->fetch != nullptr) begin_fetch(task->fetch, task_fours(*task));
   const size_t end = task->first_column + task->columns, most = few ? kWideStrip : kStrip;
   for (strip.column = task->first_column; strip.column < end; strip.column += most) {
     strip.columns = at_most(most, end - strip.column);
@@ -325,8 +335,8 @@ void down(const DownTask* task) {
       if (part.used == kWholeBlock) {
         Integers::gather(*part.weights, neuron, strip.column, strip.columns, to);
       } else {
-        const ChosenRows rows(part.used, neuron);
-        Integers::gather_chosen(*part.weights, rows, strip.column, strip.columns, to);
+        const Neurons rows(part.used, neuron);
+        Integers::gather_chosen(*part.weights, rows, strip.column, strip.columns, to, task->fetch);
       }
     };
     const BlockPart all = {task->weights, kWholeBlock, nullptr, false};

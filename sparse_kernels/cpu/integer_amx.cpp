@@ -235,35 +235,33 @@ void dot_rows(const Matrix& m, size_t row, size_t tiles, size_t begin, const voi
   }
 }
 
-// Rows side by side, so that few tiles hold them.
+// Rows of several blocks side by side, so that few tiles hold them.
 template <int kBits>
-void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
+void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* operand, size_t tokens,
+                float* out, size_t out_stride, Fetch* fetch) {
   if (tokens == 1) {
-    return integer::dot_chosen_few<kBits>(weights, first_row, mask, operand, 1, out, out_stride,
-                                          fetch);
+    return integer::dot_chosen_few<kBits>(weights, chosen, operand, 1, out, out_stride, fetch);
   }
-  constexpr size_t kBlock = integer::kBlock, kStride = integer::kChosenStride;
+  constexpr size_t kMost = integer::kMostChosen, kStride = integer::kChosenStride;
   const Matrix& m = *weights;
-  const ChosenRows rows(mask, first_row);
+  const ChosenRows& rows = *chosen;
   const Inputs<kBits> inputs(m, tokens, 0, operand);
   begin_fetch(fetch, (rows.count + 15) / 16 * m.groups);
-  alignas(64) float values[integer::kTokenGroup * kBlock];
+  alignas(64) float values[integer::kTokenGroup * kMost];
   for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
     const size_t columns = at_most(kChunkColumns, m.columns - begin);
     alignas(64) float scales[kMostChunkGroups * kStride], offsets[kMostChunkGroups * kStride];
     const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
-    integer::load_chosen_scales(m, first_row, mask, first, last, scales, offsets);
+    integer::load_chosen_scales(m, rows, first, last, scales, offsets);
     for (size_t i = 0; i < rows.count; i += 16) {
       alignas(64) uint8_t unpacked[16 * kChunkColumns];
-      const Codes codes = Integers::unpack_chosen(m, rows.at + i, at_most(16, rows.count - i),
-                                                  begin, columns, unpacked);
-      const Piece piece = {codes.at, codes.stride, first,       last,
-                           m.group,  scales + i,   offsets + i, kStride};
-      dot_piece<kBits>(m, piece, inputs, integer::LaterRows{fetch}, begin != 0, values + i, kBlock);
+      Integers::copy_chosen(m, rows.at + i, at_most(16, rows.count - i), begin, columns, unpacked);
+      const Piece piece = {unpacked, columns,    first,       last,
+                           m.group,  scales + i, offsets + i, kStride};
+      dot_piece<kBits>(m, piece, inputs, integer::LaterRows{fetch}, begin != 0, values + i, kMost);
     }
   }
-  spread(rows, first_row, values, kBlock, tokens, out, out_stride);
+  spread(rows, values, kMost, tokens, out, out_stride);
 }
 
 template <int kBits>

@@ -8,22 +8,22 @@ struct Integers : WordIntegers {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // Of 16 rows with some units of an input.
-  template <int>
-  static void sums(const uint8_t* codes, size_t stride, const uint8_t* input, size_t units,
+  // Of 16 rows, from byte `first` on, with some units of an input.
+  template <int, typename Rows>
+  static void sums(const Rows& codes, size_t first, const uint8_t* input, size_t units,
                    int32_t* out) {
     const int16_t* x = reinterpret_cast<const int16_t*>(input);
-    for (size_t first = 0; first < 16; first += 8) {
+    for (size_t half = 0; half < 16; half += 8) {
       __m256i acc[8];
       for (__m256i& sum : acc) sum = _mm256_setzero_si256();
       for (size_t i = 0; i < units * 64; i += 16) {
         const __m256i inputs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
         for (size_t row = 0; row < 8; ++row) {
-          const __m256i w = widened(codes + (first + row) * stride + i);
+          const __m256i w = widened(codes.row(half + row) + first + i);
           acc[row] = _mm256_add_epi32(acc[row], _mm256_madd_epi16(w, inputs));
         }
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + first), totals(acc));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half), totals(acc));
     }
   }
 

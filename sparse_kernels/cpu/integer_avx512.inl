@@ -19,26 +19,38 @@ struct VectorIntegers {
     return ::unpack(m, row, column, columns, out);
   }
 
-  static Codes unpack_chosen(const Matrix& m, const uint32_t* rows, size_t count, size_t column,
-                             size_t columns, uint8_t* out) {
+  // Up to 16 rows; the last one stands in for those that there are not.
+  static ChosenCodes unpack_chosen(const Matrix& m, const uint32_t* rows, size_t count,
+                                   size_t column, size_t columns, uint8_t* out) {
+    const bool whole_bytes = planes_of(m) == Planes::k8;
+    ChosenCodes codes;
+    for (size_t i = 0; i < 16; ++i) {
+      const size_t row = at_most(i, count - 1);
+      codes.at[i] = whole_bytes ? m.codes + rows[row] * m.stride + column : out + row * columns;
+    }
+    if (!whole_bytes) copy_chosen(m, rows, count, column, columns, out);
+    return codes;
+  }
+  // Side by side.
+  static void copy_chosen(const Matrix& m, const uint32_t* rows, size_t count, size_t column,
+                          size_t columns, uint8_t* out) {
     with_planes(m, [&](auto planes) {
       for (size_t i = 0; i < count; ++i) {
         unpack_row<decltype(planes)::value>(m, rows[i], column, columns, out + i * columns);
       }
     });
-    return {out, columns};
   }
 
-  // Of 16 rows with some units of an input.
-  template <int kBits>
-  static void sums(const uint8_t* codes, size_t stride, const uint8_t* input, size_t units,
+  // Of 16 rows, from byte `first` on, with some units of an input.
+  template <int kBits, typename Rows>
+  static void sums(const Rows& codes, size_t first, const uint8_t* input, size_t units,
                    int32_t* out) {
     __m512i acc[16];
     for (__m512i& sum : acc) sum = _mm512_setzero_si512();
     for (size_t i = 0; i < units; ++i) {
       const __m512i upper = _mm512_loadu_si512(input + i * kUnitBytes);
       for (size_t row = 0; row < 16; ++row) {
-        const __m512i w = _mm512_loadu_si512(codes + row * stride + i * 64);
+        const __m512i w = _mm512_loadu_si512(codes.row(row) + first + i * 64);
         acc[row] = _mm512_dpbusd_epi32(acc[row], w, upper);
       }
     }
@@ -47,7 +59,7 @@ struct VectorIntegers {
       for (size_t i = 0; i < units; ++i) {
         const __m512i lower = _mm512_loadu_si512(input + i * kUnitBytes + 64);
         for (size_t row = 0; row < 16; ++row) {
-          const __m512i w = _mm512_loadu_si512(codes + row * stride + i * 64);
+          const __m512i w = _mm512_loadu_si512(codes.row(row) + first + i * 64);
           acc[row] = _mm512_dpbusd_epi32(acc[row], w, lower);
         }
       }
@@ -80,31 +92,11 @@ struct VectorIntegers {
       gather_rows<decltype(planes)::value>(m, neuron, column, columns, out);
     });
   }
-  static void gather_chosen(const Matrix& m, const ChosenRows& rows, size_t column, size_t columns,
-                            uint8_t* out) {
+  static void gather_chosen(const Matrix& m, const Neurons& rows, size_t column, size_t columns,
+                            uint8_t* out, Fetch* fetch) {
     with_planes(m, [&](auto planes) {
-      gather_chosen_rows<decltype(planes)::value>(m, rows, column, columns, out);
+      gather_chosen_rows<decltype(planes)::value>(m, rows, column, columns, out, fetch);
     });
-  }
-
-  // Moves the integers of a mask side by side, zeros behind them.
-  static void side_by_side(BlockMask used, int16_t* integers) {
-    __m512i all[4];
-    for (size_t i = 0; i < 4; ++i) {
-      const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers + 16 * i));
-      all[i] = _mm512_cvtepi16_epi32(own);
-    }
-    int16_t* to = integers;
-    for (size_t i = 0; i < 4; ++i) {
-      const __mmask16 own = static_cast<__mmask16>(used >> 16 * i);
-      const __m512i moved = _mm512_maskz_compress_epi32(own, all[i]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(moved));
-      to += __builtin_popcount(own);
-    }
-    for (; to < integers + 48; to += 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_setzero_si256());
-    }
-    for (; to < integers + 64; ++to) *to = 0;
   }
 
   template <int kBits>

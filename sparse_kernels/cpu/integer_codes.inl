@@ -7,8 +7,14 @@ namespace {
 
 // 16 rows of unpacked codes.
 struct Codes {
+  const uint8_t* row(size_t i) const { return at + i * stride; }
   const uint8_t* at;
   size_t stride;
+};
+// The same, anywhere.
+struct ChosenCodes {
+  const uint8_t* row(size_t i) const { return at[i]; }
+  const uint8_t* at[16];
 };
 
 // Block `block` (64 columns) of a row of a plane.
@@ -65,46 +71,49 @@ struct WordIntegers {
 
   // Of a block of neurons.
   struct Activations {
-    alignas(64) int16_t values[16 * 64];  // [token][neuron]
+    // Rounds a token's 64 activations and moves those of a mask side by side, zeros behind them;
+    // the sum of activations times zeros, which are four times 16 bytes, `stride` apart.
     template <int>
-    void put(size_t token, size_t, const int16_t* integers) {
-      memcpy(values + token * 64, integers, 64 * sizeof(int16_t));
+    int32_t put(size_t token, size_t, const F* activations, BlockMask used, const uint8_t* zeros,
+                size_t stride) {
+      alignas(64) int16_t integers[64];
+      for (size_t i = 0; i < 64; i += kLanes) Simd::round_to(activations[i / kLanes], integers + i);
+      int16_t* to = values + token * 64;
+      memset(to, 0, 64 * sizeof(int16_t));
+      for (; used != 0; used &= used - 1) *to++ = integers[__builtin_ctzll(used)];
+      return Simd::dot_bytes(integers, zeros, stride);
     }
+
+    alignas(64) int16_t values[16 * 64];  // [token][neuron]
   };
 
-  // Up to 16 rows.
-  static Codes unpack_chosen(const Matrix& m, const uint32_t* rows, size_t count, size_t column,
-                             size_t columns, uint8_t* out) {
-    for (size_t i = 0; i < count; ++i) {
-      for (size_t j = 0; j < columns; j += 64) {
+  // Up to 16 rows; the last one stands in for those that there are not.
+  static ChosenCodes unpack_chosen(const Matrix& m, const uint32_t* rows, size_t count,
+                                   size_t column, size_t columns, uint8_t* out) {
+    ChosenCodes codes;
+    for (size_t i = 0; i < 16; ++i) {
+      const size_t row = i < count ? i : count - 1;
+      codes.at[i] = m.bits == 8 ? m.codes + rows[row] * m.stride + column : out + row * columns;
+      for (size_t j = 0; j < columns && m.bits != 8 && i < count; j += 64) {
         unpack_block(m, rows[i], (column + j) / 64, out + i * columns + j);
       }
     }
-    return {out, columns};
+    return codes;
   }
 
   // Codes of 64 neurons, [neuron][columns].
   static void gather(const Matrix& m, size_t neuron, size_t column, size_t columns, uint8_t* out) {
-    gather_chosen(m, ChosenRows(kWholeBlock, neuron), column, columns, out);
+    gather_chosen(m, Neurons(kWholeBlock, neuron), column, columns, out, nullptr);
   }
   // Of some; their number is made even.
-  static void gather_chosen(const Matrix& m, const ChosenRows& rows, size_t column, size_t columns,
-                            uint8_t* out) {
+  static void gather_chosen(const Matrix& m, const Neurons& rows, size_t column, size_t columns,
+                            uint8_t* out, Fetch*) {
     for (size_t i = 0; i < rows.count; ++i) {
       for (size_t j = 0; j < columns; j += 64) {
         unpack_block(m, rows.at[i], (column + j) / 64, out + i * columns + j);
       }
     }
     memset(out + rows.count * columns, 0, rows.count % 2 * columns);
-  }
-
-  // Moves the integers of a mask side by side, zeros behind them.
-  static void side_by_side(BlockMask used, int16_t* integers) {
-    size_t count = 0;
-    for (; used != 0; used &= used - 1) {
-      integers[count++] = integers[static_cast<size_t>(__builtin_ctzll(used))];
-    }
-    memset(integers + count, 0, (64 - count) * sizeof(int16_t));
   }
 
   // A block of columns of `sums`.

@@ -184,17 +184,16 @@ void dot_in_pairs(const Matrix& m, size_t first_row, size_t rows, const uint8_t*
 }
 
 template <int kBits>
-void dot_chosen_in_pairs(const Matrix& m, size_t first_row, BlockMask mask, const uint8_t* input,
-                         float* out, Fetch* fetch) {
-  const ChosenRows rows(mask, first_row);
-  alignas(64) float values[kBlock];
+void dot_chosen_in_pairs(const Matrix& m, const ChosenRows& rows, const uint8_t* input, float* out,
+                         Fetch* fetch) {
+  alignas(64) float values[kMostChosen];
   begin_fetch(fetch, (rows.count + kRowTile - 1) / kRowTile * ((m.columns + 127) / 128));
   for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
     const size_t columns = at_most(kChunkColumns, m.columns - begin);
     alignas(64) float scales[kMostChunkGroups * kChosenStride];
     alignas(64) float offsets[kMostChunkGroups * kChosenStride];
     const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
-    load_chosen_scales(m, first_row, mask, first, last, scales, offsets);
+    load_chosen_scales(m, rows, first, last, scales, offsets);
     for (size_t i = 0; i < rows.count; i += kRowTile) {
       PairRows at;
       for (size_t j = 0; j < kRowTile; ++j) {
@@ -204,7 +203,7 @@ void dot_chosen_in_pairs(const Matrix& m, size_t first_row, BlockMask mask, cons
                            begin != 0, values + i, LaterRows{fetch});
     }
   }
-  spread(rows, first_row, values, kBlock, 1, out, kBlock);
+  spread(rows, values, kMostChosen, 1, out, kMostChosen);
 }
 
 // A single token or few, by pairs where that can be.
@@ -218,13 +217,12 @@ void dot_few(const Matrix* weights, size_t first_row, size_t rows, const void* o
 }
 
 template <int kBits>
-void dot_chosen_few(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
+void dot_chosen_few(const Matrix* weights, const ChosenRows* chosen, const void* operand,
                     size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
   if (!in_pairs(*weights, tokens)) {
-    return dot_chosen<kBits>(weights, first_row, mask, operand, tokens, out, out_stride, fetch);
+    return dot_chosen<kBits>(weights, chosen, operand, tokens, out, out_stride, fetch);
   }
-  dot_chosen_in_pairs<kBits>(*weights, first_row, mask, static_cast<const uint8_t*>(operand), out,
-                             fetch);
+  dot_chosen_in_pairs<kBits>(*weights, *chosen, static_cast<const uint8_t*>(operand), out, fetch);
 }
 
 }  // namespace integer

@@ -4,14 +4,14 @@
 namespace {
 
 struct Integers : WordIntegers {
-  // Of 16 rows with some units of an input.
-  template <int>
-  static void sums(const uint8_t* codes, size_t stride, const uint8_t* input, size_t units,
+  // Of 16 rows, from byte `first` on, with some units of an input.
+  template <int, typename Rows>
+  static void sums(const Rows& codes, size_t first, const uint8_t* input, size_t units,
                    int32_t* out) {
     const int16_t* x = reinterpret_cast<const int16_t*>(input);
     for (size_t row = 0; row < 16; ++row) {
       int32_t sum = 0;
-      for (size_t i = 0; i < units * 64; ++i) sum += codes[row * stride + i] * x[i];
+      for (size_t i = 0; i < units * 64; ++i) sum += codes.row(row)[first + i] * x[i];
       out[row] = sum;
     }
   }

@@ -74,8 +74,8 @@ struct LaterRows {
 
 // Groups [first, last) of 16 rows, whose codes begin with the first group's; the next group's
 // scales are `scale_stride` further.
-template <int kBits, typename Later>
-inline void dot_tile(const Matrix& m, const Codes& codes, size_t first, size_t last,
+template <int kBits, typename Rows, typename Later>
+inline void dot_tile(const Matrix& m, const Rows& codes, size_t first, size_t last,
                      const float* scales, const float* offsets, size_t scale_stride,
                      const uint8_t* input, bool add, float* out, const Later& ahead) {
   constexpr size_t kVectors = kRowTile / kLanes;
@@ -88,7 +88,7 @@ inline void dot_tile(const Matrix& m, const Codes& codes, size_t first, size_t l
     const size_t unit = units.first(g);
     ahead.prefetch((g - first) * m.group);
     alignas(64) int32_t exact[kRowTile];
-    Integers::sums<kBits>(codes.at + (units.block(unit) - first_block) * kBlock, codes.stride,
+    Integers::sums<kBits>(codes, (units.block(unit) - first_block) * kBlock,
                           input + unit * Integers::kUnitBytes, units.last(g) - unit, exact);
     const F scale = Simd::set(input_scale[g]), sum = Simd::set(input_scale[m.groups + g]);
     for (size_t i = 0; i < kVectors; ++i) {
@@ -124,33 +124,33 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   }
 }
 
-// Rows side by side, so that few groups of 16 hold them.
+// Rows of several blocks in a list, so that few groups of 16 hold them.
 template <int kBits>
-void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
+void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* operand, size_t tokens,
+                float* out, size_t out_stride, Fetch* fetch) {
   const Matrix& m = *weights;
-  const ChosenRows rows(mask, first_row);
+  const ChosenRows& rows = *chosen;
   const size_t bytes = input_bytes(m);
   begin_fetch(fetch, (rows.count + kRowTile - 1) / kRowTile * m.groups * tokens);
-  alignas(64) float values[kTokenGroup * kBlock];
+  alignas(64) float values[kTokenGroup * kMostChosen];
   for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
     const size_t columns = at_most(kChunkColumns, m.columns - begin);
     alignas(64) float scales[kMostChunkGroups * kChosenStride];
     alignas(64) float offsets[kMostChunkGroups * kChosenStride];
     const size_t first = begin / m.group, last = (begin + columns + m.group - 1) / m.group;
-    load_chosen_scales(m, first_row, mask, first, last, scales, offsets);
+    load_chosen_scales(m, rows, first, last, scales, offsets);
     for (size_t i = 0; i < rows.count; i += kRowTile) {
       alignas(64) uint8_t unpacked[kRowTile * kChunkColumns];
-      const Codes codes = Integers::unpack_chosen(m, rows.at + i, at_most(kRowTile, rows.count - i),
-                                                  begin, columns, unpacked);
+      const ChosenCodes codes = Integers::unpack_chosen(
+          m, rows.at + i, at_most(kRowTile, rows.count - i), begin, columns, unpacked);
       for (size_t token = 0; token < tokens; ++token) {
         dot_tile<kBits>(m, codes, first, last, scales + i, offsets + i, kChosenStride,
                         static_cast<const uint8_t*>(operand) + token * bytes, begin != 0,
-                        values + token * kBlock + i, LaterRows{fetch});
+                        values + token * kMostChosen + i, LaterRows{fetch});
       }
     }
   }
-  spread(rows, first_row, values, kBlock, tokens, out, out_stride);
+  spread(rows, values, kMostChosen, tokens, out, out_stride);
 }
 
 template <int kBits>

@@ -45,6 +45,7 @@ uint32_t detect_flags() {
   if (__builtin_cpu_supports("avx512vl")) flags |= SK_CPU_AVX512VL;
   if (__builtin_cpu_supports("avx512vnni")) flags |= SK_CPU_AVX512VNNI;
   if (__builtin_cpu_supports("avx512bf16")) flags |= SK_CPU_AVX512BF16;
+  if (__builtin_cpu_supports("avx512vbmi2")) flags |= SK_CPU_AVX512VBMI2;
   return flags;
 }
 
@@ -75,7 +76,7 @@ sk_isa highest_isa() {
   constexpr uint32_t kAvx512 = kAvx2 | SK_CPU_AVX512F | SK_CPU_AVX512BW | SK_CPU_AVX512DQ |
                                SK_CPU_AVX512VL | SK_CPU_AVX512VNNI;
   if ((cpu_flags() & kAvx512) == kAvx512) {
-    constexpr uint32_t kAmx = SK_CPU_AMX_BF16 | SK_CPU_AMX_INT8;
+    constexpr uint32_t kAmx = SK_CPU_AMX_BF16 | SK_CPU_AMX_INT8 | SK_CPU_AVX512VBMI2;
     return (cpu_flags() & kAmx) == kAmx && amx_is_permitted() ? SK_ISA_AMX : SK_ISA_AVX512;
   }
   if ((cpu_flags() & kAvx2) == kAvx2) return SK_ISA_AVX2;

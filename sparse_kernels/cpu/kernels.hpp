@@ -16,10 +16,10 @@ struct Products;
 // by side, a line of each at a time, so that each row is a stream to the CPU's own prefetching.
 struct Fetch {
   struct Rows {
-    const uint8_t* at[16];
-    uint32_t count, bytes;  // of a row
+    const uint8_t* at[16];  // the last one again where there are fewer
+    uint32_t bytes;         // of a row
   };
-  Rows rows[32];
+  Rows rows[160];
   uint32_t count, next;  // of `rows`
   uint32_t byte;         // to be fetched next of each of them
   uint32_t step;         // lines of all rows side by side to fetch at a time
@@ -46,6 +46,15 @@ struct Matrix {
 // The neurons of a block of 64, one bit each.
 typedef uint64_t BlockMask;
 constexpr BlockMask kWholeBlock = ~BlockMask{0};
+
+// Some rows of a few blocks, from row `first` on.
+constexpr size_t kChosenBlocks = 4;
+struct ChosenRows {
+  BlockMask masks[kChosenBlocks];
+  size_t first, blocks;
+  size_t count;  // in all masks
+  uint32_t at[kChosenBlocks * 64];
+};
 
 // What some queries of one sequence see of one KV head in positions [begin, end), which lie in one
 // chunk. Row i sees positions [first[i], last[i]].
@@ -120,6 +129,7 @@ struct DownTask {
   // [tokens] the neurons that it uses so; `used` are then those that are used otherwise.
   const Matrix* coarse;
   const BlockMask* by_coarse;
+  Fetch* fetch;                  // null, or what is read next
   size_t first_column, columns;  // multiples of 64
   const void* activations;
   size_t tokens;
@@ -139,9 +149,9 @@ struct Products {
   // out[token * out_stride + i] = <row first_row + i of the weights, token's input>.
   void (*dot)(const Matrix* weights, size_t first_row, size_t rows, const void* operand,
               size_t tokens, float* out, size_t out_stride);
-  // The same for some rows of a block of 64 and at most kMaxChoiceTokens: out[token * out_stride +
-  // i] for each bit i.
-  void (*dot_chosen)(const Matrix* weights, size_t first_row, BlockMask rows, const void* operand,
+  // The same for some rows, and at most kMaxChoiceTokens: out[token * out_stride + i] for row
+  // first + i.
+  void (*dot_chosen)(const Matrix* weights, const ChosenRows* chosen, const void* operand,
                      size_t tokens, float* out, size_t out_stride, Fetch* fetch);
 
   // Activations silu(gate) * up of the neurons, in the form that `down` takes.

@@ -205,75 +205,92 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   }
 }
 
-constexpr size_t kChosenColumns = 512;                 // of rows that are copied side by side
-constexpr size_t kChosenStride = kChosenColumns + 32;  // so that they do not compete in a cache
+// Chosen rows are copied side by side, as tiles want them: a few steps before they are multiplied,
+// for a tile waits for what was stored just before.
+constexpr size_t kCopiedSteps = 4, kCopiedAhead = 2;
 
-// Columns [begin, begin + n) of up to 32 rows, copied side by side; those that come next are
-// fetched.
-inline void copy_rows(const Matrix& m, const ChosenRows& rows, size_t first, size_t begin, size_t n,
-                      uint16_t* out) {
-  const size_t end = at_most(first + 32, rows.count);
-  for (size_t i = first; i < end; ++i, out += kChosenStride) {
-    const uint16_t* from = bf16_row(m, rows.at[i]) + begin;
-    const bool more = begin + n < m.columns;
-    const uint16_t* next = more ? from + n : bf16_row(m, rows.at[at_most(i + 32, rows.count - 1)]);
-    for (size_t j = 0; j < n; j += 32) {
-      __builtin_prefetch(next + j, 0, 2);
-      _mm512_storeu_si512(out + j, _mm512_loadu_si512(from + j));
+// Up to kTiles tiles of rows and one group of tokens, or two.
+template <size_t kTiles, bool kTwoGroups>
+void dot_copied(const Matrix& m, const uint32_t* rows, size_t count, const uint16_t* inputs,
+                size_t group_size, size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
+  static_assert(kTiles * (kTwoGroups ? 2 : 1) <= 4, "the sums are in four tiles");
+  constexpr size_t kRows = 16 * kTiles;
+  alignas(64) uint16_t copied[kCopiedSteps][kRows * kTileK];
+  const uint16_t* at[kRows];
+  for (size_t i = 0; i < kRows; ++i) at[i] = bf16_row(m, rows[at_most(i, count - 1)]);
+  const size_t steps = m.columns / kTileK;
+  const auto copy = [&](size_t step) {
+    uint16_t* to = copied[step % kCopiedSteps];
+    for (size_t i = 0; i < kRows; ++i) {
+      _mm512_store_si512(to + i * kTileK, _mm512_loadu_si512(at[i] + step * kTileK));
     }
-  }
-}
-
-// Up to 32 rows and 16 tokens: sums [rows / 16][token group] in tiles.
-template <bool kTwoGroups>
-void dot_32(const Matrix& m, const ChosenRows& rows, size_t first, const uint16_t* inputs,
-            size_t group_size, size_t tokens, float* out) {
-  alignas(64) uint16_t copied[32 * kChosenStride];
+  };
+  for (size_t step = 0; step < kCopiedAhead && step < steps; ++step) copy(step);
   zero_sums<4>();
-  for (size_t begin = 0; begin < m.columns; begin += kChosenColumns) {
-    const size_t n = at_most(kChosenColumns, m.columns - begin);
-    copy_rows(m, rows, first, begin, n, copied);
+  for (size_t step = 0; step < steps; ++step) {
+    if (step + kCopiedAhead < steps) copy(step + kCopiedAhead);
+    fetch_some(fetch);
     finish_stores();
-    for (size_t i = 0; i < n; i += kTileK) {
-      const uint16_t* x = inputs + (begin + i) / kTileK * kTile;
-      _tile_loadd(4, copied + i, kChosenStride * sizeof(uint16_t));
-      _tile_loadd(5, copied + 16 * kChosenStride + i, kChosenStride * sizeof(uint16_t));
-      _tile_loadd(6, x, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
+    const uint16_t *w = copied[step % kCopiedSteps], *x = inputs + step * kTile;
+    _tile_loadd(6, x, 64);
+    if constexpr (kTwoGroups) _tile_loadd(7, x + group_size, 64);
+    _tile_loadd(4, w, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kTwoGroups) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTiles > 1) {
+      _tile_loadd(5, w + kTile, 64);
       if constexpr (kTwoGroups) {
-        _tile_loadd(7, x + group_size, 64);
-        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+      } else {
+        _tile_dpbf16ps(1, 5, 6);
       }
+    }
+    if constexpr (kTiles > 2) {
+      _tile_loadd(7, w + 2 * kTile, 64);
+      _tile_dpbf16ps(2, 7, 6);
+    }
+    if constexpr (kTiles > 3) {
+      _tile_loadd(4, w + 3 * kTile, 64);
+      _tile_dpbf16ps(3, 4, 6);
     }
   }
   alignas(64) float c[4][kTileFloats];
   store_sums<4>(c);
   finish_stores();
-  for (size_t half = 0; half < 2; ++half) {
-    float* to = out + 16 * half;
-    store_dots(c[2 * half], at_most(tokens, kGroup), to, 64);
-    if constexpr (kTwoGroups) store_dots(c[2 * half + 1], tokens - kGroup, to + kGroup * 64, 64);
+  for (size_t i = 0; i < kTiles; ++i) {
+    const size_t tile = kTwoGroups ? 2 * i : i;
+    store_dots(c[tile], at_most(tokens, kGroup), out + 16 * i, out_stride);
+    if constexpr (kTwoGroups) {
+      store_dots(c[tile + 1], tokens - kGroup, out + kGroup * out_stride + 16 * i, out_stride);
+    }
   }
 }
 
-void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
-  const ChosenRows rows(mask, first_row);
+constexpr decltype(&dot_copied<1, false>) kCopiedDots[] = {
+    dot_copied<1, false>, dot_copied<2, false>, dot_copied<3, false>, dot_copied<4, false>};
+constexpr decltype(&dot_copied<1, true>) kCopiedDotsOfTwo[] = {dot_copied<1, true>,
+                                                               dot_copied<2, true>};
+
+void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* operand, size_t tokens,
+                float* out, size_t out_stride, Fetch* fetch) {
+  constexpr size_t kMost = kChosenBlocks * 64;
+  const ChosenRows& rows = *chosen;
   const size_t group_size = weights->columns / kTileK * kTile;
   const uint16_t* inputs = static_cast<const uint16_t*>(operand);
-  begin_fetch(fetch, (rows.count + 31) / 32);
-  alignas(64) float values[sk::kMaxChoiceTokens * 64];
-  for (size_t i = 0; i < rows.count; i += 32) {
-    fetch_some(fetch);
-    if (tokens <= kGroup) {
-      dot_32<false>(*weights, rows, i, inputs, group_size, tokens, values + i);
-    } else {
-      dot_32<true>(*weights, rows, i, inputs, group_size, tokens, values + i);
-    }
+  const bool two = tokens > kGroup;
+  const size_t most_tiles = two ? 2 : 4, all = (rows.count + 15) / 16;
+  size_t parts = (all + most_tiles - 1) / most_tiles;
+  begin_fetch(fetch, parts * (weights->columns / kTileK));
+  alignas(64) float values[sk::kMaxChoiceTokens * kMost];
+  for (size_t i = 0; i < rows.count; --parts) {
+    // Six tiles are three and three, not four and two.
+    const size_t left = (rows.count - i + 15) / 16, tiles = (left + parts - 1) / parts;
+    (two ? kCopiedDotsOfTwo : kCopiedDots)[tiles - 1](*weights, rows.at + i, rows.count - i, inputs,
+                                                      group_size, tokens, values + i, kMost, fetch);
+    i += 16 * tiles;
   }
-  spread(rows, first_row, values, 64, tokens, out, out_stride);
+  spread(rows, values, kMost, tokens, out, out_stride);
 }
 
 // [group][neurons / 32][8 high | 8 low][32]
@@ -400,11 +417,13 @@ void down(const DownTask* task) {
       static_cast<const uint16_t*>(task->activations) + task->first_neuron / 32 * kTile;
   const uint16_t* from = bf16_row(*task->weights, task->first_neuron) + task->first_column;
   const size_t strip = kPairedTiles / (2 * blocks) * 32;
+  if (task->fetch != nullptr) begin_fetch(task->fetch, blocks * 16);
   for (size_t begin = 0; begin < task->columns; begin += strip) {
     const size_t end = at_most(begin + strip, task->columns);
     for (size_t pair = 0; pair < blocks * 16; ++pair) {
       const uint16_t* row = from + 2 * pair * stride;
       uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
+      if (task->fetch != nullptr) fetch_some(task->fetch);
       const uint64_t used = task->used == nullptr ? 3 : task->used[pair / 32] >> pair % 32 * 2 & 3;
       // What is not used keeps its place, for the sums' order, but is not read.
       for (size_t column = begin; column < end; column += 32, low += blocks * 2 * kTile) {

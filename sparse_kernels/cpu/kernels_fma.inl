@@ -86,21 +86,22 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
   }
 }
 
-void dot_chosen(const Matrix* weights, size_t first_row, BlockMask mask, const void* operand,
-                size_t tokens, float* out, size_t out_stride, Fetch* fetch) {
-  const ChosenRows rows(mask, first_row);
+void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* operand, size_t tokens,
+                float* out, size_t out_stride, Fetch* fetch) {
+  constexpr size_t kMost = kChosenBlocks * 64;
+  const ChosenRows& rows = *chosen;
   const size_t step = rows_at_once(tokens);
   begin_fetch(fetch, (rows.count + step - 1) / step);
-  alignas(64) float values[sk::kMaxChoiceTokens * 64];
+  alignas(64) float values[sk::kMaxChoiceTokens * kMost];
   for (size_t i = 0; i < rows.count; i += step) {
     fetch_some(fetch);
     const uint16_t* at[kSingleRows];
     for (size_t j = 0; j < step; ++j) {
       at[j] = bf16_row(*weights, rows.at[at_most(i + j, rows.count - 1)]);
     }
-    dot_rows(at, weights->columns, static_cast<const float*>(operand), tokens, values + i, 64);
+    dot_rows(at, weights->columns, static_cast<const float*>(operand), tokens, values + i, kMost);
   }
-  spread(rows, first_row, values, 64, tokens, out, out_stride);
+  spread(rows, values, kMost, tokens, out, out_stride);
 }
 
 // Plain float32, [tokens, neurons].
@@ -114,7 +115,7 @@ void swiglu(const SwigluTask* task) {
 }
 
 template <size_t kTokens, size_t kVectors>
-inline void down_tile(const DownTask& task, const ChosenRows& rows, size_t column, size_t token) {
+inline void down_tile(const DownTask& task, const Neurons& rows, size_t column, size_t token) {
   const size_t stride = task.weights->stride / sizeof(uint16_t);
   const uint16_t* weights = bf16_row(*task.weights, 0) + task.first_column + column;
   const float* inputs = static_cast<const float*>(task.activations) + token * task.neurons;
@@ -151,7 +152,7 @@ inline void down_tile(const DownTask& task, const ChosenRows& rows, size_t colum
 
 // From `column` on, as far as tiles of this width go; returns where they end.
 template <size_t kVectors>
-size_t down_columns(const DownTask& task, const ChosenRows& rows, size_t column) {
+size_t down_columns(const DownTask& task, const Neurons& rows, size_t column) {
   for (; column + kVectors * kLanes <= task.columns; column += kVectors * kLanes) {
     size_t token = 0;
     for (; token + Simd::kDownTokens <= task.tokens; token += Simd::kDownTokens) {
@@ -166,7 +167,7 @@ size_t down_columns(const DownTask& task, const ChosenRows& rows, size_t column)
 constexpr size_t kSingleVectors = Simd::kLanes == 16 ? 12 : 8;
 
 void down(const DownTask* task) {
-  ChosenRows rows;
+  Neurons rows;
   for (size_t n = task->first_neuron; n < task->last_neuron; n += 64) {
     const size_t block = (n - task->first_neuron) / 64;
     rows.add(task->used == nullptr ? kWholeBlock : task->used[block], n);

@@ -13,11 +13,13 @@ using sk::AttentionChunk;
 using sk::BlockMask;
 using sk::ChooseTask;
 using sk::Chosen;
+using sk::ChosenRows;
 using sk::DownTask;
 using sk::Fetch;
 using sk::HeadTask;
 using sk::kAttentionChunk;
 using sk::kAttentionRows;
+using sk::kChosenBlocks;
 using sk::Kernels;
 using sk::kMaxDownNeurons;
 using sk::kWholeBlock;
@@ -70,9 +72,9 @@ inline const uint16_t* bf16_row(const Matrix& matrix, size_t row) {
 }
 
 // The bits of a mask that are set, in order: `at` those of a block, after `first`.
-struct ChosenRows {
-  ChosenRows() : count(0) {}
-  ChosenRows(BlockMask mask, size_t first) : count(0) { add(mask, first); }
+struct Neurons {
+  Neurons() : count(0) {}
+  Neurons(BlockMask mask, size_t first) : count(0) { add(mask, first); }
   void add(BlockMask mask, size_t first) {
     for (; mask != 0; mask &= mask - 1) {
       at[count++] = static_cast<uint32_t>(first) + static_cast<uint32_t>(__builtin_ctzll(mask));
@@ -83,12 +85,12 @@ struct ChosenRows {
   uint32_t at[kMaxDownNeurons];
 };
 
-// Where a block's rows were computed side by side -> their places.
-inline void spread(const ChosenRows& rows, size_t first_row, const float* values, size_t stride,
-                   size_t tokens, float* out, size_t out_stride) {
+// Where rows were computed side by side -> their places.
+inline void spread(const ChosenRows& rows, const float* values, size_t stride, size_t tokens,
+                   float* out, size_t out_stride) {
   for (size_t t = 0; t < tokens; ++t) {
     for (size_t i = 0; i < rows.count; ++i) {
-      out[t * out_stride + rows.at[i] - first_row] = values[t * stride + i];
+      out[t * out_stride + rows.at[i] - rows.first] = values[t * stride + i];
     }
   }
 }
@@ -104,7 +106,8 @@ inline void begin_fetch(Fetch* fetch, size_t steps) {
 __attribute__((always_inline)) inline void fetch_some(Fetch* fetch) {
   for (uint32_t i = 0; i < fetch->step && fetch->next < fetch->count; ++i) {
     const Fetch::Rows& rows = fetch->rows[fetch->next];
-    for (uint32_t j = 0; j < rows.count; ++j) __builtin_prefetch(rows.at[j] + fetch->byte, 0, 2);
+#pragma GCC unroll 16
+    for (uint32_t j = 0; j < 16; ++j) __builtin_prefetch(rows.at[j] + fetch->byte, 0, 2);
     fetch->byte += 64;
     if (fetch->byte < rows.bytes) continue;
     fetch->byte = 0;

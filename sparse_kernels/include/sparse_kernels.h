@@ -93,7 +93,8 @@ enum sk_cpu_flag {
   SK_CPU_AVX512VNNI = 128,
   SK_CPU_AVX512BF16 = 256,
   SK_CPU_AMX_INT8 = 512,
-  SK_CPU_AMX_BF16 = 1024
+  SK_CPU_AMX_BF16 = 1024,
+  SK_CPU_AVX512VBMI2 = 2048
 };
 
 struct sk_cpu_info {
