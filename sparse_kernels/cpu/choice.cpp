@@ -172,8 +172,10 @@ void Forward::activate_chosen(const Layer& layer, size_t index, size_t first, si
   list(&planes);
   if (!none(planes)) {
     float* const high_up = high + count_ * stride;
-    if (!fetched) add_rows(layer.gate_high, planes, kTile, &fetch);
-    add_rows(layer.up_high, planes, 0, &fetch);
+    if (!all(planes)) {  // all rows are one stream
+      if (!fetched) add_rows(layer.gate_high, planes, kTile, &fetch);
+      add_rows(layer.up_high, planes, 0, &fetch);
+    }
     dot_some(layer.gate_high, planes, operand_, count_, high, &fetch);
     clear(&fetch);
     dot_some(layer.up_high, planes, operand_, count_, high_up, &fetch);
