@@ -2,17 +2,11 @@
 
 import random
 import statistics
-import threading
 
 import pytest
 
-from sparserve.bench.rounds import (
-    fresh_prompts,
-    median_ratio,
-    take_turns,
-    text_prompts,
-    wait_until_idle,
-)
+from sparserve.bench import rounds
+from sparserve.bench.rounds import fresh_prompts, median_ratio, take_turns, text_prompts
 from sparserve.bench.systems import Run
 from sparserve.errors import SparserveError
 
@@ -47,19 +41,31 @@ def test_prompts_are_of_the_vocabulary_and_never_the_same():
     assert len({*first, *second}) == 6
 
 
-def test_a_thread_that_spins_is_waited_for_and_then_told():
-    stop = threading.Event()
-    spinning = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)])
-    spinning.start()
-    try:
-        with pytest.raises(SparserveError, match=r"use [0-9.]+ CPUs 0.3 s after the last run"):
-            wait_until_idle(patience=0.3)
-        threading.Timer(0.2, stop.set).start()
-        wait_until_idle()
-        assert stop.is_set()
-    finally:
-        stop.set()
-        spinning.join()
+class Clock:
+    """Stands in for the module `time`: a thread of this process spins until `stop`. A real one may get no
+    CPU on a busy machine."""
+
+    def __init__(self, stop: float) -> None:
+        self._now, self._stop = 0.0, stop
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def process_time(self) -> float:
+        return min(self._now, self._stop)
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+
+def test_a_thread_that_spins_is_waited_for_and_then_told(monkeypatch):
+    monkeypatch.setattr(rounds, "time", Clock(stop=100))
+    with pytest.raises(SparserveError, match=r"use 1.0 CPUs 0.3 s after the last run"):
+        rounds.wait_until_idle(patience=0.3)
+    clock = Clock(stop=0.2)
+    monkeypatch.setattr(rounds, "time", clock)
+    rounds.wait_until_idle()
+    assert 0.2 < clock.monotonic() < 1
 
 
 def test_the_ratio_is_the_median_of_the_rounds_own():
