@@ -65,14 +65,13 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
         own, units + corrected_,
         [&](size_t i) {
           const uint32_t unit = static_cast<uint32_t>(i);
-          float* const out = partial_ + i * count_ * m_.columns;
           if (unit == units) {
             return correct(index, scratch, partial_ + layer.partitions * count_ * m_.columns);
           }
           if (choosing_) return add_chosen(layer, index, unit, own);
           const size_t begin = layer.partition_begin(unit), end = layer.partition_begin(unit + 1);
           activate(layer, begin, end, scratch);
-          down(layer, begin, end, 0, m_.columns, out, false);
+          down(layer, begin, end, 0, m_.columns, partial_ + i * count_ * m_.columns, false);
         },
         [&] {
           if (choosing_) tell_reads(index);

@@ -134,7 +134,6 @@ inline void load_scales(const Matrix& m, size_t row, size_t first, size_t last, 
 }
 
 // The same of some rows of a few blocks, side by side: [group][kChosenStride].
-constexpr size_t kMostChosen = kChosenBlocks * kBlock;
 constexpr size_t kChosenStride = kMostChosen + 16;  // room for what compress writes too much
 
 inline void load_chosen_scales(const Matrix& m, const ChosenRows& rows, size_t first, size_t last,

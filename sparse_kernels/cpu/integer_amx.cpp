@@ -242,12 +242,12 @@ void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* ope
   if (tokens == 1) {
     return integer::dot_chosen_few<kBits>(weights, chosen, operand, 1, out, out_stride, fetch);
   }
-  constexpr size_t kMost = integer::kMostChosen, kStride = integer::kChosenStride;
+  constexpr size_t kStride = integer::kChosenStride;
   const Matrix& m = *weights;
   const ChosenRows& rows = *chosen;
   const Inputs<kBits> inputs(m, tokens, 0, operand);
   begin_fetch(fetch, (rows.count + 15) / 16 * m.groups);
-  alignas(64) float values[integer::kTokenGroup * kMost];
+  alignas(64) float values[integer::kTokenGroup * kMostChosen];
   for (size_t begin = 0; begin < m.columns; begin += kChunkColumns) {
     const size_t columns = at_most(kChunkColumns, m.columns - begin);
     alignas(64) float scales[kMostChunkGroups * kStride], offsets[kMostChunkGroups * kStride];
@@ -258,10 +258,11 @@ void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* ope
       Integers::copy_chosen(m, rows.at + i, at_most(16, rows.count - i), begin, columns, unpacked);
       const Piece piece = {unpacked, columns,    first,       last,
                            m.group,  scales + i, offsets + i, kStride};
-      dot_piece<kBits>(m, piece, inputs, integer::LaterRows{fetch}, begin != 0, values + i, kMost);
+      dot_piece<kBits>(m, piece, inputs, integer::LaterRows{fetch}, begin != 0, values + i,
+                       kMostChosen);
     }
   }
-  spread(rows, values, kMost, tokens, out, out_stride);
+  spread(rows, values, kMostChosen, tokens, out, out_stride);
 }
 
 template <int kBits>

@@ -49,11 +49,12 @@ constexpr BlockMask kWholeBlock = ~BlockMask{0};
 
 // Some rows of a few blocks, from row `first` on.
 constexpr size_t kChosenBlocks = 4;
+constexpr size_t kMostChosen = kChosenBlocks * 64;
 struct ChosenRows {
   BlockMask masks[kChosenBlocks];
   size_t first, blocks;
   size_t count;  // in all masks
-  uint32_t at[kChosenBlocks * 64];
+  uint32_t at[kMostChosen];
 };
 
 // What some queries of one sequence see of one KV head in positions [begin, end), which lie in one

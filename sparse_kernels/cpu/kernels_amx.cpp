@@ -274,7 +274,6 @@ constexpr decltype(&dot_copied<1, true>) kCopiedDotsOfTwo[] = {dot_copied<1, tru
 
 void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* operand, size_t tokens,
                 float* out, size_t out_stride, Fetch* fetch) {
-  constexpr size_t kMost = kChosenBlocks * 64;
   const ChosenRows& rows = *chosen;
   const size_t group_size = weights->columns / kTileK * kTile;
   const uint16_t* inputs = static_cast<const uint16_t*>(operand);
@@ -282,15 +281,16 @@ void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* ope
   const size_t most_tiles = two ? 2 : 4, all = (rows.count + 15) / 16;
   size_t parts = (all + most_tiles - 1) / most_tiles;
   begin_fetch(fetch, parts * (weights->columns / kTileK));
-  alignas(64) float values[sk::kMaxChoiceTokens * kMost];
+  alignas(64) float values[sk::kMaxChoiceTokens * kMostChosen];
   for (size_t i = 0; i < rows.count; --parts) {
     // Six tiles are three and three, not four and two.
     const size_t left = (rows.count - i + 15) / 16, tiles = (left + parts - 1) / parts;
     (two ? kCopiedDotsOfTwo : kCopiedDots)[tiles - 1](*weights, rows.at + i, rows.count - i, inputs,
-                                                      group_size, tokens, values + i, kMost, fetch);
+                                                      group_size, tokens, values + i, kMostChosen,
+                                                      fetch);
     i += 16 * tiles;
   }
-  spread(rows, values, kMost, tokens, out, out_stride);
+  spread(rows, values, kMostChosen, tokens, out, out_stride);
 }
 
 // [group][neurons / 32][8 high | 8 low][32]

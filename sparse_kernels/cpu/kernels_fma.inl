@@ -88,20 +88,20 @@ void dot(const Matrix* weights, size_t first_row, size_t rows, const void* opera
 
 void dot_chosen(const Matrix* weights, const ChosenRows* chosen, const void* operand, size_t tokens,
                 float* out, size_t out_stride, Fetch* fetch) {
-  constexpr size_t kMost = kChosenBlocks * 64;
   const ChosenRows& rows = *chosen;
   const size_t step = rows_at_once(tokens);
   begin_fetch(fetch, (rows.count + step - 1) / step);
-  alignas(64) float values[sk::kMaxChoiceTokens * kMost];
+  alignas(64) float values[sk::kMaxChoiceTokens * kMostChosen];
   for (size_t i = 0; i < rows.count; i += step) {
     fetch_some(fetch);
     const uint16_t* at[kSingleRows];
     for (size_t j = 0; j < step; ++j) {
       at[j] = bf16_row(*weights, rows.at[at_most(i + j, rows.count - 1)]);
     }
-    dot_rows(at, weights->columns, static_cast<const float*>(operand), tokens, values + i, kMost);
+    dot_rows(at, weights->columns, static_cast<const float*>(operand), tokens, values + i,
+             kMostChosen);
   }
-  spread(rows, values, kMost, tokens, out, out_stride);
+  spread(rows, values, kMostChosen, tokens, out, out_stride);
 }
 
 // Plain float32, [tokens, neurons].

@@ -77,17 +77,6 @@ struct Simd {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(n));
     return _mm512_cvtepi32_ps(n);
   }
-  // Exact sum of 64 products; b are four times 16 bytes, `stride` apart.
-  static int32_t dot_bytes(const int16_t* a, const uint8_t* b, size_t stride) {
-    const auto pieces = [&](size_t i) {
-      const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i * stride));
-      const __m128i second =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + (i + 1) * stride));
-      const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
-      return _mm512_madd_epi16(_mm512_cvtepu8_epi16(bytes), _mm512_loadu_si512(a + 16 * i));
-    };
-    return sum(_mm512_add_epi32(pieces(0), pieces(2)));
-  }
 
   // kLanes bfloat16 numbers, in their order.
   static F widen(const uint16_t* p) {
