@@ -38,13 +38,15 @@ def plain(values: list[float], bits: int) -> tuple[list[int], float, int]:
     return [min(round(value / scale) + zero, largest_code) for value in values], scale, zero
 
 
-def assert_as_defined(weight: torch.Tensor, format: MatrixFormat) -> None:
-    quantized = quantize(weight, format, "w")
+def assert_as_defined(
+    weight: torch.Tensor, format: MatrixFormat, value_bits: int | None = None
+) -> None:
+    quantized = quantize(weight, format, "w", value_bits)
     assert (quantized.bits, quantized.group_size) == (format.bits, format.group_size)
     for row, line in enumerate(weight.double().tolist()):
         for group, begin in enumerate(range(0, len(line), format.group_size)):
             part = slice(begin, begin + format.group_size)
-            codes, scale, zero = plain(line[part], format.bits)
+            codes, scale, zero = plain(line[part], value_bits or format.bits)
             assert float(quantized.scales[row, group]) == scale
             assert int(quantized.zeros[row, group]) == zero
             assert quantized.codes[row, part].tolist() == codes
@@ -78,6 +80,15 @@ def test_random_weights_as_defined_and_no_further_off_than_half_a_scale(format, 
     error = (quantized.dequantize().double() - weight.double()).abs()
     assert (error <= scales * 0.5000001).all()
     assert not quantized.dequantize()[weight == 0].any()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("value_bits", [2, 3, 4])
+def test_codes_of_fewer_bits_as_defined(format, value_bits):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 150, generator=generator).bfloat16()
+    assert_as_defined(weight, format, value_bits)
+    assert quantize(weight, format, "w", value_bits).codes.max() == 2**value_bits - 1
 
 
 @pytest.mark.parametrize("format", FORMATS[::3], ids=str)
@@ -144,6 +155,13 @@ class TestRefused:
         weight = torch.tensor([[3e38, -3e38]]).bfloat16()
         with pytest.raises(ScaleOverflow, match="w has weights of -3"):
             quantize(weight, FORMATS[0], "w")
+
+    @pytest.mark.parametrize("value_bits", [0, 1, 5])
+    def test_bits_that_codes_do_not_have(self, value_bits):
+        with pytest.raises(
+            ValueError, match=f"value_bits is {value_bits}; in codes of int4 .* 2 to 4"
+        ):
+            quantize(torch.ones(2, 64).bfloat16(), MatrixFormat(4, 64), "w", value_bits)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_values_that_are_not_finite(self, value):
