@@ -1,0 +1,71 @@
+"""What compression needs to know of a matrix's inputs: their second moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 21  # of inputs in float64 at once
+
+
+class NonFiniteInputs(ValueError):
+    """An input is NaN or infinite; the message names the tensor."""
+
+
+@dataclass(slots=True, eq=False)
+class InputMoments:
+    """Sums over the tokens x [width] that went into a matrix: of x x^T, or of x_j^2 alone where width^2
+    numbers are too many."""
+
+    sums: torch.Tensor  # float64 [width, width], or [width]: the diagonal
+    tokens: int = 0
+
+    @classmethod
+    def full(cls, width: int) -> InputMoments:
+        """Of no tokens yet; 8 width^2 bytes."""
+        return cls(torch.zeros(width, width, dtype=torch.float64))
+
+    @classmethod
+    def diagonal(cls, width: int) -> InputMoments:
+        """Of no tokens yet; 8 width bytes."""
+        return cls(torch.zeros(width, dtype=torch.float64))
+
+    @property
+    def width(self) -> int:
+        return len(self.sums)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.sums.dim() == 1
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """The sums of x_j^2, float64 [width]."""
+        return self.sums if self.is_diagonal else self.sums.diagonal()
+
+    def add(self, inputs: torch.Tensor, name: str) -> None:
+        """Count `inputs` [tokens, width], float32 or bfloat16. The same batches in the same order give the
+        same bits. Raises NonFiniteInputs with `name` in the message, and then has counted nothing."""
+        finite = inputs.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            raise NonFiniteInputs(
+                f"inputs of {name} are not finite in {int((~finite).sum())} of {len(inputs)} tokens; "
+                "calibrate on text that the model can read, or in a wider data type"
+            )
+        for block in torch.split(inputs, max(1, BLOCK_ELEMENTS // self.width)):
+            exact = block.double()
+            if self.is_diagonal:
+                self.sums += exact.square_().sum(dim=0)
+            else:
+                self.sums.addmm_(exact.T, exact)
+        self.tokens += len(inputs)
+
+    def merge(self, other: InputMoments) -> None:
+        """Count the tokens of `other` too: of the same width and kind, else ValueError."""
+        if self.sums.shape != other.sums.shape:
+            raise ValueError(
+                f"moments of shape {list(other.sums.shape)} do not merge into {list(self.sums.shape)}"
+            )
+        self.sums += other.sums
+        self.tokens += other.tokens
