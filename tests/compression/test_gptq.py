@@ -1,4 +1,4 @@
-"""GPTQ, against its formula with H inverted anew for each input, in NumPy."""
+"""GPTQ, against the formulas of Optimal Brain Quantization that it comes from, in NumPy."""
 
 import math
 from collections.abc import Callable
@@ -55,17 +55,16 @@ def plain(
     weight: np.ndarray, sums: np.ndarray, order: list[int], parameters: Parameters, top: int
 ) -> np.ndarray:
     """weight [out, in] -> rounded; parameters(input, weight as it is now) -> its scales, zeros [out]."""
-    hessian = 2 * sums + 0.01 * np.diag(2 * sums).mean() * np.eye(len(sums))
-    weight, made, left = weight.copy(), np.empty_like(weight), list(order)
-    while left:
-        column = left[0]
+    inverse = np.linalg.inv(2 * sums + 0.01 * np.diag(2 * sums).mean() * np.eye(len(sums)))
+    weight, made = weight.copy(), np.empty_like(weight)
+    for column in order:
         scales, zeros = parameters(column, weight)
         codes = np.rint(weight[:, column] / np.where(scales, scales, 1)) + zeros
         made[:, column] = scales * (codes.clip(0, top) - zeros)
-        inverse = np.linalg.inv(hessian[np.ix_(left, left)])[0]
-        error = (weight[:, column] - made[:, column]) / inverse[0]
-        left = left[1:]
-        weight[:, left] -= np.outer(error, inverse[1:])
+        # For what is left, inverse is that of its own part of H: taking an input out leaves its row 0.
+        error = (weight[:, column] - made[:, column]) / inverse[column, column]
+        weight -= np.outer(error, inverse[column])
+        inverse -= np.outer(inverse[column], inverse[column]) / inverse[column, column]
     return made
 
 

@@ -307,6 +307,7 @@ def greedy(spectra: list[list[float]], costs: list[int], budget: int, step: int)
 
 
 class TestRanks:
+    @settings(deadline=None)
     @given(
         # Small whole numbers: sums are exact, and there are ties.
         spectra=st.lists(st.lists(st.integers(0, 4), max_size=12), max_size=5),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparserve.compression.statistics import InputMoments, NonFiniteInputs
@@ -19,6 +19,7 @@ def plain(inputs: torch.Tensor, like: InputMoments) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_batches_add_up_and_merge(kind, data):
     width = data.draw(st.integers(1, 20))

@@ -37,19 +37,20 @@ def gptq(
     format: MatrixFormat,
     name: str,
     *,
-    act_order: bool = False,
+    act_order: bool = True,
     damping: float = DAMPING,
     value_bits: int | None = None,
 ) -> QuantizedMatrix:
     """Round `weight` [out, in] in groups of inputs, as those of q, k, v, output, gate and up are stored.
 
-    `moments` are full, of width `in`; matrices that share their inputs can be stacked by rows. A group gets
-    its scale and zero when it is reached, as `quantize` does from what the weights are by then. With
+    `moments` are full, of width `in`; matrices that share their inputs can be stacked by rows. With
     `act_order` inputs are taken by falling mean square; groups stay as they are stored ("static groups"), so
-    they get scales and zeros of the original weights beforehand.
+    they get scales and zeros of the original weights beforehand, as `quantize` does. Without, inputs are
+    taken as they are stored, and a group gets its scale and zero when it is reached, of what the weights are
+    by then.
 
     An input that was always 0 is rounded to nearest: it may not be 0 when served. `value_bits` as in
-    `quantize`. Takes about 3 in^2 + 2 in out numbers of 8 bytes.
+    `quantize`. Takes about 5 in^2 + 2 in out numbers of 8 bytes.
 
     Raises UnusableMoments, NonFiniteWeights or ScaleOverflow with `name` in the message; ValueError of
     `value_bits`.
