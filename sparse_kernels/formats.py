@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_kernels import _abi
+
 GROUP_SIZES = (32, 64, 128)
 # Bits of a code -> bits of it that can be in a plane of their own.
 LOW_BITS = {8: (0, 4), 4: (0, 1, 2)}
+RANKS = range(0, _abi.SK_MAX_RANK + 1, _abi.SK_RANK_TILE)  # of low-rank terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +18,14 @@ class MatrixFormat:
 
     element = scale * (code - zero), the scale in float16, the zero an integer of as many bits as the code.
 
-    A plane of the lower bits lets the upper ones be read alone. Raises ValueError of what cannot be.
+    A plane of the lower bits lets the upper ones be read alone. A low-rank term B A has 8 bits for each
+    number of B, and A in bfloat16. Raises ValueError of what cannot be.
     """
 
     bits: int = 16  # of an element: 16 (bfloat16), 8 or 4
     group_size: int = 0  # columns, of GROUP_SIZES; 0 with bfloat16
     low_bits: int = 0  # of a code, in a plane of their own; 0: all bits are in one plane
+    rank: int = 0  # of a low-rank term, of RANKS; 0: none
 
     def __post_init__(self) -> None:
         if self.bits == 16:
@@ -28,6 +33,8 @@ class MatrixFormat:
                 raise ValueError(
                     f"bfloat16 has group_size {self.group_size} and low_bits {self.low_bits}; both must be 0"
                 )
+            if self.rank:
+                raise ValueError(f"bfloat16 has rank {self.rank}; it must be 0")
             return
         for name, value, allowed in (
             ("bits", self.bits, (16, *LOW_BITS)),
@@ -38,6 +45,11 @@ class MatrixFormat:
                 raise ValueError(
                     f"{name} of a matrix of {self.bits} bits is {value}; it can be {', '.join(map(str, allowed))}"
                 )
+
+        if self.rank not in RANKS:
+            raise ValueError(
+                f"rank is {self.rank}; it can be multiples of {RANKS.step} up to {RANKS[-1]}"
+            )
 
     @property
     def quantized(self) -> bool:
@@ -52,9 +64,23 @@ class MatrixFormat:
         """Of a row; the last one may be smaller."""
         return -(-columns // self.group_size) if self.quantized else 0
 
+    @property
+    def factor_columns(self) -> int:
+        """Further columns of a matrix that hold a low-rank term's factors, in whole tiles."""
+        tile = _abi.SK_COLUMN_TILE
+        columns = self.rank * 8 // self.bits
+        return -(-columns // tile) * tile
+
     def bytes(self, rows: int, columns: int) -> int:
-        """Of all that must be read of a matrix: codes, scales and zeros, without padding."""
-        return rows * columns * self.bits // 8 + 3 * rows * self.groups(columns)
+        """Of all that must be read of a matrix: codes, scales and zeros, of a low-rank term's factors too,
+        without padding. See `basis_bytes`."""
+        groups = self.groups(columns) + self.groups(self.factor_columns)
+        return rows * (columns * self.bits // 8 + self.rank + 3 * groups)
+
+    def basis_bytes(self, columns: int) -> int:
+        """Of the basis of a low-rank term, which q, k and v share, and gate and up; columns of the matrix as
+        it is stored: of down the hidden size."""
+        return 2 * self.rank * columns
 
     def __str__(self) -> str:
         if not self.quantized:
@@ -82,6 +108,8 @@ class DecoderFormats:
             raise ValueError(f"activation_bits is {self.activation_bits}; it can be 8 or 16")
         if self.lm_head_scan and self.lm_head.quantized:
             raise ValueError(f"lm_head is {self.lm_head}; beside a scan it can be bfloat16")
+        if self.lm_head.rank:
+            raise ValueError(f"lm_head has rank {self.lm_head.rank}; an LM head can have 0")
 
     @property
     def quantized(self) -> bool:
@@ -111,6 +139,11 @@ class DecoderFormats:
         if low:
             names = "gate, up and down" if self.down.low_bits == low else "gate and up"
             notes.insert(0, f"{names} in planes of {self.gate_up.bits - low} + {low} bits")
+        ranks = {"attention": self.attention.rank, "gate and up": self.gate_up.rank}
+        ranks["down"] = self.down.rank
+        if len(set(ranks.values())) == 1:
+            ranks = {"low-rank terms": self.down.rank}
+        notes += [f"{name} of rank {rank}" for name, rank in ranks.items() if rank]
         if self.quantized and self.activation_bits != 16:
             notes.append(f"{self.activation_bits}-bit activations")
         return f"{main} ({', '.join(notes)})" if notes else main
