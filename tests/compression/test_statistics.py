@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparserve.compression.statistics import InputMoments, NonFiniteInputs
+from sparserve.compression.statistics import InputMoments, NonFiniteInputs, nearest_to_outputs
 
 KINDS = [InputMoments.full, InputMoments.diagonal]
 
@@ -82,3 +82,21 @@ def test_inputs_that_are_not_finite_are_refused_and_not_counted(kind, value):
 def test_moments_of_another_kind_do_not_merge(other):
     with pytest.raises(ValueError, match=r"do not merge into \[4, 4\]"):
         InputMoments.full(4).merge(other)
+
+
+def test_weights_nearest_to_outputs_are_those_of_ridge_regression(inputs_like, moments_of):
+    x, weight = inputs_like(300, 20), torch.randn(7, 20)
+    targets = x @ weight.T + torch.randn(300, 7)
+    moments = moments_of(x)
+    drift = (targets - x @ weight.T).double().T @ x.double()
+    found = nearest_to_outputs(weight, moments, drift, 0.01)
+    # As further rows of a least squares problem: sqrt(d) V = sqrt(d) W.
+    root = (0.01 * moments.squares.mean()).sqrt() * torch.eye(20, dtype=torch.float64)
+    rows = torch.cat((x.double(), root))
+    wanted = torch.cat((targets.double(), root @ weight.double().T))
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    nothing = InputMoments.full(20)
+    assert torch.equal(
+        nearest_to_outputs(weight, nothing, torch.zeros(7, 20).double(), 0.01), weight
+    )

@@ -28,7 +28,7 @@ from sparserve.calibration.stages import Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import choose_backend, format_name, make_backend
-from sparserve.engine.formats import weight_formats
+from sparserve.engine.formats import served_formats
 from sparserve.errors import ConfigError
 from sparserve.model.backend import Backend
 from sparserve.model.cpu import neuron_bytes
@@ -114,7 +114,7 @@ class _Calibration:
         self._effort = plan.effort
         dtype = str(model.weights.dtype).removeprefix("torch.")
         native = choose_backend(settings, dtype)[0] == "cpu"
-        self._formats = weight_formats(settings) if native else DecoderFormats()
+        self._formats = served_formats(model, settings) if native else DecoderFormats()
         self._aims = {
             kind: Aim(own, self._tiers(kind, own), plan.effort.reaches)
             for kind, own in neuron_bytes(model.config, self._formats).items()

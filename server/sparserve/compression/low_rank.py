@@ -130,16 +130,18 @@ class QuantizedLowRank:
         return LowRank(outputs, self.inputs.float())
 
 
-def quantize_factors(factors: LowRank) -> QuantizedLowRank:
+def quantize_factors(factors: LowRank, largest_scale: float = 1.0) -> QuantizedLowRank:
     """Round B to 8 bits, a scale to a row, and A to bfloat16.
 
     Codes are 0 to 255, so a row reaches from -136 to 119 scales. A power of two goes from A to B or back,
-    so that the largest scale is about 1 and those of rows 10^4 times smaller are still normal in float16.
+    so that the largest scale is about `largest_scale`; by default those of rows 10^4 times smaller are
+    then still normal in float16.
     """
     # With a 0 in each row, for there may be no ranks, and a scale must reach 0.
     padded = F.pad(factors.outputs.double(), (0, 1))
     largest = float(padded.abs().max())
-    shift = 2.0 ** -round(math.log2(largest / FACTOR_ZERO)) if largest else 1.0
+    levels = math.log2(largest / (FACTOR_ZERO * largest_scale)) if largest else 0.0
+    shift = 2.0 ** -round(levels)
     outputs = padded * shift
     least, greatest = outputs.aminmax(dim=1)
     need = torch.maximum(greatest / (FACTOR_CODES - 1 - FACTOR_ZERO), -least / FACTOR_ZERO)

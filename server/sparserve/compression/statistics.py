@@ -69,3 +69,20 @@ class InputMoments:
             )
         self.sums += other.sums
         self.tokens += other.tokens
+
+
+def nearest_to_outputs(
+    weight: torch.Tensor, moments: InputMoments, drift: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """The V [out, in], float32, that minimizes sum |t - V x|^2 + d |V - W|^2 over inputs x: V makes of them
+    what is nearest to the outputs t that `weight` W has of other inputs.
+
+    moments: full, of x. drift: the sum of (t - W x) x^T, float64 [out, in]. d is `damping` times the mean
+    diagonal of sum x x^T, and V = W + drift (sum x x^T + d I)^-1.
+    """
+    second = moments.sums.clone()
+    diagonal = second.diagonal()
+    # Nothing is known of inputs that were all 0: any d will do.
+    diagonal.add_(damping * float(diagonal.mean()) or 1.0)
+    change = torch.cholesky_solve(drift.T, torch.linalg.cholesky(second)).T
+    return (weight.double() + change).float()

@@ -1,0 +1,164 @@
+"""Recipes: how the matrices of a model are compressed, as YAML files."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparserve.errors import ConfigError
+
+SHIPPED = ("quality", "balanced", "fast")
+
+
+class Part(BaseModel):
+    """How matrices of one kind are stored; see `MatrixFormat`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bits: Literal[4, 8, 16] = 4  # 16: they stay in bfloat16, and the rest has no meaning
+    group_size: int = 64
+    low_bits: int = 0
+    rank: int = 0
+
+    def format(self) -> MatrixFormat:
+        if self.bits == 16:
+            return MatrixFormat(low_bits=self.low_bits, rank=self.rank)
+        return MatrixFormat(self.bits, self.group_size, self.low_bits, self.rank)
+
+    @model_validator(mode="after")
+    def _must_be_a_format(self) -> Self:
+        self.format()
+        return self
+
+
+class CalibrationSize(BaseModel):
+    """Of the text that inputs are measured on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    windows: Annotated[int, Field(ge=1, le=65536)] = 32
+    tokens: Annotated[int, Field(ge=2, le=65536)] = 512  # of a window
+
+
+class Recipe(BaseModel):
+    """Which quantizer rounds, what makes up for it, and in which format each kind of matrix is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    quantizer: Literal["rtn", "gptq"] = "gptq"
+    act_order: bool = True  # GPTQ rounds the largest inputs first
+    # What GPTQ brings a matrix near to: its weights, or the outputs that it has in the original model, where
+    # nothing before it is compressed; then it also makes up for what went wrong before.
+    target: Literal["weights", "outputs"] = "weights"
+    # Levels of matrices of 4 bits as of so many bits, to study what fewer would lose.
+    value_bits: Literal[2, 3, None] = None
+    # Low-rank terms: by the weights' error alone, by correlated inputs, or by uncorrelated ones.
+    compensate: Literal["none", "lorc", "qera", "qera-diagonal"] = "none"
+    attention: Part = Part()
+    gate_up: Part = Part()
+    down: Part = Part()
+    lm_head: Part = Part(bits=8)  # always rounded to nearest
+    activation_bits: Literal[8, 16] = 16
+    calibration: CalibrationSize = CalibrationSize()
+
+    @property
+    def needs_text(self) -> bool:
+        return self.quantizer == "gptq" or self.compensate.startswith("qera")
+
+    def formats(self) -> DecoderFormats:
+        return DecoderFormats(
+            attention=self.attention.format(),
+            gate_up=self.gate_up.format(),
+            down=self.down.format(),
+            lm_head=self.lm_head.format(),
+            activation_bits=self.activation_bits,
+        )
+
+    @model_validator(mode="after")
+    def _must_agree(self) -> Self:
+        formats = self.formats()
+        ranks = {name: getattr(self, name).rank for name in ("attention", "gate_up", "down")}
+        if not formats.quantized:
+            raise ValueError("all matrices have 16 bits, so nothing is compressed; give one 4 or 8")
+        if self.compensate == "none" and any(ranks.values()):
+            name = next(name for name, rank in ranks.items() if rank)
+            raise ValueError(
+                f"{name} has rank {ranks[name]} and compensate is none; take rank 0, or qera or lorc"
+            )
+        if self.compensate != "none" and not any(ranks.values()):
+            raise ValueError(
+                f"compensate is {self.compensate} and all ranks are 0; give a matrix a rank, or take none"
+            )
+        if self.quantizer == "rtn" and "act_order" in self.model_fields_set and self.act_order:
+            raise ValueError("act_order is true, which only quantizer gptq has an order for")
+        if self.quantizer == "rtn" and self.target == "outputs":
+            raise ValueError("target is outputs, which quantizer rtn cannot follow; take gptq")
+        every = (formats.attention, formats.gate_up, formats.down)
+        if self.value_bits is not None and not any(own.bits == 4 for own in every):
+            raise ValueError(
+                f"value_bits is {self.value_bits}, and no matrix of a layer has 4 bits"
+            )
+        return self
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "attention": Part,
+    "gate_up": Part,
+    "down": Part,
+    "lm_head": Part,
+    "calibration": CalibrationSize,
+}
+
+
+def read_recipe(recipe: str) -> Recipe:
+    """`recipe` is the name of one that is shipped, or the path of a YAML file. Raises ConfigError."""
+    if recipe in SHIPPED:
+        source = files("sparserve.compression") / "recipes" / f"{recipe}.yaml"
+        return parse_recipe(source.read_text(encoding="utf-8"), recipe)
+    path = Path(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no recipe {recipe!r}: expected {', '.join(SHIPPED)}, or the path of a YAML file"
+        ) from error
+    except (OSError, ValueError) as error:  # not UTF-8, or a zero byte in the path
+        raise ConfigError(f"the recipe {recipe!r} cannot be read: {error}") from error
+    return parse_recipe(text, recipe)
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """`where` names the recipe in errors. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the recipe {where} is no YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"the recipe {where} must be lines of `name: value`")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = "\n".join(_explain(problem) for problem in error.errors())
+        raise ConfigError(f"the recipe {where} cannot be followed:\n{problems}") from error
+
+
+def _explain(problem: ErrorDetails) -> str:
+    name = ".".join(map(str, problem["loc"])) or "it"
+    reason = problem["msg"].removeprefix("Value error, ")
+    match problem["type"]:
+        case "extra_forbidden":
+            owner = SECTIONS[str(problem["loc"][0])] if len(problem["loc"]) > 1 else Recipe
+            return f"{name} is no setting; there are {', '.join(owner.model_fields)}"
+        case "missing":
+            return f"{name} is missing"
+        case "value_error":
+            return f"{name}: {reason}"
+    return f"{name} is {problem['input']!r}: {reason}"
