@@ -47,7 +47,7 @@ class EngineSettings(BaseSettings):
     model: Annotated[
         str,
         Field(
-            description="A name from `sparserve models`, a Hugging Face folder, a .gguf file, or the id "
+            description="A name from `sparserve models`, a Hugging Face folder, one that `sparserve compress` made, a .gguf file, or the id "
             "org/name[@revision] of a model in the Hugging Face cache."
         ),
     ] = "smollm2-135m-instruct"

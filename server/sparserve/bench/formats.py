@@ -19,8 +19,8 @@ from sparserve.bench.text import read_text, tokens_of
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
-from sparserve.engine.factory import assemble_engine
-from sparserve.engine.formats import weight_formats, with_dtype
+from sparserve.engine.factory import assemble_engine, format_name
+from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.model.calibration import CALIBRATION_TEXT
@@ -52,7 +52,7 @@ def measure_formats(
 
     # "auto" may be one of the others.
     asked = [(source_model(name, loaded), with_dtype(settings, name)) for name in formats]
-    unique = {(m.weights.dtype, weight_formats(own)): (m, own) for m, own in asked}
+    unique = {format_name(m, own): (m, own) for m, own in asked}
     engines = [_engine(model, own, plan) for model, own in unique.values()]
     info = [engine.backend.info for engine in engines]
     ours = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 from sparserve.errors import ConfigError
@@ -29,11 +28,9 @@ def text_hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
-def refuse_calibration_text(path: Path, source: Mapping[str, object]) -> None:
-    """`source` is that of a calibrated index. Raises ConfigError of a text that it was made of."""
-    texts = source.get(TEXTS)
-    if isinstance(texts, list) and text_hash(path.read_bytes()) in texts:
+def refuse_calibration_text(path: Path, what: str, texts: object) -> None:
+    """`texts`: hashes of those that `what` was calibrated on, where it says. Raises ConfigError of one of them."""
+    if isinstance(texts, list | tuple) and text_hash(path.read_bytes()) in texts:
         raise ConfigError(
-            f"the index was calibrated on {path}: what it predicts and chooses is fitted to this text; give one "
-            "that it has not seen"
+            f"the {what} was calibrated on {path}: it is fitted to this text; give one that it has not seen"
         )

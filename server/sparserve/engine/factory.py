@@ -23,7 +23,7 @@ from sparse_kernels.weights import ChoiceTensors
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
-from sparserve.engine.formats import native_only, weight_formats
+from sparserve.engine.formats import native_only, served_formats, weight_formats
 from sparserve.engine.limits import EngineLimits
 from sparserve.engine.policies import Policies, PolicyRules
 from sparserve.engine.tokenizer import TextTokenizer
@@ -88,6 +88,13 @@ def load_by_settings(
         on_download=on_download,
     )
     trim_heap()  # what reading the checkpoint left behind
+    if model.compressed is not None:
+        info = model.compressed.info
+        log.info(
+            "model %s was compressed from %s at %s (hash %.12s) by sparserve %s: %.2f bits per weight of its layers",
+            model.name, info.source.name, info.source.path, info.source.hash, info.sparserve_version,
+            info.bits_per_decoder_weight,
+        )  # fmt: skip
     return model
 
 
@@ -120,7 +127,7 @@ def format_name(model: LoadedModel, settings: EngineSettings) -> str:
     """What BackendInfo.dtype will be. Raises ConfigError."""
     dtype = str(model.weights.dtype).removeprefix("torch.")
     name, _ = choose_backend(settings, dtype)
-    return str(weight_formats(settings)) if name == "cpu" else dtype
+    return str(served_formats(model, settings)) if name == "cpu" else dtype
 
 
 def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
@@ -225,7 +232,7 @@ def make_backend(
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
-            formats = weight_formats(settings)
+            formats = served_formats(model, settings)
             decoder = make_decoder(
                 config,
                 model.weights,
@@ -234,6 +241,7 @@ def make_backend(
                 kv_bits=_kv_bits(settings),
                 calibration=_calibration(model, formats),
                 choice=choice,
+                compressed=model.compressed,
                 on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
@@ -275,10 +283,14 @@ def make_decoders(
     Raises ConfigError or ModelError.
     """
     with _told_as_config_error(model.name):
-        formats, threads = weight_formats(settings), _threads(settings)
-        tokens = _calibration(model, formats)
+        formats, threads = served_formats(model, settings), _threads(settings)
         packed = pack_model(
-            model.config, model.weights, formats, threads=threads, calibration=tokens
+            model.config,
+            model.weights,
+            formats,
+            threads=threads,
+            calibration=_calibration(model, formats),
+            compressed=model.compressed,
         )
         kv_bits = _kv_bits(settings)
         return [Decoder(packed, threads=threads, isa=level, kv_bits=kv_bits) for level in levels]
