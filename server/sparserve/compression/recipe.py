@@ -57,6 +57,8 @@ class Recipe(BaseModel):
     # What GPTQ brings a matrix near to: its weights, or the outputs that it has in the original model, where
     # nothing before it is compressed; then it also makes up for what went wrong before.
     target: Literal["weights", "outputs"] = "weights"
+    # Columns are scaled before they are rounded, and what makes the inputs takes the scales back.
+    scale_columns: bool = True
     # Levels of matrices of 4 bits as of so many bits, to study what fewer would lose.
     value_bits: Literal[2, 3, None] = None
     # Low-rank terms: by the weights' error alone, by correlated inputs, or by uncorrelated ones.

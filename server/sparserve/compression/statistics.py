@@ -61,6 +61,12 @@ class InputMoments:
                 self.sums.addmm_(exact.T, exact)
         self.tokens += len(inputs)
 
+    def divided(self, scales: torch.Tensor) -> InputMoments:
+        """Those of x / scales [width]."""
+        exact = scales.double()
+        divisors = exact if self.is_diagonal else exact[:, None]
+        return InputMoments(self.sums / divisors / exact, self.tokens)
+
     def merge(self, other: InputMoments) -> None:
         """Count the tokens of `other` too: of the same width and kind, else ValueError."""
         if self.sums.shape != other.sums.shape:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.formats import MatrixFormat
 from sparse_kernels.weights import Factors, LayerTensors, Matrix, QuantizedMatrix
 from sparserve.compression.gptq import DAMPING, UnusableMoments
 from sparserve.compression.matrix import MatrixReport, compress
 from sparserve.compression.quantize import quantize
 from sparserve.compression.recipe import Recipe
+from sparserve.compression.scaling import column_scales
 from sparserve.compression.statistics import (
     InputMoments,
     NonFiniteInputs,
@@ -41,11 +43,12 @@ class _Stack:
     fields: tuple[str, ...]  # of LayerWeights
     part: str  # of Recipe
     basis: str  # of LayerTensors
+    scaled: str = ""  # of LayerTensors: takes back what its columns are scaled by
 
 
-QKV = _Stack(("q", "k", "v"), ("wq", "wk", "wv"), "attention", "qkv_basis")
-OUTPUT = _Stack(("output",), ("wo",), "attention", "output_basis")
-GATE_UP = _Stack(("gate", "up"), ("w_gate", "w_up"), "gate_up", "gate_up_basis")
+QKV = _Stack(("q", "k", "v"), ("wq", "wk", "wv"), "attention", "qkv_basis", "attention_norm")
+OUTPUT = _Stack(("output",), ("wo",), "attention", "output_basis", "v")
+GATE_UP = _Stack(("gate", "up"), ("w_gate", "w_up"), "gate_up", "gate_up_basis", "mlp_norm")
 DOWN = _Stack(("down",), ("w_down",), "down", "down_basis")
 
 
@@ -90,7 +93,7 @@ def compress_layers(
         first += 1
     for index in range(first, model.config.num_layers):
         with _told():
-            layer = _compressed(model.weights.layers[index], index, recipe, walks)
+            layer = _compressed(model, index, recipe, walks)
         yield layer
 
 
@@ -137,9 +140,9 @@ class _Walks:
 
 
 def _compressed(
-    weights: LayerWeights, index: int, recipe: Recipe, walks: _Walks | None
+    model: LoadedModel, index: int, recipe: Recipe, walks: _Walks | None
 ) -> CompressedLayer:
-    layer = layer_tensors(weights)
+    layer, head_dim = layer_tensors(model.weights.layers[index]), model.config.head_dim
     exact = effective(layer)
     reports: list[MatrixReport] = []
 
@@ -155,6 +158,10 @@ def _compressed(
             if drift is not None:
                 weight = nearest_to_outputs(weight, moments, drift, DAMPING)
         format = getattr(recipe, stack.part).format()
+        if recipe.scale_columns and stack is not DOWN:
+            scales = _column_scales(weight, moments, format, name, stack, layer, head_dim)
+            weight, layer = weight * scales, _divided(layer, stack, scales, head_dim)
+            moments = None if moments is None else moments.divided(scales)
         found = compress(weight, moments, format, recipe, name, transposed=stack is DOWN)
         reports.append(found.report)
         rows = [len(part) for part in parts]
@@ -170,6 +177,49 @@ def _compressed(
     if walks is not None:
         walks.add_feed_forward(layer, exact)
     return CompressedLayer(index, layer, reports)
+
+
+def _column_scales(
+    weight: torch.Tensor,
+    moments: InputMoments | None,
+    format: MatrixFormat,
+    name: str,
+    stack: _Stack,
+    layer: LayerTensors,
+    head_dim: int,
+) -> torch.Tensor:
+    """[inputs of `stack`]; without moments for what a norm's weight says of its outputs."""
+    alike = None
+    if stack is OUTPUT:  # query heads of a group take the values of one head
+        kv_heads = _rows(layer.v) // head_dim
+        alike = (kv_heads, weight.shape[1] // (kv_heads * head_dim), head_dim)
+    if moments is not None:
+        squares = moments.squares
+    elif stack is OUTPUT:
+        squares = torch.ones(weight.shape[1])
+    else:
+        squares = getattr(layer, stack.scaled).square()
+    return column_scales(weight, squares, format, name, alike)
+
+
+def _divided(
+    layer: LayerTensors, stack: _Stack, scales: torch.Tensor, head_dim: int
+) -> LayerTensors:
+    """What goes into `stack`, divided by scales [its inputs]: in the norm before it, or in the rows of v."""
+    if stack is not OUTPUT:
+        return replace(layer, **{stack.scaled: getattr(layer, stack.scaled) / scales})
+    v, bias = layer.v, layer.v_bias
+    assert isinstance(v, QuantizedMatrix)  # in the format of the output
+    rows = _rows(v)
+    of_rows = scales.view(rows // head_dim, -1, head_dim)[:, 0].reshape(rows)
+    # In float16 as they were: off by as much as 2^-12, far below what rounding to integers costs.
+    factors = v.factors and replace(v.factors, scales=(v.factors.scales / of_rows).half())
+    own = replace(v, scales=(v.scales / of_rows[:, None]).half(), factors=factors)
+    return replace(layer, v=own, v_bias=None if bias is None else bias / of_rows)
+
+
+def _rows(matrix: Matrix) -> int:
+    return len(matrix.codes if isinstance(matrix, QuantizedMatrix) else matrix)
 
 
 def _moments(recipe: Recipe, stack: _Stack, width: int) -> InputMoments:
