@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.formats import MatrixFormat
 from sparse_kernels.weights import Factors, LayerTensors, Matrix, QuantizedMatrix
 from sparserve.compression.gptq import DAMPING, UnusableMoments
 from sparserve.compression.matrix import MatrixReport, compress
@@ -105,10 +106,17 @@ def compress_lm_head(model: LoadedModel, recipe: Recipe) -> Matrix | None:
 
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
-    """Raises ConfigError of a rank that matrices of this model do not have."""
-    shapes = layer_shapes(config)
+    """Raises ConfigError of a layer, or of a rank, that matrices of this model do not have."""
+    formats, shapes = recipe.formats(), layer_shapes(config)
+    last = max((index for own in recipe.overrides for index in own.layers), default=0)
+    if last >= config.num_layers:
+        raise ConfigError(
+            f"overrides of the recipe {recipe.name} are of layer {last}, and the last layer of this model is "
+            f"{config.num_layers - 1}"
+        )
+    layers = [formats.most_layers, *(own for _, own in formats.overrides)]
     for stack in (QKV, OUTPUT, GATE_UP, DOWN):
-        rank = getattr(recipe, stack.part).rank
+        rank = max(getattr(own, stack.part).rank for own in layers)
         least = min(sum(shapes[field][0] for field in stack.fields), shapes[stack.fields[0]][1])
         if rank > least:
             raise ConfigError(
@@ -139,12 +147,13 @@ class _Walks:
 def _compressed(
     weights: LayerWeights, index: int, recipe: Recipe, walks: _Walks | None
 ) -> CompressedLayer:
-    layer = layer_tensors(weights)
+    layer, formats = layer_tensors(weights), recipe.formats().layer(index)
     exact = effective(layer)
     reports: list[MatrixReport] = []
 
     def compress_stack(stack: _Stack, layer: LayerTensors) -> LayerTensors:
-        if not getattr(recipe, stack.part).format().quantized:
+        format: MatrixFormat = getattr(formats, stack.part)
+        if not format.quantized:
             return layer
         parts = [getattr(layer, name) for name in stack.names]
         weight, moments = torch.cat(parts), None
@@ -154,7 +163,6 @@ def _compressed(
             drift = _measure(walks, index, stack, layer, exact, moments, name)
             if drift is not None:
                 weight = nearest_to_outputs(weight, moments, drift, DAMPING)
-        format = getattr(recipe, stack.part).format()
         found = compress(weight, moments, format, recipe, name, transposed=stack is DOWN)
         reports.append(found.report)
         rows = [len(part) for part in parts]
