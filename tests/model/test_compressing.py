@@ -110,7 +110,7 @@ def test_outputs_as_target_make_up_for_what_went_wrong_before(tiny_bfloat16):
 
 @pytest.mark.parametrize("compensate", ["lorc", "qera", "qera-diagonal"])
 def test_reports_say_what_the_matrices_of_a_layer_are_off(tiny_bfloat16, compensate):
-    recipe = recipe_of(32, compensate=compensate)
+    recipe = recipe_of(32, compensate=compensate, scale_columns=False)
     layer = next(iter(compress_layers(tiny_bfloat16, recipe, TEXT)))
     assert [report.name for report in layer.reports] == [f"layer 0: {name}" for name in STACKS]
     walk, weights = Walk(tiny_bfloat16, TEXT), tiny_bfloat16.weights.layers[0]
@@ -237,3 +237,21 @@ def test_damaged_weights_and_inputs_are_told(tiny_bfloat16):
     damaged.weights.embedding[7] = float("inf")
     with pytest.raises(ConfigError, match="inputs of layer 0: q, k, v are not finite in 1 of 64"):
         next(compress_layers(damaged, recipe_of(), torch.arange(64)[None]))
+
+
+def test_scaled_columns_are_taken_back(tiny_bfloat16):
+    """8 bits are near enough that norms or rows of v left as they were would show."""
+    eight = {name: {"bits": 8} for name in ("attention", "gate_up", "down")}
+    exact = last_states(tiny_bfloat16, None)
+    for settings in ({"quantizer": "rtn"}, {"quantizer": "gptq"}):
+        recipe = recipe_of(**eight, **settings)
+        layers = list(compress_layers(tiny_bfloat16, recipe, TEXT))
+        norms = [
+            tiny_bfloat16.weights.layers[0].attn_norm,
+            tiny_bfloat16.weights.layers[0].mlp_norm,
+        ]
+        tensors = layers[0].tensors
+        assert not torch.equal(tensors.attention_norm, norms[0].float())
+        assert not torch.equal(tensors.mlp_norm, norms[1].float())
+        off = (last_states(tiny_bfloat16, layers) - exact).norm() / exact.norm()
+        assert off < 0.02

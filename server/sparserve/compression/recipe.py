@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels import _abi
+from sparse_kernels.formats import DecoderFormats, LayerFormats, MatrixFormat
 from sparserve.errors import ConfigError
 
 SHIPPED = ("quality", "balanced", "fast")
+PARTS = ("attention", "gate_up", "down")  # of a layer
+MOST_LAYERS = _abi.SK_MAX_LAYERS
 
 
 class Part(BaseModel):
@@ -34,6 +45,44 @@ class Part(BaseModel):
     @model_validator(mode="after")
     def _must_be_a_format(self) -> Self:
         self.format()
+        return self
+
+
+def _layers(value: Any) -> Any:
+    """ "2-5" and 3 as tuples; all else as it is."""
+    if isinstance(value, str):
+        first, dash, last = value.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ValueError('expected a layer, a range like "2-5", or a list of layers')
+        return tuple(range(int(first), min(int(last or first), MOST_LAYERS) + 1))
+    return (
+        (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+    )
+
+
+class Override(BaseModel):
+    """What some layers have instead of what the recipe says of all; each part as a whole."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    layers: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], BeforeValidator(_layers)
+    ]
+    attention: Part | None = None
+    gate_up: Part | None = None
+    down: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @model_validator(mode="after")
+    def _must_change_something(self) -> Self:
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError("layers must be one or more, each once")
+        if not self.parts:
+            raise ValueError(f"there is nothing that changes; give {', '.join(PARTS)}, or some")
         return self
 
 
@@ -68,6 +117,8 @@ class Recipe(BaseModel):
     down: Part = Part()
     lm_head: Part = Part(bits=8)  # always rounded to nearest
     activation_bits: Literal[8, 16] = 16
+    # Of some layers; later ones win.
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     calibration: CalibrationSize = CalibrationSize()
 
     @property
@@ -75,18 +126,36 @@ class Recipe(BaseModel):
         return self.quantizer == "gptq" or self.compensate.startswith("qera")
 
     def formats(self) -> DecoderFormats:
+        usual = self._layer_formats(())
+        indices = sorted({index for own in self.overrides for index in own.layers})
+        layers = (
+            (index, self._layer_formats([own for own in self.overrides if index in own.layers]))
+            for index in indices
+        )
         return DecoderFormats(
-            attention=self.attention.format(),
-            gate_up=self.gate_up.format(),
-            down=self.down.format(),
+            *usual.matrices,
             lm_head=self.lm_head.format(),
             activation_bits=self.activation_bits,
+            overrides=tuple((index, own) for index, own in layers if own != usual),
         )
+
+    def _layer_formats(self, overrides: Iterable[Override]) -> LayerFormats:
+        parts: dict[str, Part] = {name: getattr(self, name) for name in PARTS}
+        for own in overrides:
+            parts |= own.parts
+        return LayerFormats(**{name: part.format() for name, part in parts.items()})
+
+    def _all_parts(self) -> dict[str, Part]:
+        """By name, of layers of their own too."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        for index, own in enumerate(self.overrides):
+            parts |= {f"overrides.{index}.{name}": part for name, part in own.parts.items()}
+        return parts
 
     @model_validator(mode="after")
     def _must_agree(self) -> Self:
-        formats = self.formats()
-        ranks = {name: getattr(self, name).rank for name in ("attention", "gate_up", "down")}
+        formats, parts = self.formats(), self._all_parts()
+        ranks = {name: part.rank for name, part in parts.items()}
         if not formats.quantized:
             raise ValueError("all matrices have 16 bits, so nothing is compressed; give one 4 or 8")
         if self.compensate == "none" and any(ranks.values()):
@@ -102,12 +171,24 @@ class Recipe(BaseModel):
             raise ValueError("act_order is true, which only quantizer gptq has an order for")
         if self.quantizer == "rtn" and self.target == "outputs":
             raise ValueError("target is outputs, which quantizer rtn cannot follow; take gptq")
-        every = (formats.attention, formats.gate_up, formats.down)
-        if self.value_bits is not None and not any(own.bits == 4 for own in every):
+        if self.value_bits is not None and not any(own.bits == 4 for own in parts.values()):
             raise ValueError(
                 f"value_bits is {self.value_bits}, and no matrix of a layer has 4 bits"
             )
+        self._refuse_hidden()
         return self
+
+    def _refuse_hidden(self) -> None:
+        """Raises ValueError of an override that later ones leave nothing of."""
+        for index, own in enumerate(self.overrides):
+            later = {
+                (name, layer)
+                for other in self.overrides[index + 1 :]
+                for name in other.parts
+                for layer in other.layers
+            }
+            if all((name, layer) in later for name in own.parts for layer in own.layers):
+                raise ValueError(f"overrides.{index} has no effect: later ones replace all of it")
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -115,6 +196,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "gate_up": Part,
     "down": Part,
     "lm_head": Part,
+    "overrides": Override,
     "calibration": CalibrationSize,
 }
 
@@ -157,7 +239,8 @@ def _explain(problem: ErrorDetails) -> str:
     reason = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
         case "extra_forbidden":
-            owner = SECTIONS[str(problem["loc"][0])] if len(problem["loc"]) > 1 else Recipe
+            sections = [own for own in problem["loc"][:-1] if isinstance(own, str)]
+            owner = SECTIONS[sections[-1]] if sections else Recipe
             return f"{name} is no setting; there are {', '.join(owner.model_fields)}"
         case "missing":
             return f"{name} is missing"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import DecoderFormats, LayerFormats, MatrixFormat
 from sparse_kernels.weights import EndTensors, Factors, LayerTensors, Matrix, QuantizedMatrix
 from sparserve.errors import CorruptCheckpoint
 from sparserve.model.config import ModelConfig
@@ -46,7 +46,7 @@ class Spec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def layer_specs(config: ModelConfig, formats: DecoderFormats) -> dict[str, Spec]:
+def layer_specs(config: ModelConfig, formats: LayerFormats) -> dict[str, Spec]:
     """Of all tensors in the file of a layer."""
     shapes = layer_shapes(config)
     specs: dict[str, Spec] = {}
@@ -75,10 +75,16 @@ def end_specs(config: ModelConfig, formats: DecoderFormats) -> dict[str, Spec]:
 def bits_per_weight(config: ModelConfig, formats: DecoderFormats) -> tuple[float, float]:
     """(of the layers' matrices with all that belongs to them, of the whole model); the latter's weights
     are those of the original, where a tied LM head counts once."""
-    specs = layer_specs(config, formats)
-    in_matrices = sum(spec.nbytes for name, spec in specs.items() if name not in VECTORS)
-    weights = sum(rows * columns for (rows, columns), _ in _matrices(config, formats).values())
-    files = config.num_layers * sum(spec.nbytes for spec in specs.values())
+    shapes = layer_shapes(config)
+    weights = config.num_layers * sum(math.prod(shapes[field]) for field in MATRICES.values())
+    # Not layer by layer: how many there are may come from outside.
+    usual = config.num_layers - len(formats.overrides)
+    plans = [(formats.most_layers, usual), *((own, 1) for _, own in formats.overrides)]
+    in_matrices = files = 0
+    for plan, count in plans:
+        specs = layer_specs(config, plan)
+        in_matrices += count * sum(s.nbytes for name, s in specs.items() if name not in VECTORS)
+        files += count * sum(spec.nbytes for spec in specs.values())
     files += sum(spec.nbytes for spec in end_specs(config, formats).values())
     return 8 * in_matrices / weights, 8 * files / config.num_parameters
 
@@ -98,7 +104,7 @@ def tensors_of_ends(ends: EndTensors) -> dict[str, torch.Tensor]:
 
 
 def layer_of(
-    tensors: Mapping[str, torch.Tensor], config: ModelConfig, formats: DecoderFormats
+    tensors: Mapping[str, torch.Tensor], config: ModelConfig, formats: LayerFormats
 ) -> LayerTensors:
     """`tensors`: what `fault` found nothing in."""
     matrices = {
@@ -168,7 +174,7 @@ def _has_head(config: ModelConfig, formats: DecoderFormats) -> bool:
 
 
 def _matrices(
-    config: ModelConfig, formats: DecoderFormats
+    config: ModelConfig, formats: LayerFormats
 ) -> dict[str, tuple[tuple[int, int], MatrixFormat]]:
     """By field of LayerTensors, as they are stored."""
     shapes, stored = layer_shapes(config), {}
@@ -183,7 +189,7 @@ def _matrices(
     return stored
 
 
-def _bases(config: ModelConfig, formats: DecoderFormats) -> dict[str, tuple[int, int]]:
+def _bases(config: ModelConfig, formats: LayerFormats) -> dict[str, tuple[int, int]]:
     hidden, attention = config.hidden_size, formats.attention.rank
     shapes = {
         "qkv_basis": (attention, hidden),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_kernels.formats import MatrixFormat
-from sparse_kernels.weights import Factors, LayerTensors, Matrix, QuantizedMatrix
+from sparse_kernels.weights import LayerTensors, Matrix
 from sparserve.compression.gptq import DAMPING, UnusableMoments
 from sparserve.compression.matrix import MatrixReport, compress
 from sparserve.compression.quantize import quantize
@@ -28,28 +28,22 @@ from sparserve.model.config import ModelConfig
 from sparserve.model.cpu import layer_tensors, told_as_model_errors
 from sparserve.model.effective import effective
 from sparserve.model.loader import LoadedModel
+from sparserve.model.stacks import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    Stack,
+    columns_alike,
+    expected_squares,
+    split_rows,
+    with_inputs_divided,
+)
 from sparserve.model.walk import Walk, activations
 from sparserve.model.weights import LayerWeights, layer_shapes
 
 # Inputs whose full second moments are kept though GPTQ does not need them: 128 MiB.
 FULL_MOMENTS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Matrices with the same inputs, which are compressed together and share the basis of a low-rank term."""
-
-    names: tuple[str, ...]  # of LayerTensors
-    fields: tuple[str, ...]  # of LayerWeights
-    part: str  # of Recipe
-    basis: str  # of LayerTensors
-    scaled: str = ""  # of LayerTensors: takes back what its columns are scaled by
-
-
-QKV = _Stack(("q", "k", "v"), ("wq", "wk", "wv"), "attention", "qkv_basis", "attention_norm")
-OUTPUT = _Stack(("output",), ("wo",), "attention", "output_basis", "v")
-GATE_UP = _Stack(("gate", "up"), ("w_gate", "w_up"), "gate_up", "gate_up_basis", "mlp_norm")
-DOWN = _Stack(("down",), ("w_down",), "down", "down_basis")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,10 +102,17 @@ def compress_lm_head(model: LoadedModel, recipe: Recipe) -> Matrix | None:
 
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
-    """Raises ConfigError of a rank that matrices of this model do not have."""
-    shapes = layer_shapes(config)
+    """Raises ConfigError of a layer, or of a rank, that matrices of this model do not have."""
+    formats, shapes = recipe.formats(), layer_shapes(config)
+    last = max((index for own in recipe.overrides for index in own.layers), default=0)
+    if last >= config.num_layers:
+        raise ConfigError(
+            f"overrides of the recipe {recipe.name} are of layer {last}, and the last layer of this model is "
+            f"{config.num_layers - 1}"
+        )
+    layers = [formats.most_layers, *(own for _, own in formats.overrides)]
     for stack in (QKV, OUTPUT, GATE_UP, DOWN):
-        rank = getattr(recipe, stack.part).rank
+        rank = max(getattr(own, stack.part).rank for own in layers)
         least = min(sum(shapes[field][0] for field in stack.fields), shapes[stack.fields[0]][1])
         if rank > least:
             raise ConfigError(
@@ -142,12 +143,13 @@ class _Walks:
 def _compressed(
     model: LoadedModel, index: int, recipe: Recipe, walks: _Walks | None
 ) -> CompressedLayer:
-    layer, head_dim = layer_tensors(model.weights.layers[index]), model.config.head_dim
+    layer, formats = layer_tensors(model.weights.layers[index]), recipe.formats().layer(index)
     exact = effective(layer)
     reports: list[MatrixReport] = []
 
-    def compress_stack(stack: _Stack, layer: LayerTensors) -> LayerTensors:
-        if not getattr(recipe, stack.part).format().quantized:
+    def compress_stack(stack: Stack, layer: LayerTensors) -> LayerTensors:
+        format: MatrixFormat = getattr(formats, stack.part)
+        if not format.quantized:
             return layer
         parts = [getattr(layer, name) for name in stack.names]
         weight, moments = torch.cat(parts), None
@@ -157,15 +159,20 @@ def _compressed(
             drift = _measure(walks, index, stack, layer, exact, moments, name)
             if drift is not None:
                 weight = nearest_to_outputs(weight, moments, drift, DAMPING)
-        format = getattr(recipe, stack.part).format()
-        if recipe.scale_columns and stack is not DOWN:
-            scales = _column_scales(weight, moments, format, name, stack, layer, head_dim)
-            weight, layer = weight * scales, _divided(layer, stack, scales, head_dim)
-            moments = None if moments is None else moments.divided(scales)
+        if recipe.scale_columns and stack.scaled:
+            squares = (
+                moments.squares
+                if moments is not None
+                else expected_squares(layer, stack, weight.shape[1])
+            )
+            alike = columns_alike(stack, model.config)
+            scales = column_scales(weight, squares, format, name, alike)
+            weight, layer = weight * scales, with_inputs_divided(layer, stack, scales, alike)
+            moments = moments and moments.divided(scales)
         found = compress(weight, moments, format, recipe, name, transposed=stack is DOWN)
         reports.append(found.report)
         rows = [len(part) for part in parts]
-        pieces = [found.matrix] if len(rows) == 1 else _split(found.matrix, rows)
+        pieces = [found.matrix] if len(rows) == 1 else split_rows(found.matrix, rows)
         changes: dict[str, Any] = dict(zip(stack.names, pieces, strict=True))
         changes[stack.basis] = found.basis
         return replace(layer, **changes)
@@ -179,50 +186,7 @@ def _compressed(
     return CompressedLayer(index, layer, reports)
 
 
-def _column_scales(
-    weight: torch.Tensor,
-    moments: InputMoments | None,
-    format: MatrixFormat,
-    name: str,
-    stack: _Stack,
-    layer: LayerTensors,
-    head_dim: int,
-) -> torch.Tensor:
-    """[inputs of `stack`]; without moments for what a norm's weight says of its outputs."""
-    alike = None
-    if stack is OUTPUT:  # query heads of a group take the values of one head
-        kv_heads = _rows(layer.v) // head_dim
-        alike = (kv_heads, weight.shape[1] // (kv_heads * head_dim), head_dim)
-    if moments is not None:
-        squares = moments.squares
-    elif stack is OUTPUT:
-        squares = torch.ones(weight.shape[1])
-    else:
-        squares = getattr(layer, stack.scaled).square()
-    return column_scales(weight, squares, format, name, alike)
-
-
-def _divided(
-    layer: LayerTensors, stack: _Stack, scales: torch.Tensor, head_dim: int
-) -> LayerTensors:
-    """What goes into `stack`, divided by scales [its inputs]: in the norm before it, or in the rows of v."""
-    if stack is not OUTPUT:
-        return replace(layer, **{stack.scaled: getattr(layer, stack.scaled) / scales})
-    v, bias = layer.v, layer.v_bias
-    assert isinstance(v, QuantizedMatrix)  # in the format of the output
-    rows = _rows(v)
-    of_rows = scales.view(rows // head_dim, -1, head_dim)[:, 0].reshape(rows)
-    # In float16 as they were: off by as much as 2^-12, far below what rounding to integers costs.
-    factors = v.factors and replace(v.factors, scales=(v.factors.scales / of_rows).half())
-    own = replace(v, scales=(v.scales / of_rows[:, None]).half(), factors=factors)
-    return replace(layer, v=own, v_bias=None if bias is None else bias / of_rows)
-
-
-def _rows(matrix: Matrix) -> int:
-    return len(matrix.codes if isinstance(matrix, QuantizedMatrix) else matrix)
-
-
-def _moments(recipe: Recipe, stack: _Stack, width: int) -> InputMoments:
+def _moments(recipe: Recipe, stack: Stack, width: int) -> InputMoments:
     """Of the kind that `recipe` needs, of no tokens yet."""
     full = recipe.quantizer == "gptq" or (
         recipe.compensate == "qera" and (stack is not DOWN or width <= FULL_MOMENTS)
@@ -233,7 +197,7 @@ def _moments(recipe: Recipe, stack: _Stack, width: int) -> InputMoments:
 def _measure(
     walks: _Walks,
     index: int,
-    stack: _Stack,
+    stack: Stack,
     layer: LayerTensors,
     exact: LayerWeights,
     moments: InputMoments,
@@ -262,7 +226,7 @@ def _measure(
     return drift
 
 
-def _inputs(walk: Walk, index: int, stack: _Stack, layer: LayerWeights) -> Iterator[torch.Tensor]:
+def _inputs(walk: Walk, index: int, stack: Stack, layer: LayerWeights) -> Iterator[torch.Tensor]:
     """Of each window, [tokens, width]. With its first token: an attention sink, much larger than all others in
     some layers, which must stay right (without it GPTQ's KL on SmolLM2 is .57 instead of .39)."""
     attention = stack in (QKV, OUTPUT)
@@ -274,20 +238,6 @@ def _inputs(walk: Walk, index: int, stack: _Stack, layer: LayerWeights) -> Itera
             yield activations(layer, normed)
         else:
             yield normed
-
-
-def _split(matrix: QuantizedMatrix, rows: Sequence[int]) -> list[QuantizedMatrix]:
-    def cut(tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [part.contiguous() for part in torch.split(tensor, list(rows))]
-
-    codes, scales, zeros = cut(matrix.codes), cut(matrix.scales), cut(matrix.zeros)
-    factors: list[Factors | None] = [None] * len(rows)
-    if (own := matrix.factors) is not None:
-        factors = [Factors(*pair) for pair in zip(cut(own.codes), cut(own.scales), strict=True)]
-    return [
-        replace(matrix, codes=codes[i], scales=scales[i], zeros=zeros[i], factors=factors[i])
-        for i in range(len(rows))
-    ]
 
 
 @contextmanager
