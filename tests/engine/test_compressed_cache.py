@@ -121,11 +121,13 @@ def test_an_interrupted_load_goes_on(settings, runs, cache):
     assert told == [1, 2]
 
 
-def test_servers_that_start_together_compress_once(settings, runs):
+def test_servers_that_start_together_compress_once(settings, runs, caplog):
+    caplog.set_level(logging.INFO, "sparserve")
     with ThreadPoolExecutor(3) as pool:
         models = list(pool.map(lambda _: load_by_settings(settings), range(3)))
     assert len(runs) == 1
     assert {model.path for model in models} == set(runs)
+    assert f"another process uses {runs[0]}: waiting for it" in caplog.text
 
 
 def test_without_the_cache_nothing_is_kept(settings, runs, cache, tmp_path, monkeypatch):
@@ -201,6 +203,13 @@ def test_a_damaged_folder_of_the_cache_is_named(settings):
 def test_what_cannot_be_is_told_with_the_way_out(settings, changes, kind, told):
     with pytest.raises(kind, match=told):
         load_by_settings(settings.model_copy(update=changes))
+
+
+def test_a_gguf_file_is_refused(settings, tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    own = {"model": str(tmp_path / "tiny.gguf")}
+    with pytest.raises(UnsupportedModel, match=r"is a GGUF file, .* give the Hugging Face folder"):
+        load_by_settings(settings.model_copy(update=own))
 
 
 def test_a_folder_that_is_compressed_is_not_compressed_again(settings, source, tmp_path):
