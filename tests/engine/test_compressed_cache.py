@@ -121,13 +121,26 @@ def test_an_interrupted_load_goes_on(settings, runs, cache):
     assert told == [1, 2]
 
 
-def test_servers_that_start_together_compress_once(settings, runs, caplog):
-    caplog.set_level(logging.INFO, "sparserve")
+def test_servers_that_start_together_compress_once(settings, runs):
     with ThreadPoolExecutor(3) as pool:
         models = list(pool.map(lambda _: load_by_settings(settings), range(3)))
     assert len(runs) == 1
     assert {model.path for model in models} == set(runs)
-    assert f"another process uses {runs[0]}: waiting for it" in caplog.text
+
+
+def test_who_waits_for_another_process_says_so(settings, runs, caplog):
+    caplog.set_level(logging.INFO, "sparserve")
+    path = load_by_settings(settings).path
+    with ThreadPoolExecutor(1) as pool:
+        with compressed_cache._alone_with(path):
+            waiting = pool.submit(load_by_settings, settings)
+            give_up = time.monotonic() + 60
+            while f"another process uses {path}: waiting for it" not in caplog.text:
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            assert not waiting.done()
+        assert waiting.result().path == path
+    assert runs == [path]
 
 
 def test_without_the_cache_nothing_is_kept(settings, runs, cache, tmp_path, monkeypatch):
