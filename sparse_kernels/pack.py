@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import repeat
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from sparse_kernels import _abi
 from sparse_kernels.arena import Arena, aligned
 from sparse_kernels.choice import ChoiceKind
-from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, MatrixFormat
+from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, LayerFormats, MatrixFormat
 from sparse_kernels.matrix import (
     PlaneShape,
     fill_matrix,
@@ -91,13 +92,16 @@ def pack(
     for one. Raises NonFiniteWeights, ValueError where a tensor has another shape or format than asked
     for, MemoryError.
     """
+    formats.check_layers(len(config.layers))
+    plans = [formats.layer(index) for index in range(len(config.layers))]
     vocab = (config.vocab_size, config.hidden_size)
     frequencies = config.rope_frequencies.view(-1, config.head_dim // 2)
     tables = matrix_bytes(*vocab, BFLOAT16)
     if ends.lm_head is not None:
         tables += matrix_bytes(*vocab, formats.lm_head)
     vectors = _vector_bytes(config.hidden_size) + _vector_bytes(frequencies.numel())
-    arena = Arena(tables + vectors + sum(_layer_bytes(config, s, formats) for s in config.layers))
+    sizes = map(_layer_bytes, repeat(config), config.layers, plans)
+    arena = Arena(tables + vectors + sum(sizes))
     frequencies = _vector(arena, frequencies.numel()).view_as(frequencies).copy_(frequencies)
     _check_matrix("embedding", ends.embedding, vocab, BFLOAT16)
     embedding = lm_head = fill_matrix(arena, ends.embedding, *vocab, BFLOAT16)
@@ -111,10 +115,8 @@ def pack(
     structs = (_abi.sk_layer * len(config.layers))()
     source = iter(layers)
     # zip would hold a layer while it asks for another.
-    for index, shape in enumerate(config.layers):
-        structs[index] = _pack_layer(
-            arena, config, shape, formats, next(source), f"layer {index}: "
-        )
+    for index, (shape, plan) in enumerate(zip(config.layers, plans, strict=True)):
+        structs[index] = _pack_layer(arena, config, shape, plan, next(source), f"layer {index}: ")
     return PackedDecoder(config, formats, arena, frequencies, structs, norm, embedding, lm_head)
 
 
@@ -197,7 +199,7 @@ def _padded_neurons(shape: LayerShape) -> int:
     return aligned(shape.intermediate_size, _abi.SK_NEURON_BLOCK)
 
 
-def _up_planes(hidden: int, formats: DecoderFormats) -> tuple[list[PlaneShape], list[PlaneShape]]:
+def _up_planes(hidden: int, formats: LayerFormats) -> tuple[list[PlaneShape], list[PlaneShape]]:
     """Up's planes on their own, and those beside each other: what is read of a neuron once it is chosen.
     That is the last plane of up, and down."""
     *upper, last = plane_shapes(hidden, formats.gate_up)
@@ -205,7 +207,7 @@ def _up_planes(hidden: int, formats: DecoderFormats) -> tuple[list[PlaneShape], 
 
 
 def _bases(
-    config: DecoderConfig, shape: LayerShape, formats: DecoderFormats
+    config: DecoderConfig, shape: LayerShape, formats: LayerFormats
 ) -> dict[str, tuple[int, int]]:
     """Of a layer's low-rank terms, the shapes by the names of their tensors."""
     hidden, attention = config.hidden_size, formats.attention.rank
@@ -218,7 +220,7 @@ def _bases(
     return {name: basis for name, basis in shapes.items() if basis[0]}
 
 
-def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: DecoderFormats) -> int:
+def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: LayerFormats) -> int:
     """With room for all the vectors that a layer may have."""
     hidden, heads = config.hidden_size, _padded_heads(config, shape)
     neurons = (_padded_neurons(shape), hidden)
@@ -241,7 +243,7 @@ def _pack_layer(
     arena: Arena,
     config: DecoderConfig,
     shape: LayerShape,
-    formats: DecoderFormats,
+    formats: LayerFormats,
     tensors: LayerTensors,
     where: str,
 ) -> _abi.sk_layer:
@@ -270,7 +272,7 @@ def _pack_feed_forward(
     arena: Arena,
     neurons: int,
     hidden: int,
-    formats: DecoderFormats,
+    formats: LayerFormats,
     tensors: LayerTensors,
     layer: _abi.sk_layer,
 ) -> None:
@@ -314,7 +316,7 @@ def _by_head(parts: Sequence[torch.Tensor], head_dim: int) -> torch.Tensor:
 def _check_layer(
     config: DecoderConfig,
     shape: LayerShape,
-    formats: DecoderFormats,
+    formats: LayerFormats,
     tensors: LayerTensors,
     where: str,
 ) -> None:

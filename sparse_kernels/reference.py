@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sparse_kernels import _abi
 from sparse_kernels.arena import aligned
 from sparse_kernels.choice import ALL_NEURONS, ChoiceKind, NeuronChoice
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.weights import (
     FACTOR_ZERO,
     ChoiceTensors,
@@ -56,6 +56,7 @@ def forward(
     """
     x, scores = ends.embedding[token_ids].double(), []
     for index, (shape, layer) in enumerate(zip(config.layers, layers, strict=True)):
+        plan = formats.layer(index)
         q, k, v = project_heads(config, layer, x, start=len(cache[index][0]))
         keys, values = cache[index]
         cache[index] = (
@@ -66,14 +67,13 @@ def forward(
         out = out @ exact(layer.output).T + low_rank(layer.output, layer.output_basis, out)
         x = x + (out if layer.output_bias is None else out + layer.output_bias.double())
         normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        chosen = choose(layer, index, normed, choice, tensors, formats)
+        chosen = choose(layer, index, normed, choice, tensors, plan)
         if reads is not None:
             kinds = (chosen.looked, chosen.used, chosen.whole, chosen.down_whole)
             reads[index] += torch.stack([mask.sum() for mask in kinds])
         activations = chosen.activations
-        x = x + down(
-            layer.down, activations, chosen.down_whole, formats.down.low_bits, layer.down_basis
-        )
+        low_bits = plan.down.low_bits
+        x = x + down(layer.down, activations, chosen.down_whole, low_bits, layer.down_basis)
         if choice.correction:
             inputs, outputs = tensors.corrections[choice.correction - 1][index]
             x = x + (normed @ inputs.double().T) @ outputs.double()
@@ -98,7 +98,7 @@ def choose(
     normed: torch.Tensor,
     choice: NeuronChoice,
     tensors: ChoiceTensors,
-    formats: DecoderFormats,
+    formats: LayerFormats,
 ) -> Chosen:
     """normed [tokens, hidden] float64, the inputs of gate and up of the layer with this index."""
     basis = layer.gate_up_basis

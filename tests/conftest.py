@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sparse_kernels.choice import ChoiceKind
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.weights import EndTensors, Factors, LayerTensors
 from sparserve.api.server import Server
 from sparserve.compression.quantize import quantize, quantize_layer
@@ -139,7 +139,7 @@ def demo_bfloat16() -> LoadedModel:
 
 
 def with_low_rank(
-    layer: LayerTensors, formats: DecoderFormats, seed: int, size: float
+    layer: LayerTensors, formats: LayerFormats, seed: int, size: float
 ) -> LayerTensors:
     """Random low-rank terms of the ranks of `formats`; of `size` 1 smaller than what they are added to."""
     generator = torch.Generator().manual_seed(seed)
@@ -177,8 +177,9 @@ def compress_to(
     weights = model.weights
     info = CompressionInfo({"name": "test"}, formats, source_of(model), texts)
     tensors = [
-        with_low_rank(quantize_layer(layer_tensors(layer), formats, ""), formats, index, low_rank)
+        with_low_rank(quantize_layer(layer_tensors(layer), own, ""), own, index, low_rank)
         for index, layer in enumerate(weights.layers)
+        for own in [formats.layer(index)]
     ]
     head = None if weights.lm_head is weights.embedding else weights.lm_head
     if formats.lm_head.quantized:

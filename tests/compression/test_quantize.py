@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import LayerFormats, MatrixFormat
 from sparse_kernels.weights import LayerTensors, NonFiniteWeights
 from sparserve.compression.quantize import ScaleOverflow, quantize, quantize_layer
 
@@ -184,7 +184,7 @@ def layer() -> LayerTensors:
 
 
 def test_a_layer_follows_its_plan(layer):
-    formats = DecoderFormats(attention=INT8, gate_up=INT4, down=INT8, lm_head=INT4)
+    formats = LayerFormats(attention=INT8, gate_up=INT4, down=INT8)
     done = quantize_layer(layer, formats, "")
     of_field = {**dict.fromkeys(("q", "k", "v", "output"), INT8), "gate": INT4, "up": INT4}
     for name, format in of_field.items():
@@ -196,8 +196,8 @@ def test_a_layer_follows_its_plan(layer):
 
 
 def test_what_a_plan_leaves_in_bfloat16_stays_as_it_is(layer):
-    assert quantize_layer(layer, DecoderFormats(lm_head=INT8), "") == layer
-    done = quantize_layer(layer, DecoderFormats(down=INT8), "")
+    assert quantize_layer(layer, LayerFormats(), "") == layer
+    done = quantize_layer(layer, LayerFormats(down=INT8), "")
     for field in fields(layer):
         kept = getattr(done, field.name) is getattr(layer, field.name)
         assert kept == (field.name != "down")
@@ -206,7 +206,7 @@ def test_what_a_plan_leaves_in_bfloat16_stays_as_it_is(layer):
 @pytest.mark.parametrize("name", ["q", "k", "v", "output", "gate", "up", "down"])
 def test_errors_name_layer_and_tensor(layer, name):
     getattr(layer, name)[-1, -1] = math.nan
-    formats = DecoderFormats(*4 * [INT8])
+    formats = LayerFormats(INT8, INT8, INT8)
     with pytest.raises(NonFiniteWeights, match=f"^layer 7: {name} holds"):
         quantize_layer(layer, formats, "layer 7: ")
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_kernels.choice import ChoiceKind
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import BFLOAT16, DecoderFormats, LayerFormats, MatrixFormat
 from sparse_kernels.weights import QuantizedMatrix
 from sparserve import __version__
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
@@ -29,6 +29,9 @@ FORMATS = {
     "rank 32": DecoderFormats(LOW_RANK, LOW_RANK, MatrixFormat(8, 128, rank=32), INT8),
     "rank 32 of down": DecoderFormats(gate_up=INT4, down=LOW_RANK),
     "planes": DecoderFormats(INT8, MatrixFormat(4, 64, low_bits=1, rank=32), INT8, INT8),
+    "by layer": DecoderFormats(
+        INT4, INT4, INT4, INT8, overrides=((1, LayerFormats(INT8, LOW_RANK, BFLOAT16)),)
+    ),
 }
 FAMILIES = {
     "untied": {},
@@ -163,6 +166,15 @@ def test_bits_are_those_of_the_files(folder):
     assert info["bits_per_decoder_weight"] == pytest.approx(in_layers / weights)
 
 
+def test_layers_of_their_own_count_as_they_are(source, write_compressed, tmp_path):
+    made = write_compressed(source, FORMATS["by layer"], tmp_path / "out")
+    files = sorted((tmp_path / "out/layers").glob("*.safetensors"))
+    sizes = [sum(t.nbytes for t in load_file(file).values()) - 2 * 4 * 64 for file in files]
+    assert sizes[1] > 1.5 * sizes[0]
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert made.info.bits_per_decoder_weight == pytest.approx(8 * sum(sizes) / weights)
+
+
 def change_tensor(path: Path, name: str, change) -> None:
     tensors = load_file(path)
     tensors[name] = change(tensors[name])
@@ -282,12 +294,23 @@ def change_info(folder: Path, **changes: object) -> None:
         ({"formats": {"down": {"bits": 4, "group_size": 64, "rank": 33}}}, "formats.down: .* rank is 33"),
         ({"formats": {"activation_bits": 4}}, "formats: .* activation_bits is 4"),
         ({"formats": None}, "formats: Field required"),
+        ({"formats": {"overrides": [[2, {"down": {"bits": 4, "group_size": 64}}]]}}, "formats are given for layer 2; the last one is 1"),
+        ({"formats": {"overrides": [["1", {}]]}}, "formats.overrides.0.0: "),
+        ({"formats": {"overrides": [[1, {}]]}}, "formats: .* overrides of layer 1 change nothing"),
     ],
 )  # fmt: skip
 def test_damaged_info_is_told(folder, changes, told):
     change_info(folder, **changes)
     with pytest.raises(CorruptCheckpoint, match=rf"compression.json: {told}"):
         load_model(str(folder))
+
+
+def test_info_without_overrides_has_none(folder):
+    """As it was written before layers could differ."""
+    formats = json.loads((folder / "compression.json").read_text())["formats"]
+    del formats["overrides"]
+    change_info(folder, formats=formats)
+    assert load_model(str(folder), layers_at_use=True).compressed.formats == FORMATS["rank 32"]
 
 
 def test_other_formats_than_the_files_have_are_told(folder):

@@ -10,7 +10,7 @@ from sparse_kernels import native, reference
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.choice import NeuronChoice, Score
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.pack import PackedDecoder, pack, with_choice
 from sparse_kernels.weights import (
     ChoiceTensors,
@@ -45,13 +45,14 @@ class Tiny:
             head = ends.embedding if ends.lm_head is None else ends.lm_head
             ends = replace(ends, lm_head=quantize(head, formats.lm_head, "lm_head"))
         layers = [
-            with_low_rank(quantize_layer(layer, formats, ""), formats, index)
+            with_low_rank(quantize_layer(layer, own, ""), own, index)
             for index, layer in enumerate(self.layers)
+            for own in [formats.layer(index)]
         ]
         return Tiny(self.config, ends, layers, formats)
 
 
-def with_low_rank(layer: LayerTensors, formats: DecoderFormats, seed: int) -> LayerTensors:
+def with_low_rank(layer: LayerTensors, formats: LayerFormats, seed: int) -> LayerTensors:
     """Random low-rank terms of the ranks of `formats`, about half as large as what they are added to."""
     generator = torch.Generator().manual_seed(seed)
     parts = {

@@ -81,7 +81,7 @@ def _stored(model: LoadedModel, formats: DecoderFormats, index: int) -> LayerTen
     """A layer in `formats`, which are those of a compressed model where it is one."""
     if model.compressed is not None and formats == model.compressed.formats:
         return model.compressed.layers[index]
-    return quantize_layer(layer_tensors(model.weights.layers[index]), formats, "")
+    return quantize_layer(layer_tensors(model.weights.layers[index]), formats.layer(index), "")
 
 
 def _feed_forward(made: LayerTensors, layer: LayerWeights, formats: DecoderFormats) -> FeedForward:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import LayerFormats, MatrixFormat
 from sparse_kernels.weights import LayerTensors, Matrix, NonFiniteWeights, QuantizedMatrix
 
 # Weights that are rounded at once, by all threads: their temporaries stay in caches.
@@ -61,7 +61,7 @@ def quantize(
     return QuantizedMatrix(codes, scales, zeros, format.bits, format.group_size)
 
 
-def quantize_layer(layer: LayerTensors, formats: DecoderFormats, where: str) -> LayerTensors:
+def quantize_layer(layer: LayerTensors, formats: LayerFormats, where: str) -> LayerTensors:
     """A layer with those matrices quantized that `formats` wants so and that are not yet; `where` begins
     their names in errors. Raises as `quantize`."""
 

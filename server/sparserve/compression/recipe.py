@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels import _abi
+from sparse_kernels.formats import DecoderFormats, LayerFormats, MatrixFormat
 from sparserve.errors import ConfigError
 
 SHIPPED = ("quality", "balanced", "fast")
+PARTS = ("attention", "gate_up", "down")  # of a layer
+MOST_LAYERS = _abi.SK_MAX_LAYERS
 
 
 class Part(BaseModel):
@@ -34,6 +45,65 @@ class Part(BaseModel):
     @model_validator(mode="after")
     def _must_be_a_format(self) -> Self:
         self.format()
+        return self
+
+
+def _layers(value: Any) -> Any:
+    """ "2-5" and 3 as tuples; all else as it is."""
+    if isinstance(value, str):
+        first, dash, last = value.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ValueError('expected a layer, a range like "2-5", or a list of layers')
+        return tuple(range(int(first), min(int(last or first), MOST_LAYERS) + 1))
+    return (
+        (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+    )
+
+
+class Override(BaseModel):
+    """What some layers have instead of what the recipe says of all; each part as a whole."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    layers: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], BeforeValidator(_layers)
+    ]
+    attention: Part | None = None
+    gate_up: Part | None = None
+    down: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @model_validator(mode="after")
+    def _must_change_something(self) -> Self:
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError("layers must be one or more, each once")
+        if not self.parts:
+            raise ValueError(f"there is nothing that changes; give {', '.join(PARTS)}, or some")
+        return self
+
+
+class Mixed(BaseModel):
+    """Formats that are chosen for each part of each layer, up to a size or down to a KL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    target_bits: Annotated[float, Field(gt=0, le=16)] | None = None  # of a weight of the layers
+    target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # predicted
+    choices: Annotated[tuple[Part, ...], Field(strict=False, min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _must_have_a_target_and_a_choice(self) -> Self:
+        if (self.target_bits is None) == (self.target_kl is None):
+            raise ValueError("give one of target_bits and target_kl")
+        choices = self.choices or ()
+        if len(set(choices)) < len(choices):
+            raise ValueError("choices has one twice")
+        if len({own.low_bits for own in choices}) > 1:
+            raise ValueError("choices differ in low_bits, which must be the same in all layers")
         return self
 
 
@@ -66,26 +136,73 @@ class Recipe(BaseModel):
     down: Part = Part()
     lm_head: Part = Part(bits=8)  # always rounded to nearest
     activation_bits: Literal[8, 16] = 16
+    # Of some layers; later ones win.
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    # Instead of attention, gate_up, down and overrides, which `model.mixed.allocate` fills in.
+    mixed: Mixed | None = None
     calibration: CalibrationSize = CalibrationSize()
 
     @property
     def needs_text(self) -> bool:
-        return self.quantizer == "gptq" or self.compensate.startswith("qera")
+        by_inputs = self.quantizer == "gptq" or self.compensate.startswith("qera")
+        return by_inputs or self.mixed is not None
+
+    @property
+    def choices(self) -> tuple[Part, ...]:
+        """Of `mixed`."""
+        assert self.mixed is not None
+        with_ranks = CHOICES if self.compensate == "none" else (*CHOICES, RANKED_CHOICE)
+        return with_ranks if self.mixed.choices is None else self.mixed.choices
+
+    def formats_of(self, part: str) -> list[MatrixFormat]:
+        """All that matrices of this part of a layer may have."""
+        if self.mixed is not None:
+            return [own.format() for own in self.choices]
+        return [own.format() for name, own in self._all_parts().items() if name.endswith(part)]
 
     def formats(self) -> DecoderFormats:
+        """Raises ValueError of a recipe whose `mixed` is not filled in."""
+        if self.mixed is not None:
+            raise ValueError(
+                f"the recipe {self.name} is mixed; it has formats once it is allocated"
+            )
+        usual = self._layer_formats(())
+        indices = sorted({index for own in self.overrides for index in own.layers})
+        layers = (
+            (index, self._layer_formats([own for own in self.overrides if index in own.layers]))
+            for index in indices
+        )
         return DecoderFormats(
-            attention=self.attention.format(),
-            gate_up=self.gate_up.format(),
-            down=self.down.format(),
+            *usual.matrices,
             lm_head=self.lm_head.format(),
             activation_bits=self.activation_bits,
+            overrides=tuple((index, own) for index, own in layers if own != usual),
         )
+
+    def _layer_formats(self, overrides: Iterable[Override]) -> LayerFormats:
+        parts: dict[str, Part] = {name: getattr(self, name) for name in PARTS}
+        for own in overrides:
+            parts |= own.parts
+        return LayerFormats(**{name: part.format() for name, part in parts.items()})
+
+    def _all_parts(self) -> dict[str, Part]:
+        """By name, of layers of their own too."""
+        if self.mixed is not None:
+            return {f"mixed.choices.{index}": part for index, part in enumerate(self.choices)}
+        parts = {name: getattr(self, name) for name in PARTS}
+        for index, own in enumerate(self.overrides):
+            parts |= {f"overrides.{index}.{name}": part for name, part in own.parts.items()}
+        return parts
 
     @model_validator(mode="after")
     def _must_agree(self) -> Self:
-        formats = self.formats()
-        ranks = {name: getattr(self, name).rank for name in ("attention", "gate_up", "down")}
-        if not formats.quantized:
+        if self.mixed is None:
+            self.formats()
+        else:
+            self._refuse_what_is_mixed()
+        parts = self._all_parts()
+        ranks = {name: part.rank for name, part in parts.items()}
+        if all(part.bits == 16 for part in (*parts.values(), self.lm_head)):
             raise ValueError("all matrices have 16 bits, so nothing is compressed; give one 4 or 8")
         if self.compensate == "none" and any(ranks.values()):
             name = next(name for name, rank in ranks.items() if rank)
@@ -100,19 +217,44 @@ class Recipe(BaseModel):
             raise ValueError("act_order is true, which only quantizer gptq has an order for")
         if self.quantizer == "rtn" and self.target == "outputs":
             raise ValueError("target is outputs, which quantizer rtn cannot follow; take gptq")
-        every = (formats.attention, formats.gate_up, formats.down)
-        if self.value_bits is not None and not any(own.bits == 4 for own in every):
+        if self.value_bits is not None and not any(own.bits == 4 for own in parts.values()):
             raise ValueError(
                 f"value_bits is {self.value_bits}, and no matrix of a layer has 4 bits"
             )
+        self._refuse_hidden()
         return self
 
+    def _refuse_what_is_mixed(self) -> None:
+        """Raises ValueError, and of an LM head that cannot be."""
+        DecoderFormats(lm_head=self.lm_head.format())
+        for name in (*PARTS, "overrides", "value_bits"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is given, and mixed chooses the formats; leave one out")
+
+    def _refuse_hidden(self) -> None:
+        """Raises ValueError of an override that later ones leave nothing of."""
+        for index, own in enumerate(self.overrides):
+            later = {
+                (name, layer)
+                for other in self.overrides[index + 1 :]
+                for name in other.parts
+                for layer in other.layers
+            }
+            if all((name, layer) in later for name in own.parts for layer in own.layers):
+                raise ValueError(f"overrides.{index} has no effect: later ones replace all of it")
+
+
+CHOICES = (Part(bits=4, group_size=64), Part(bits=4, group_size=32), Part(bits=8, group_size=64))
+RANKED_CHOICE = Part(bits=4, group_size=32, rank=32)  # with low-rank terms
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "attention": Part,
     "gate_up": Part,
     "down": Part,
     "lm_head": Part,
+    "overrides": Override,
+    "mixed": Mixed,
+    "choices": Part,
     "calibration": CalibrationSize,
 }
 
@@ -155,7 +297,8 @@ def _explain(problem: ErrorDetails) -> str:
     reason = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
         case "extra_forbidden":
-            owner = SECTIONS[str(problem["loc"][0])] if len(problem["loc"]) > 1 else Recipe
+            sections = [own for own in problem["loc"][:-1] if isinstance(own, str)]
+            owner = SECTIONS[sections[-1]] if sections else Recipe
             return f"{name} is no setting; there are {', '.join(owner.model_fields)}"
         case "missing":
             return f"{name} is missing"

@@ -19,7 +19,7 @@ from typing import Any, overload
 
 from pydantic import TypeAdapter, ValidationError
 
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.weights import EndTensors, LayerTensors
 from sparserve import __version__
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
@@ -62,6 +62,8 @@ class CompressionInfo:
     bits_per_weight: float = 0
 
     def with_bits(self, config: ModelConfig) -> CompressionInfo:
+        """Raises ValueError of formats for a layer that the model does not have."""
+        self.formats.check_layers(config.num_layers)
         decoder, whole = bits_per_weight(config, self.formats)
         return replace(self, bits_per_decoder_weight=decoder, bits_per_weight=whole)
 
@@ -93,7 +95,11 @@ class CompressedCheckpoint(HuggingFaceFolder):
     def __init__(self, folder: Path) -> None:
         """Raises ModelNotFound, UnsupportedModel or CorruptCheckpoint."""
         super().__init__(folder)
-        self.info = read_info(folder).with_bits(self.config)
+        info = read_info(folder)
+        try:
+            self.info = info.with_bits(self.config)
+        except ValueError as error:
+            raise CorruptCheckpoint(f"{folder / INFO}: {error}") from error
         self._check_files()
 
     def weights(self, on_read: Callable[[Path], None]) -> CompressedWeights:
@@ -142,13 +148,14 @@ class CompressedLayers(Sequence[LayerTensors]):
     def __getitem__(self, index: int | slice) -> LayerTensors | Sequence[LayerTensors]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        path = layer_file(self._folder, range(len(self))[index])
-        layer = read_layer_file(path, self._config, self._formats)
+        place = range(len(self))[index]
+        path = layer_file(self._folder, place)
+        layer = read_layer_file(path, self._config, self._formats.layer(place))
         self._on_read(path)
         return layer
 
 
-def read_layer_file(path: Path, config: ModelConfig, formats: DecoderFormats) -> LayerTensors:
+def read_layer_file(path: Path, config: ModelConfig, formats: LayerFormats) -> LayerTensors:
     """Raises CorruptCheckpoint."""
     return layer_of(read_tensors(path, layer_specs(config, formats)), config, formats)
 

@@ -116,12 +116,13 @@ class CheckpointWriter:
 
     def read_layer(self, index: int) -> LayerTensors:
         """A finished one. Raises CorruptCheckpoint."""
-        return read_layer_file(layer_file(self.folder, index), self.config, self.info.formats)
+        plan = self.info.formats.layer(index)
+        return read_layer_file(layer_file(self.folder, index), self.config, plan)
 
     def write_layer(self, index: int, layer: LayerTensors) -> None:
         """Raises ValueError of tensors that are not in the formats of `info`, or not finite."""
-        specs = layer_specs(self.config, self.info.formats)
-        self._save(layer_file(self.folder, index), tensors_of_layer(layer), specs)
+        path = layer_file(self.folder, index)
+        self._save(path, tensors_of_layer(layer), self._specs(index))
 
     def finish(self, ends: EndTensors) -> None:
         """Raises ValueError of ends as `write_layer`, or where a layer is missing; ConfigError where
@@ -134,6 +135,9 @@ class CheckpointWriter:
         with _told_as_config_error(self.out):
             self.folder.rename(self.out)
 
+    def _specs(self, index: int) -> dict[str, Spec]:
+        return layer_specs(self.config, self.info.formats.layer(index))
+
     def _refuse_existing(self) -> None:
         if self.out.exists():
             raise ConfigError(f"{self.out} is there already; remove it, or take another --out")
@@ -141,7 +145,7 @@ class CheckpointWriter:
     def _goes_on(self) -> bool:
         try:
             return _same_run(self.info, read_info(self.folder).with_bits(self.config))
-        except ModelError:
+        except (ModelError, ValueError):
             return False
 
     def _clear(self) -> None:
@@ -157,9 +161,7 @@ class CheckpointWriter:
     def _is_finished(self, index: int) -> bool:
         path = layer_file(self.folder, index)
         try:
-            return path.is_file() and bool(
-                read_tensors(path, layer_specs(self.config, self.info.formats))
-            )
+            return path.is_file() and bool(read_tensors(path, self._specs(index)))
         except CorruptCheckpoint:
             return False
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.formats import MatrixFormat
 from sparse_kernels.weights import Factors, LayerTensors, Matrix, QuantizedMatrix
 from sparserve.compression.gptq import DAMPING, UnusableMoments
 from sparserve.compression.matrix import MatrixReport, compress
@@ -34,7 +35,7 @@ FULL_MOMENTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class _Stack:
+class Stack:
     """Matrices with the same inputs, which are compressed together and share the basis of a low-rank term."""
 
     names: tuple[str, ...]  # of LayerTensors
@@ -43,10 +44,11 @@ class _Stack:
     basis: str  # of LayerTensors
 
 
-QKV = _Stack(("q", "k", "v"), ("wq", "wk", "wv"), "attention", "qkv_basis")
-OUTPUT = _Stack(("output",), ("wo",), "attention", "output_basis")
-GATE_UP = _Stack(("gate", "up"), ("w_gate", "w_up"), "gate_up", "gate_up_basis")
-DOWN = _Stack(("down",), ("w_down",), "down", "down_basis")
+QKV = Stack(("q", "k", "v"), ("wq", "wk", "wv"), "attention", "qkv_basis")
+OUTPUT = Stack(("output",), ("wo",), "attention", "output_basis")
+GATE_UP = Stack(("gate", "up"), ("w_gate", "w_up"), "gate_up", "gate_up_basis")
+DOWN = Stack(("down",), ("w_down",), "down", "down_basis")
+STACKS = (QKV, OUTPUT, GATE_UP, DOWN)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +91,7 @@ def compress_layers(
             walks.add_feed_forward(tensors, exact)
         first += 1
     for index in range(first, model.config.num_layers):
-        with _told():
+        with told_as_config_error():
             layer = _compressed(model.weights.layers[index], index, recipe, walks)
         yield layer
 
@@ -100,15 +102,21 @@ def compress_lm_head(model: LoadedModel, recipe: Recipe) -> Matrix | None:
     format = recipe.lm_head.format()
     if not format.quantized:
         return None if model.config.tie_word_embeddings else model.weights.lm_head
-    with _told():
+    with told_as_config_error():
         return quantize(model.weights.lm_head, format, "lm_head")
 
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
-    """Raises ConfigError of a rank that matrices of this model do not have."""
+    """Raises ConfigError of a layer, or of a rank, that matrices of this model do not have."""
     shapes = layer_shapes(config)
-    for stack in (QKV, OUTPUT, GATE_UP, DOWN):
-        rank = getattr(recipe, stack.part).rank
+    last = max((index for own in recipe.overrides for index in own.layers), default=0)
+    if last >= config.num_layers:
+        raise ConfigError(
+            f"overrides of the recipe {recipe.name} are of layer {last}, and the last layer of this model is "
+            f"{config.num_layers - 1}"
+        )
+    for stack in STACKS:
+        rank = max(own.rank for own in recipe.formats_of(stack.part))
         least = min(sum(shapes[field][0] for field in stack.fields), shapes[stack.fields[0]][1])
         if rank > least:
             raise ConfigError(
@@ -139,22 +147,22 @@ class _Walks:
 def _compressed(
     weights: LayerWeights, index: int, recipe: Recipe, walks: _Walks | None
 ) -> CompressedLayer:
-    layer = layer_tensors(weights)
+    layer, formats = layer_tensors(weights), recipe.formats().layer(index)
     exact = effective(layer)
     reports: list[MatrixReport] = []
 
-    def compress_stack(stack: _Stack, layer: LayerTensors) -> LayerTensors:
-        if not getattr(recipe, stack.part).format().quantized:
+    def compress_stack(stack: Stack, layer: LayerTensors) -> LayerTensors:
+        format: MatrixFormat = getattr(formats, stack.part)
+        if not format.quantized:
             return layer
         parts = [getattr(layer, name) for name in stack.names]
         weight, moments = torch.cat(parts), None
         name = f"layer {index}: {', '.join(stack.names)}"
         if walks is not None:
-            moments = _moments(recipe, stack, weight.shape[1])
+            moments = new_moments(recipe, stack, weight.shape[1])
             drift = _measure(walks, index, stack, layer, exact, moments, name)
             if drift is not None:
                 weight = nearest_to_outputs(weight, moments, drift, DAMPING)
-        format = getattr(recipe, stack.part).format()
         found = compress(weight, moments, format, recipe, name, transposed=stack is DOWN)
         reports.append(found.report)
         rows = [len(part) for part in parts]
@@ -172,7 +180,7 @@ def _compressed(
     return CompressedLayer(index, layer, reports)
 
 
-def _moments(recipe: Recipe, stack: _Stack, width: int) -> InputMoments:
+def new_moments(recipe: Recipe, stack: Stack, width: int) -> InputMoments:
     """Of the kind that `recipe` needs, of no tokens yet."""
     full = recipe.quantizer == "gptq" or (
         recipe.compensate == "qera" and (stack is not DOWN or width <= FULL_MOMENTS)
@@ -183,7 +191,7 @@ def _moments(recipe: Recipe, stack: _Stack, width: int) -> InputMoments:
 def _measure(
     walks: _Walks,
     index: int,
-    stack: _Stack,
+    stack: Stack,
     layer: LayerTensors,
     exact: LayerWeights,
     moments: InputMoments,
@@ -195,14 +203,14 @@ def _measure(
     added to the residual stream also make up for that of the stream.
     """
     compressed, original = walks.compressed, walks.original
-    inputs = _inputs(compressed, index, stack, effective(layer))
+    inputs = stack_inputs(compressed, index, stack, effective(layer))
     if original is None:
         for own in inputs:
             moments.add(own, name)
         return None
     weight = torch.cat([getattr(exact, field) for field in stack.fields])
     drift = torch.zeros(weight.shape, dtype=torch.float64)
-    pairs = zip(inputs, _inputs(original, index, stack, exact), strict=True)
+    pairs = zip(inputs, stack_inputs(original, index, stack, exact), strict=True)
     for window, (own, wanted) in enumerate(pairs):
         moments.add(own, name)
         missing = F.linear(wanted - own, weight)
@@ -212,7 +220,9 @@ def _measure(
     return drift
 
 
-def _inputs(walk: Walk, index: int, stack: _Stack, layer: LayerWeights) -> Iterator[torch.Tensor]:
+def stack_inputs(
+    walk: Walk, index: int, stack: Stack, layer: LayerWeights
+) -> Iterator[torch.Tensor]:
     """Of each window, [tokens, width]. With its first token: an attention sink, much larger than all others in
     some layers, which must stay right (without it GPTQ's KL on SmolLM2 is .57 instead of .39)."""
     attention = stack in (QKV, OUTPUT)
@@ -241,7 +251,7 @@ def _split(matrix: QuantizedMatrix, rows: Sequence[int]) -> list[QuantizedMatrix
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told_as_config_error() -> Iterator[None]:
     try:
         with told_as_model_errors():
             yield

@@ -17,7 +17,7 @@ from sparse_kernels._abi import SK_CHOICE_TOKENS, SK_SCAN_NEEDED
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.decoder import Decoder, Rows, Wanted
-from sparse_kernels.formats import SCAN, DecoderFormats
+from sparse_kernels.formats import SCAN, DecoderFormats, LayerFormats
 from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_choice, with_scan
 from sparse_kernels.weights import (
     ChoiceTensors,
@@ -183,7 +183,8 @@ def _layers(
     total = len(weights.layers)
 
     def layer(index: int) -> LayerTensors:
-        made = quantize_layer(layer_tensors(weights.layers[index]), formats, f"layer {index}: ")
+        tensors = layer_tensors(weights.layers[index])
+        made = quantize_layer(tensors, formats.layer(index), f"layer {index}: ")
         if formats.quantized:
             on_layer(index + 1, total)
         return made
@@ -217,6 +218,17 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     scales and zeros without padding, vectors in float32, and all but the embedding, of which a step takes
     one row. The bases of low-rank terms belong to no neuron, and do not count as the feed-forward layers'.
     """
+    hidden, rows = config.hidden_size, config.vocab_size
+    layers = [_bytes_of_a_layer(config, formats.layer(i)) for i in range(config.num_layers)]
+    head = formats.lm_head.bytes(rows, hidden)
+    # With two bounds of each row's error; a few rows of the LM head are beside it.
+    if formats.lm_head_scan:
+        head = SCAN.bytes(rows, scan_columns(hidden)) + 8 * rows
+    return sum(whole for whole, _ in layers) + head + 4 * hidden, sum(mlp for _, mlp in layers)
+
+
+def _bytes_of_a_layer(config: ModelConfig, formats: LayerFormats) -> tuple[int, int]:
+    """(of all, of these the feed-forward's)."""
     hidden, neurons = config.hidden_size, config.intermediate_size
     shapes = layer_shapes(config)
     attention = sum(formats.attention.bytes(*shapes[name]) for name in ("wq", "wk", "wv", "wo"))
@@ -224,19 +236,23 @@ def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int,
     mlp = 2 * formats.gate_up.bytes(neurons, hidden) + formats.down.bytes(neurons, hidden)
     bases = formats.attention.basis_bytes(hidden + shapes["wo"][1])
     bases += formats.gate_up.basis_bytes(hidden) + formats.down.basis_bytes(hidden)
-    head = formats.lm_head.bytes(config.vocab_size, hidden)
-    if (
-        formats.lm_head_scan
-    ):  # with two bounds of each row's error; a few rows of the LM head are beside it
-        head = SCAN.bytes(config.vocab_size, scan_columns(hidden)) + 8 * config.vocab_size
-    ends = head + 4 * hidden
-    return config.num_layers * (attention + mlp + bases + vectors) + ends, config.num_layers * mlp
+    return attention + mlp + bases + vectors, mlp
 
 
-def neuron_bytes(
+def layer_neuron_bytes(
     config: ModelConfig, formats: DecoderFormats
-) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
+) -> dict[ChoiceKind | None, torch.Tensor]:
     """See BackendInfo."""
+    layers = [_neuron_bytes(config, formats.layer(i)) for i in range(config.num_layers)]
+    kinds = layers[0].keys()  # of all: planes are the same
+    return {
+        kind: torch.tensor([own[kind] for own in layers], dtype=torch.float64) for kind in kinds
+    }
+
+
+def _neuron_bytes(
+    config: ModelConfig, formats: LayerFormats
+) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
     hidden, gate = config.hidden_size, formats.gate_up
     row = gate.bytes(1, hidden)
     low, down_low = (
@@ -272,7 +288,7 @@ class CpuBackend:
             str(decoder.formats),
             decoder.threads,
             choices=decoder.choices,
-            neuron_bytes=neuron_bytes(config, decoder.formats),
+            layer_neuron_bytes=layer_neuron_bytes(config, decoder.formats),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,
