@@ -13,6 +13,7 @@ from sparserve.errors import ConfigError, UnsupportedModel
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressing import compress_layers, compress_lm_head
 from sparserve.model.loader import load_model
+from sparserve.model.mixed import allocate
 from sparserve.model.text import read_windows
 
 LAYERS = 4
@@ -130,6 +131,34 @@ def test_layers_of_another_source_text_or_recipe_are_not_gone_on_with(
     interrupt(*others[:2], tmp_path / "out", 2, others[2])
     assert steps(source, text, tmp_path / "out") == list(range(LAYERS + 1))
     assert contents(tmp_path / "out") == contents(whole[0])
+
+
+def test_formats_that_a_recipe_lets_be_chosen(source, text, tmp_path):
+    """What the folder is made of is the recipe with them filled in, what it says of itself the recipe as given."""
+    mixed = Recipe.model_validate(
+        {
+            "name": "mixed", "mixed": {"target_bits": 6}, "calibration": {"windows": 4, "tokens": 64},
+        }
+    )  # fmt: skip
+    steps = []
+    made = compress_folder(
+        str(source), mixed, [text], tmp_path / "out",
+        on_choice=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert steps
+    assert steps[-1][0] == steps[-1][1]
+    assert made.predicted_kl > 0
+    assert 5 < made.info.bits_per_decoder_weight <= 6
+    assert Recipe.model_validate_json(json.dumps(made.info.recipe)) == mixed
+    original = load_model(str(source), dtype="bfloat16", layers_at_use=True)
+    windows = read_windows(original, [text], 4, 64)
+    filled_in = allocate(original, mixed, windows.token_ids).recipe
+    compress_folder(str(source), filled_in, [text], tmp_path / "filled")
+    weights = [
+        {name: own for name, own in contents(folder).items() if name.endswith(".safetensors")}
+        for folder in (tmp_path / "out", tmp_path / "filled")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_a_recipe_without_calibration_reads_no_text(source, tmp_path):

@@ -105,7 +105,13 @@ def compress(
 
         try:
             made = compress_folder(
-                model, followed, texts, out_folder, on_layer=on_layer, on_download=show
+                model,
+                followed,
+                texts,
+                out_folder,
+                on_layer=on_layer,
+                on_choice=lambda done, total: show("choosing formats", done, total),
+                on_download=show,
             )
         except KeyboardInterrupt:
             err.print("interrupted; the same command goes on where this one stopped")
@@ -132,6 +138,10 @@ def _print(made: CompressedFolder) -> None:
             _percent(max(own.compensated for own in reports)),
         )
     out.print(table)
+    if made.predicted_kl is not None:
+        out.print(
+            f"formats chosen for each layer: a KL of {made.predicted_kl:.2g} is predicted, roughly"
+        )
     out.print(
         f"{info.bits_per_decoder_weight:.2f} bits a weight of the layers, {info.bits_per_weight:.2f} of the whole "
         f"model; {made.seconds:.0f} s",

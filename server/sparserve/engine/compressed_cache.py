@@ -47,6 +47,7 @@ def compressed_folder(settings: EngineSettings, on_progress: DownloadProgress) -
             texts,
             out,
             on_layer=lambda done, total: on_progress("compressing layers", done, total),
+            on_choice=lambda done, total: on_progress("choosing formats", done, total),
             on_download=on_progress,
         )
         return out

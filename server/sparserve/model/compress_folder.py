@@ -19,6 +19,7 @@ from sparserve.model.compressed_checkpoint import CompressionInfo
 from sparserve.model.compressed_writer import UNFINISHED, CheckpointWriter, source_of
 from sparserve.model.compressing import check_recipe, compress_layers, compress_lm_head
 from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.mixed import OnStep, allocate
 from sparserve.model.text import TokenWindows, read_windows
 
 # Beside the layers: the errors of their matrices, for whoever wants to know. A layer is a list of MatrixReport.
@@ -36,6 +37,7 @@ class CompressedFolder:
     info: CompressionInfo
     reports: Sequence[LayerReports]  # of each layer
     seconds: float  # of this run
+    predicted_kl: float | None = None  # where the recipe lets formats be chosen; see `model.mixed`
 
 
 def compress_folder(
@@ -45,12 +47,14 @@ def compress_folder(
     out: Path,
     *,
     on_layer: CompressProgress = lambda done, total: None,
+    on_choice: OnStep = lambda done, total: None,
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> CompressedFolder:
     """Write `model`, what `load_model` takes, as a folder `out` that it takes as well.
 
     `texts` are what inputs are measured on; a recipe that needs none does not read them. A run that was
     interrupted goes on where it stopped, to the same bytes: see `CheckpointWriter` and `compress_layers`.
+    `on_choice` is told of steps before that, of a recipe that is `mixed`: its formats are chosen in each run anew.
 
     Raises ModelError of a model that cannot be compressed, ConfigError of a recipe or texts that do not fit
     it, and where `out` cannot be written or is there already.
@@ -61,17 +65,22 @@ def compress_folder(
     origin = source_of(source)
     check_recipe(source.config, recipe)
     windows = _windows(source, recipe, texts)
+    followed, kl = recipe, None
+    if recipe.mixed is not None:
+        assert windows is not None
+        chosen = allocate(source, recipe, windows.token_ids, on_choice)
+        followed, kl = chosen.recipe, chosen.kl
     info = CompressionInfo(
         recipe.model_dump(mode="json"),
-        recipe.formats(),
+        followed.formats(),
         origin,
         texts=() if windows is None else tuple(windows.files),
     )
     writer = CheckpointWriter(out, info)
-    reports = _write_layers(source, recipe, windows, writer, on_layer)
+    reports = _write_layers(source, followed, windows, writer, on_layer)
     weights = source.weights
-    writer.finish(EndTensors(weights.embedding, weights.norm, compress_lm_head(source, recipe)))
-    return CompressedFolder(writer.info, reports, time.monotonic() - begun)
+    writer.finish(EndTensors(weights.embedding, weights.norm, compress_lm_head(source, followed)))
+    return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl)
 
 
 def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:
