@@ -197,7 +197,9 @@ class DecoderFormats:
             ranks = {"low-rank terms": self.down.rank}
         notes += [f"{name} of rank {rank}" for name, rank in ranks.items() if rank]
         if self.overrides:
-            notes.append(f"in {len(self.overrides)} layers {self._names_in_overrides()}")
+            count = len(self.overrides)
+            layers = "1 layer" if count == 1 else f"{count} layers"
+            notes.append(f"in {layers} {self._names_in_overrides()}")
         if self.quantized and self.activation_bits != 16:
             notes.append(f"{self.activation_bits}-bit activations")
         return f"{main} ({', '.join(notes)})" if notes else main

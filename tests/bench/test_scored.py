@@ -13,13 +13,13 @@ from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparserve.bench.policies import PolicySpec
 from sparserve.bench.quality import Window, cut_windows, measure
 from sparserve.bench.scored import Driver, ServedModel
-from sparserve.bench.text import text_hash
 from sparserve.cli import app
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.errors import ConfigError, SparserveError
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
 from sparserve.model.identity import index_key
 from sparserve.model.loader import load_model
+from sparserve.model.text import text_hash
 from sparserve.sparsity.chooser import Chooser
 from sparserve.sparsity.index import NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind

@@ -15,7 +15,6 @@ from sparserve.compression.low_rank import (
     FACTOR_ZERO,
     Decomposition,
     LowRank,
-    allocate_ranks,
     lorc,
     qera,
     quantize_factors,
@@ -285,53 +284,3 @@ class TestQuantizedFactors:
             quantize_factors(factors.transposed).dequantize().transposed,
         ):
             assert left_over(error, rounded, inputs) - exact < 0.01 * (before - exact)
-
-
-def greedy(spectra: list[list[float]], costs: list[int], budget: int, step: int) -> list[int]:
-    """The best next step anew each time."""
-    ranks, stopped = [0] * len(spectra), [False] * len(spectra)
-    while True:
-        best, chosen = 0.0, -1
-        for matrix, values in enumerate(spectra):
-            following = values[ranks[matrix] : ranks[matrix] + step]
-            gain = sum(v * v for v in following) / costs[matrix]
-            if len(following) == step and not stopped[matrix] and gain > best:
-                best, chosen = gain, matrix
-        if chosen < 0:
-            return ranks
-        if costs[chosen] * step > budget:
-            stopped[chosen] = True
-        else:
-            ranks[chosen] += step
-            budget -= costs[chosen] * step
-
-
-class TestRanks:
-    @settings(deadline=None)
-    @given(
-        # Small whole numbers: sums are exact, and there are ties.
-        spectra=st.lists(st.lists(st.integers(0, 4), max_size=12), max_size=5),
-        costs=st.lists(st.sampled_from([1, 2, 4, 8]), min_size=5, max_size=5),
-        budget=st.integers(0, 150),
-        step=st.integers(1, 4),
-    )
-    def test_greedy(self, spectra, costs, budget, step):
-        falling = [[float(v) for v in sorted(own, reverse=True)] for own in spectra]
-        costs = costs[: len(falling)]
-        tensors = [torch.tensor(own, dtype=torch.float64) for own in falling]
-        found = allocate_ranks(tensors, costs, budget, step)
-        assert found == greedy(falling, costs, budget, step)
-        assert sum(rank * cost for rank, cost in zip(found, costs, strict=True)) <= budget
-
-    def test_equal_matrices_share_equally_the_first_ones_first(self):
-        spectra = [torch.arange(128, 0, -1).double()] * 3
-        assert allocate_ranks(spectra, [10] * 3, 10 * 32 * 7) == [96, 64, 64]
-
-    def test_all_that_has_a_gain_if_there_are_bytes(self):
-        spectra = [torch.ones(100), torch.zeros(64), torch.ones(31)]
-        assert allocate_ranks(spectra, [1, 1, 1], 10**9) == [96, 0, 0]
-
-    @pytest.mark.parametrize(("step", "costs"), [(0, [1]), (32, [0])])
-    def test_free_ranks_are_refused(self, step, costs):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            allocate_ranks([torch.ones(64)], costs, 100, step)

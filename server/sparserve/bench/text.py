@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
+from sparserve.model.text import text_hash
 
 TEXTS = "texts"  # in a calibrated index's source: `text_hash` of each file that it was made of
 
@@ -22,10 +22,6 @@ def read_text(path: Path) -> str:
 def tokens_of(model: LoadedModel, text: str) -> list[int]:
     """Without special tokens."""
     return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def text_hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
 def refuse_calibration_text(path: Path, what: str, texts: object) -> None:

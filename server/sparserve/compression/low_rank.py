@@ -18,7 +18,6 @@ onto U_r.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +45,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decomposition:
-    """E S for all ranks up to some; what `allocate_ranks` compares and factors are cut from."""
+    """E S for all ranks up to some; factors are cut from it."""
 
     # float64 [most], falling. Each that is kept lowers the mean of |(E - B A) x|^2 by its square; with LoRC
     # that is |E - B A|^2.
@@ -150,33 +149,3 @@ def quantize_factors(factors: LowRank, largest_scale: float = 1.0) -> QuantizedL
     return QuantizedLowRank(
         codes.to(torch.uint8), scales, (factors.inputs.double() / shift).bfloat16()
     )
-
-
-def allocate_ranks(
-    spectra: Sequence[torch.Tensor], bytes_per_rank: Sequence[int], budget: int, step: int = 32
-) -> list[int]:
-    """Ranks, multiples of `step`, of matrices that may take `budget` bytes together.
-
-    spectra: singular values of each, falling, in units that compare (of the same method; to weigh matrices
-    unequally, scale theirs). Steps are taken by their gain, the sum of squares, per byte, the earlier
-    matrix first among equals, as long as there is a gain; a matrix whose next step does not fit gets none.
-    Raises ValueError of a step or bytes below 1.
-    """
-    if step < 1 or min(bytes_per_rank, default=1) < 1:
-        raise ValueError(
-            f"step is {step} and bytes_per_rank {list(bytes_per_rank)}; each must be at least 1"
-        )
-    offers = []
-    for matrix, (values, cost) in enumerate(zip(spectra, bytes_per_rank, strict=True)):
-        steps = values.double()[: len(values) // step * step].square().view(-1, step).sum(1)
-        offers += [
-            (-gain / cost, matrix, number) for number, gain in enumerate(steps.tolist()) if gain > 0
-        ]
-    ranks = [0] * len(spectra)
-    # A matrix's gains fall, so its steps come in their order.
-    for _, matrix, number in sorted(offers):
-        cost = step * bytes_per_rank[matrix]
-        if ranks[matrix] == number * step and cost <= budget:
-            ranks[matrix] += step
-            budget -= cost
-    return ranks

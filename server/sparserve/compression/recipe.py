@@ -86,6 +86,27 @@ class Override(BaseModel):
         return self
 
 
+class Mixed(BaseModel):
+    """Formats that are chosen for each part of each layer, up to a size or down to a KL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    target_bits: Annotated[float, Field(gt=0, le=16)] | None = None  # of a weight of the layers
+    target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # predicted
+    choices: Annotated[tuple[Part, ...], Field(strict=False, min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _must_have_a_target_and_a_choice(self) -> Self:
+        if (self.target_bits is None) == (self.target_kl is None):
+            raise ValueError("give one of target_bits and target_kl")
+        choices = self.choices or ()
+        if len(set(choices)) < len(choices):
+            raise ValueError("choices has one twice")
+        if len({own.low_bits for own in choices}) > 1:
+            raise ValueError("choices differ in low_bits, which must be the same in all layers")
+        return self
+
+
 class CalibrationSize(BaseModel):
     """Of the text that inputs are measured on."""
 
@@ -119,13 +140,34 @@ class Recipe(BaseModel):
     activation_bits: Literal[8, 16] = 16
     # Of some layers; later ones win.
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    # Instead of attention, gate_up, down and overrides, which `model.mixed.allocate` fills in.
+    mixed: Mixed | None = None
     calibration: CalibrationSize = CalibrationSize()
 
     @property
     def needs_text(self) -> bool:
-        return self.quantizer == "gptq" or self.compensate.startswith("qera")
+        by_inputs = self.quantizer == "gptq" or self.compensate.startswith("qera")
+        return by_inputs or self.mixed is not None
+
+    @property
+    def choices(self) -> tuple[Part, ...]:
+        """Of `mixed`."""
+        assert self.mixed is not None
+        with_ranks = CHOICES if self.compensate == "none" else (*CHOICES, RANKED_CHOICE)
+        return with_ranks if self.mixed.choices is None else self.mixed.choices
+
+    def formats_of(self, part: str) -> list[MatrixFormat]:
+        """All that matrices of this part of a layer may have."""
+        if self.mixed is not None:
+            return [own.format() for own in self.choices]
+        return [own.format() for name, own in self._all_parts().items() if name.endswith(part)]
 
     def formats(self) -> DecoderFormats:
+        """Raises ValueError of a recipe whose `mixed` is not filled in."""
+        if self.mixed is not None:
+            raise ValueError(
+                f"the recipe {self.name} is mixed; it has formats once it is allocated"
+            )
         usual = self._layer_formats(())
         indices = sorted({index for own in self.overrides for index in own.layers})
         layers = (
@@ -147,6 +189,8 @@ class Recipe(BaseModel):
 
     def _all_parts(self) -> dict[str, Part]:
         """By name, of layers of their own too."""
+        if self.mixed is not None:
+            return {f"mixed.choices.{index}": part for index, part in enumerate(self.choices)}
         parts = {name: getattr(self, name) for name in PARTS}
         for index, own in enumerate(self.overrides):
             parts |= {f"overrides.{index}.{name}": part for name, part in own.parts.items()}
@@ -154,9 +198,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _must_agree(self) -> Self:
-        formats, parts = self.formats(), self._all_parts()
+        if self.mixed is None:
+            self.formats()
+        else:
+            self._refuse_what_is_mixed()
+        parts = self._all_parts()
         ranks = {name: part.rank for name, part in parts.items()}
-        if not formats.quantized:
+        if all(part.bits == 16 for part in (*parts.values(), self.lm_head)):
             raise ValueError("all matrices have 16 bits, so nothing is compressed; give one 4 or 8")
         if self.compensate == "none" and any(ranks.values()):
             name = next(name for name, rank in ranks.items() if rank)
@@ -178,6 +226,13 @@ class Recipe(BaseModel):
         self._refuse_hidden()
         return self
 
+    def _refuse_what_is_mixed(self) -> None:
+        """Raises ValueError, and of an LM head that cannot be."""
+        DecoderFormats(lm_head=self.lm_head.format())
+        for name in (*PARTS, "overrides", "value_bits"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is given, and mixed chooses the formats; leave one out")
+
     def _refuse_hidden(self) -> None:
         """Raises ValueError of an override that later ones leave nothing of."""
         for index, own in enumerate(self.overrides):
@@ -191,12 +246,17 @@ class Recipe(BaseModel):
                 raise ValueError(f"overrides.{index} has no effect: later ones replace all of it")
 
 
+CHOICES = (Part(bits=4, group_size=64), Part(bits=4, group_size=32), Part(bits=8, group_size=64))
+RANKED_CHOICE = Part(bits=4, group_size=32, rank=32)  # with low-rank terms
+
 SECTIONS: dict[str, type[BaseModel]] = {
     "attention": Part,
     "gate_up": Part,
     "down": Part,
     "lm_head": Part,
     "overrides": Override,
+    "mixed": Mixed,
+    "choices": Part,
     "calibration": CalibrationSize,
 }
 

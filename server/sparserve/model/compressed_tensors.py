@@ -27,6 +27,12 @@ from sparserve.model.weights import layer_shapes
 MATRICES = {
     "q": "wq", "k": "wk", "v": "wv", "output": "wo", "gate": "w_gate", "up": "w_up", "down": "w_down",
 }  # fmt: skip
+# Names of tensors up to the first dot -> fields of LayerFormats.
+PART_OF = {
+    **dict.fromkeys(("q", "k", "v", "output", "qkv_basis", "output_basis"), "attention"),
+    **dict.fromkeys(("gate", "up", "gate_up_basis"), "gate_up"),
+    **dict.fromkeys(("down", "down_basis"), "down"),
+}
 VECTORS = {
     "attention_norm": "attn_norm", "mlp_norm": "mlp_norm", "q_bias": "bq", "k_bias": "bk", "v_bias": "bv",
     "output_bias": "bo", "q_norm": "q_norm", "k_norm": "k_norm",
@@ -72,19 +78,32 @@ def end_specs(config: ModelConfig, formats: DecoderFormats) -> dict[str, Spec]:
     )
 
 
+def part_bytes(config: ModelConfig, formats: LayerFormats) -> dict[str, int]:
+    """Of the matrices of a layer with all that belongs to them, by field of LayerFormats."""
+    found = dict.fromkeys(("attention", "gate_up", "down"), 0)
+    for name, spec in layer_specs(config, formats).items():
+        if name not in VECTORS:
+            found[PART_OF[name.partition(".")[0]]] += spec.nbytes
+    return found
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Elements of the matrices of a layer."""
+    shapes = layer_shapes(config)
+    return sum(math.prod(shapes[field]) for field in MATRICES.values())
+
+
 def bits_per_weight(config: ModelConfig, formats: DecoderFormats) -> tuple[float, float]:
     """(of the layers' matrices with all that belongs to them, of the whole model); the latter's weights
     are those of the original, where a tied LM head counts once."""
-    shapes = layer_shapes(config)
-    weights = config.num_layers * sum(math.prod(shapes[field]) for field in MATRICES.values())
+    weights = config.num_layers * layer_weights(config)
     # Not layer by layer: how many there are may come from outside.
     usual = config.num_layers - len(formats.overrides)
     plans = [(formats.most_layers, usual), *((own, 1) for _, own in formats.overrides)]
     in_matrices = files = 0
     for plan, count in plans:
-        specs = layer_specs(config, plan)
-        in_matrices += count * sum(s.nbytes for name, s in specs.items() if name not in VECTORS)
-        files += count * sum(spec.nbytes for spec in specs.values())
+        in_matrices += count * sum(part_bytes(config, plan).values())
+        files += count * sum(spec.nbytes for spec in layer_specs(config, plan).values())
     files += sum(spec.nbytes for spec in end_specs(config, formats).values())
     return 8 * in_matrices / weights, 8 * files / config.num_parameters
 
@@ -179,8 +198,7 @@ def _matrices(
     """By field of LayerTensors, as they are stored."""
     shapes, stored = layer_shapes(config), {}
     for name, field in MATRICES.items():
-        kind = name if name == "down" else "gate_up" if name in ("gate", "up") else "attention"
-        format: MatrixFormat = getattr(formats, kind)
+        format: MatrixFormat = getattr(formats, PART_OF[name])
         rows, columns = shapes[field]
         stored[name] = (
             ((columns, rows) if name == "down" and format.quantized else (rows, columns)),

@@ -86,7 +86,7 @@ def compress_layers(
             walks.add_feed_forward(tensors, exact)
         first += 1
     for index in range(first, model.config.num_layers):
-        with _told():
+        with told_as_config_error():
             layer = _compressed(model, index, recipe, walks)
         yield layer
 
@@ -97,22 +97,21 @@ def compress_lm_head(model: LoadedModel, recipe: Recipe) -> Matrix | None:
     format = recipe.lm_head.format()
     if not format.quantized:
         return None if model.config.tie_word_embeddings else model.weights.lm_head
-    with _told():
+    with told_as_config_error():
         return quantize(model.weights.lm_head, format, "lm_head")
 
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
     """Raises ConfigError of a layer, or of a rank, that matrices of this model do not have."""
-    formats, shapes = recipe.formats(), layer_shapes(config)
+    shapes = layer_shapes(config)
     last = max((index for own in recipe.overrides for index in own.layers), default=0)
     if last >= config.num_layers:
         raise ConfigError(
             f"overrides of the recipe {recipe.name} are of layer {last}, and the last layer of this model is "
             f"{config.num_layers - 1}"
         )
-    layers = [formats.most_layers, *(own for _, own in formats.overrides)]
-    for stack in (QKV, OUTPUT, GATE_UP, DOWN):
-        rank = max(getattr(own, stack.part).rank for own in layers)
+    for stack in STACKS:
+        rank = max(own.rank for own in recipe.formats_of(stack.part))
         least = min(sum(shapes[field][0] for field in stack.fields), shapes[stack.fields[0]][1])
         if rank > least:
             raise ConfigError(
@@ -155,7 +154,7 @@ def _compressed(
         weight, moments = torch.cat(parts), None
         name = f"layer {index}: {', '.join(stack.names)}"
         if walks is not None:
-            moments = _moments(recipe, stack, weight.shape[1])
+            moments = new_moments(recipe, stack, weight.shape[1])
             drift = _measure(walks, index, stack, layer, exact, moments, name)
             if drift is not None:
                 weight = nearest_to_outputs(weight, moments, drift, DAMPING)
@@ -186,7 +185,7 @@ def _compressed(
     return CompressedLayer(index, layer, reports)
 
 
-def _moments(recipe: Recipe, stack: Stack, width: int) -> InputMoments:
+def new_moments(recipe: Recipe, stack: Stack, width: int) -> InputMoments:
     """Of the kind that `recipe` needs, of no tokens yet."""
     full = recipe.quantizer == "gptq" or (
         recipe.compensate == "qera" and (stack is not DOWN or width <= FULL_MOMENTS)
@@ -209,14 +208,14 @@ def _measure(
     added to the residual stream also make up for that of the stream.
     """
     compressed, original = walks.compressed, walks.original
-    inputs = _inputs(compressed, index, stack, effective(layer))
+    inputs = stack_inputs(compressed, index, stack, effective(layer))
     if original is None:
         for own in inputs:
             moments.add(own, name)
         return None
     weight = torch.cat([getattr(exact, field) for field in stack.fields])
     drift = torch.zeros(weight.shape, dtype=torch.float64)
-    pairs = zip(inputs, _inputs(original, index, stack, exact), strict=True)
+    pairs = zip(inputs, stack_inputs(original, index, stack, exact), strict=True)
     for window, (own, wanted) in enumerate(pairs):
         moments.add(own, name)
         missing = F.linear(wanted - own, weight)
@@ -226,7 +225,9 @@ def _measure(
     return drift
 
 
-def _inputs(walk: Walk, index: int, stack: Stack, layer: LayerWeights) -> Iterator[torch.Tensor]:
+def stack_inputs(
+    walk: Walk, index: int, stack: Stack, layer: LayerWeights
+) -> Iterator[torch.Tensor]:
     """Of each window, [tokens, width]. With its first token: an attention sink, much larger than all others in
     some layers, which must stay right (without it GPTQ's KL on SmolLM2 is .57 instead of .39)."""
     attention = stack in (QKV, OUTPUT)
@@ -241,7 +242,7 @@ def _inputs(walk: Walk, index: int, stack: Stack, layer: LayerWeights) -> Iterat
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told_as_config_error() -> Iterator[None]:
     try:
         with told_as_model_errors():
             yield

@@ -26,6 +26,7 @@ QKV = Stack(("q", "k", "v"), ("wq", "wk", "wv"), "attention", "qkv_basis", "atte
 OUTPUT = Stack(("output",), ("wo",), "attention", "output_basis", "v")
 GATE_UP = Stack(("gate", "up"), ("w_gate", "w_up"), "gate_up", "gate_up_basis", "mlp_norm")
 DOWN = Stack(("down",), ("w_down",), "down", "down_basis")
+STACKS = (QKV, OUTPUT, GATE_UP, DOWN)
 
 
 def columns_alike(stack: Stack, config: ModelConfig) -> tuple[int, int, int] | None:

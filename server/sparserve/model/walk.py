@@ -3,6 +3,8 @@ a time."""
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,12 @@ class Walk:
             torch.arange(self._tokens), frequencies, config.rope.attention_factor
         )
         self.x = weights.embedding[token_ids].float()
+
+    def branch(self) -> Walk:
+        """Another walk from here on."""
+        other = copy(self)
+        other.x = self.x.clone()
+        return other
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return llama.rms_norm(x, weight, self.config.rms_norm_eps)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sparserve.calibration.text import read_windows
 from sparserve.errors import ConfigError
+from sparserve.model.text import read_windows
 
 
 def write(folder, name: str, length: int, first: str):
