@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_kernels.arena import trim_heap
@@ -22,6 +22,7 @@ from sparse_kernels.native import (
 from sparse_kernels.weights import ChoiceTensors
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
+from sparserve.engine.compressed_cache import compressed_folder
 from sparserve.engine.engine import Engine
 from sparserve.engine.formats import native_only, served_formats, weight_formats
 from sparserve.engine.limits import EngineLimits
@@ -33,7 +34,7 @@ from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
-from sparserve.model.identity import index_key
+from sparserve.model.identity import index_key, source_has_changed
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
 from sparserve.model.placement import Placement
@@ -74,13 +75,24 @@ def load_by_settings(
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
-    """The model that `settings` name, in their dtype, where they place it. Raises ModelError or ConfigError.
+    """The model that `settings` name, compressed if they say so, in their dtype, where they place it. Raises
+    ModelError or ConfigError.
 
-    For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own.
+    For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own. `on_download`
+    is told of all that comes before loading: layers that are compressed, too.
     """
-    name, _ = choose_backend(settings, settings.dtype)
+    name, reason = choose_backend(settings, settings.dtype)
+    source, served_as = settings.model, None
+    if settings.compress:
+        _check_compress(settings, name, reason)
+        served_as, folder = compressed_folder(settings, on_download)
+        source = str(folder)
+    elif settings.compress_text:
+        raise ConfigError(
+            f"compress_text is {settings.compress_text}, and nothing is compressed; name a recipe with --compress"
+        )
     model = load_model(
-        settings.model,
+        source,
         dtype="bfloat16" if name == "cpu" else settings.dtype,
         placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
         layers_at_use=name == "cpu",
@@ -95,7 +107,21 @@ def load_by_settings(
             model.name, info.source.name, info.source.path, info.source.hash, info.sparserve_version,
             info.bits_per_decoder_weight,
         )  # fmt: skip
-    return model
+        if source_has_changed(model.path, info.source):
+            log.warning(
+                "%s has changed since: %s is what it was before; compress it again to serve what it is now",
+                info.source.path, model.path,
+            )  # fmt: skip
+    return model if served_as is None else replace(model, name=served_as)
+
+
+def _check_compress(settings: EngineSettings, backend: str, reason: str) -> None:
+    """Raises ConfigError where what --compress makes would be served as plain weights."""
+    if backend != "cpu":
+        raise ConfigError(
+            f"compress is {settings.compress}, and only the cpu backend computes on compressed weights; here the "
+            f"reference backend would: {reason}"
+        )
 
 
 def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:

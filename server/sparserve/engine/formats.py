@@ -63,9 +63,11 @@ def native_only(settings: EngineSettings) -> str | None:
 
 def with_dtype(settings: EngineSettings, dtype: str) -> EngineSettings:
     """The same settings for weights of `dtype`, without those that only integers have where there would
-    be none."""
+    be none; with "auto" as `compress` says, with others of what it would compress."""
     update: dict[str, object] = {"dtype": dtype}
     fields = type(settings).model_fields
+    if dtype != "auto":
+        update |= {name: fields[name].default for name in ("compress", "compress_text")}
     if dtype in ("float32", "float16"):
         update |= {part: fields[part].default for part in PARTS}
     changed = settings.model_copy(update=update)

@@ -24,6 +24,7 @@ from sparserve.model.compressed_checkpoint import (
     LAYERS,
     CompressionInfo,
     Source,
+    is_compressed,
     layer_file,
     read_info,
     read_layer_file,
@@ -58,21 +59,26 @@ UNFINISHED = ".unfinished"
 def source_of(model: LoadedModel) -> Source:
     """What `CompressionInfo` tells of the model that is compressed. Reads its files once.
 
-    Raises UnsupportedModel of one that is no Hugging Face folder, ConfigError where it cannot be read.
+    Raises UnsupportedModel as `check_source`, ConfigError where it cannot be read.
     """
-    if model.compressed is not None:
-        raise UnsupportedModel(
-            f"{model.path} is compressed already, from {model.compressed.info.source.path}; compress that"
-        )
-    if not model.path.is_dir():
-        raise UnsupportedModel(
-            f"{model.path} is a GGUF file, whose config and tokenizer cannot be kept as they are; give the "
-            "Hugging Face folder of the model"
-        )
+    check_source(model.path)
     try:
         return Source(model.name, str(model.path.resolve()), hash_of_files(model.path))
     except OSError as error:
         raise ConfigError(f"the files of {model.path} cannot be read: {error}") from error
+
+
+def check_source(path: Path) -> None:
+    """Raises UnsupportedModel of what is there and no Hugging Face folder, or compressed already."""
+    if is_compressed(path):
+        raise UnsupportedModel(
+            f"{path} is compressed already, from {read_info(path).source.path}; compress that"
+        )
+    if path.is_file():
+        raise UnsupportedModel(
+            f"{path} is a GGUF file, whose config and tokenizer cannot be kept as they are; give the "
+            "Hugging Face folder of the model"
+        )
 
 
 class CheckpointWriter:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparserve.model.compressed_checkpoint import INFO, LAYERS, is_compressed
+from sparserve.model.compressed_checkpoint import INFO, LAYERS, Source, is_compressed
 from sparserve.model.loader import LoadedModel
 from sparserve.sparsity.index import IndexKey
 
@@ -38,6 +38,20 @@ def hash_of_files(path: Path) -> str:
             inner = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=32))
         digest.update(inner.digest())
     return digest.hexdigest()
+
+
+def source_has_changed(folder: Path, source: Source) -> bool:
+    """Whether what the compressed model in `folder` was made of is there, and another model by now.
+
+    Reads it only where a file of it is younger than the folder, for that takes a second for a GB or so.
+    """
+    origin = Path(source.path)
+    try:
+        made = (folder / INFO).stat().st_mtime
+        younger = any(file.stat().st_mtime > made for file in _files(origin))
+        return younger and hash_of_files(origin) != source.hash
+    except OSError:  # it is gone, which changes nothing
+        return False
 
 
 def _files(path: Path) -> Iterator[Path]:

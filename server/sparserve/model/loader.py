@@ -134,10 +134,10 @@ def load_model(
     """Load `model`: a name of the catalog, a Hugging Face folder, one that `sparserve compress` made, a GGUF
     file or the hub id of a model in the Hugging Face cache.
 
-    `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF, bfloat16 for what is compressed) or a key of DTYPES. Tensors
-    already in that dtype stay memory-mapped; others are converted one at a time. Layers go straight
-    to the devices of `placement`; with `layers_at_use` each is read when it is asked for and not
-    kept, for a backend that makes a copy of its own.
+    `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF, bfloat16 for what is
+    compressed) or a key of DTYPES. Tensors already in that dtype stay memory-mapped; others are
+    converted one at a time. Layers go straight to the devices of `placement`; with `layers_at_use`
+    each is read when it is asked for and not kept, for a backend that makes a copy of its own.
 
     Raises ModelNotFound, DownloadFailed, UnsupportedModel, CorruptCheckpoint or, of a placement that
     cannot be, ConfigError.
