@@ -79,7 +79,7 @@ def test_a_grid_of_formats_recipes_and_policies(
     flags = [
         "--recipes",
         recipes,
-        "--calibration-text",
+        "--compress-text",
         files / "seen.txt",
         "--formats",
         "bfloat16,int8",
@@ -120,7 +120,7 @@ def test_a_grid_of_formats_recipes_and_policies(
     ]
     assert str(files) not in json.dumps(found)
     assert found["command"].startswith("sparserve report wiki.txt --model tiny-llama")
-    assert "none,plain.yaml,fitted.yaml,mine --calibration-text seen.txt" in found["command"]
+    assert "none,plain.yaml,fitted.yaml,mine --compress-text seen.txt" in found["command"]
     assert (files / "out" / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert (files / "out" / "report.md").read_text().count("\n|") >= len(rows) + 5
     assert "| sparserve int8 core:0.5 |" in out
@@ -172,10 +172,10 @@ def test_each_weights_take_the_index_that_fits_them(report, index_file, caplog):
     [
         (["--recipes", "fest"], "there is no recipe 'fest'"),
         (["--recipes", "fast"], "the recipe fast needs a text to measure inputs on"),
-        (["--recipes", "fast", "--calibration-text", "wiki.txt"], "the recipe was calibrated on"),
-        (["--recipes", "fast", "--calibration-text", "none.txt"], "cannot be read as UTF-8 text"),
-        (["--recipes", "fast,fast2.yaml", "--calibration-text", "seen.txt"], "2 systems would be named 'fast'"),
-        (["--calibration-text", "seen.txt"], "--calibration-text is for recipes"),
+        (["--recipes", "fast", "--compress-text", "wiki.txt"], "the recipe was calibrated on"),
+        (["--recipes", "fast", "--compress-text", "none.txt"], "cannot be read as UTF-8 text"),
+        (["--recipes", "fast,fast2.yaml", "--compress-text", "seen.txt"], "2 systems would be named 'fast'"),
+        (["--compress-text", "seen.txt"], "--compress-text is for recipes"),
         (["--recipes", "."], "is a folder and none that `sparserve compress` made"),
         (["--recipes", "other"], "other was compressed from other-llama with hash"),
         (["--recipes", "known"], "the model known was calibrated on"),
@@ -187,6 +187,9 @@ def test_each_weights_take_the_index_that_fits_them(report, index_file, caplog):
         (["--policies", "cor:0.5"], "policy 'cor:0.5' begins with"),
         (["--baseline", "int4"], "--baseline 'int4' is not measured; there are: bfloat16"),
         (["--tiers", "0.1,0"], "--tiers is '0.1,0': '0' is no KL"),
+        (["--compress", "fast", "--compress-text", "seen.txt"], "here give --recipes"),
+        (["--recipes", "fast", "--compress-text", "seen.txt"], "16 were asked for"),
+        (["--recipes", "plain.yaml,high.yaml"], "and q, k, v of this model have rank 64 at most"),
         (["--windows", "400"], "400 were asked for"),
         (["--context", "600"], "604 tokens of prompt and output exceed"),
         (["--max-running", "4"], "--max-running: the engine is made for the prompts"),
@@ -206,6 +209,10 @@ def test_what_cannot_be_reported_is_told_before_anything_is_measured(
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.chdir(files)
     (files / "fast2.yaml").write_text(FITTED.replace("fitted", "fast"))
+    high = "{bits: 4, rank: 96}"
+    (files / "high.yaml").write_text(
+        f"name: high\nquantizer: rtn\ncompensate: lorc\nattention: {high}\n"
+    )
     if flags[-1] in ("other", "known"):
         formats = DecoderFormats(*[MatrixFormat(8, 64)] * 4)
         own = tiny_folder

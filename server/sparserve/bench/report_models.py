@@ -12,7 +12,11 @@ from sparserve.compression.recipe import Recipe, read_recipe
 from sparserve.errors import ConfigError
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressed_checkpoint import CompressionInfo, is_compressed, read_info
-from sparserve.model.text import text_hash
+from sparserve.model.compressed_writer import check_source
+from sparserve.model.compressing import check_recipe
+from sparserve.model.identity import hash_of_files
+from sparserve.model.loader import LoadedModel
+from sparserve.model.text import hashes_of, read_windows
 
 MODELS = "models"  # folder in --out
 
@@ -51,38 +55,56 @@ def check_texts(models: Sequence[CompressedModel], texts: Sequence[Path], evalua
     needy = [own.name for own in models if own.recipe is not None and own.recipe.needs_text]
     if needy and not texts:
         raise ConfigError(
-            f"the recipe {needy[0]} needs a text to measure inputs on: give --calibration-text, one like what "
+            f"the recipe {needy[0]} needs a text to measure inputs on: give --compress-text, one like what "
             "will be served, and not the one that is evaluated"
         )
     if texts and not needy:
-        raise ConfigError("--calibration-text is for recipes that need a text, and there is none")
-    for text in (evaluated, *texts):
-        read_text(text)
-    refuse_calibration_text(evaluated, "recipe", _hashes(texts))
+        raise ConfigError("--compress-text is for recipes that need a text, and there is none")
+    read_text(evaluated)
+    refuse_calibration_text(evaluated, "recipe", hashes_of(texts))
     for own in models:
         if own.recipe is None:
             refuse_calibration_text(evaluated, f"model {own.name}", read_info(own.folder).texts)
 
 
-def check_folders(
-    models: Sequence[CompressedModel], source_hash: str, texts: Sequence[Path]
+def check_models(
+    models: Sequence[CompressedModel], source: LoadedModel, texts: Sequence[Path]
 ) -> None:
-    """`source_hash`: of the model's files. Raises ConfigError of a folder that was made of another model, or by
-    another recipe of that name, and CorruptCheckpoint or UnsupportedModel of one that cannot be read."""
+    """What would stop a run after hours. Raises ConfigError of a folder that was made of another model, or by
+    another recipe of that name, and of recipes and texts that do not fit `source`; ModelError of a folder that
+    cannot be read, or where `source` cannot be compressed.
+    """
+    source_hash = hash_of_files(source.path) if models else ""
     for own in models:
-        if not own.folder.exists():
-            continue
-        info = read_info(own.folder)
-        if info.source.hash != source_hash:
-            raise ConfigError(
-                f"{own.folder} was compressed from {info.source.name} with hash {info.source.hash:.12}, and "
-                f"--model has {source_hash:.12}: take what it was made of"
-            )
-        if own.recipe is not None and not _follows(info, own.recipe, texts):
-            raise ConfigError(
-                f"{own.folder} was compressed by another recipe named {own.name}, or on other texts; remove "
-                "it, or take another --out"
-            )
+        if own.folder.exists():
+            _check_folder(own, source, source_hash, texts)
+        elif own.recipe is not None:
+            check_source(source.path)
+            check_recipe(source.config, own.recipe)
+            if own.recipe.needs_text:
+                size = own.recipe.calibration
+                read_windows(source, texts, size.windows, size.tokens)
+
+
+def _check_folder(
+    own: CompressedModel, source: LoadedModel, source_hash: str, texts: Sequence[Path]
+) -> None:
+    info = read_info(own.folder)
+    if info.source.hash != source_hash:
+        raise ConfigError(
+            f"{own.folder} was compressed from {info.source.name} with hash {info.source.hash:.12}, and "
+            f"{source.name} has {source_hash:.12}; give as --model what it was made of"
+        )
+    if own.recipe is not None and not _follows(info, own.recipe, texts):
+        raise ConfigError(
+            f"{own.folder} was compressed by another recipe named {own.name}, or on other texts; remove "
+            "it, or take another --out"
+        )
+
+
+def _follows(info: CompressionInfo, recipe: Recipe, texts: Sequence[Path]) -> bool:
+    same = info.recipe == recipe.model_dump(mode="json")
+    return same and (not recipe.needs_text or list(info.texts) == hashes_of(texts))
 
 
 def compress_missing(
@@ -100,12 +122,3 @@ def compress_missing(
                 on_progress(f"compressing: {name}", done, total)
 
             compress_folder(model, own.recipe, texts, own.folder, on_layer=on_layer)
-
-
-def _follows(info: CompressionInfo, recipe: Recipe, texts: Sequence[Path]) -> bool:
-    same = info.recipe == recipe.model_dump(mode="json")
-    return same and (not recipe.needs_text or list(info.texts) == _hashes(texts))
-
-
-def _hashes(texts: Sequence[Path]) -> list[str]:
-    return [text_hash(path.read_bytes()) for path in texts]

@@ -45,16 +45,9 @@ def report(
         str,
         typer.Option(
             help="Recipes to compress the model by, into the folder of --out, comma-separated: quality, balanced, "
-            "fast, YAML files; or folders that `sparserve compress` made of this model. none: the model as it is alone."
+            "fast, YAML files, which most need --compress-text; or folders that `sparserve compress` made of this model. none: only the model as it is."
         ),
     ] = "none",
-    calibration_text: Annotated[
-        list[Path],
-        typer.Option(
-            help="A text file like what will be served, for recipes; may be given several times.",
-            metavar="<file>",
-        ),
-    ] = [],  # noqa: B006  (typer copies it)
     formats: Annotated[
         str,
         typer.Option(
@@ -107,7 +100,7 @@ def report(
     from sparserve.bench.policies import parse_policies
     from sparserve.bench.report import QUALITY, Plan, check_plan, make_report
     from sparserve.bench.report_models import (
-        check_folders,
+        check_models,
         check_texts,
         compress_missing,
         parse_recipes,
@@ -117,17 +110,21 @@ def report(
     from sparserve.bench.sweep import Plan as SpeedPlan
     from sparserve.engine.factory import load_by_settings
     from sparserve.engine.formats import with_dtype
-    from sparserve.model.identity import hash_of_files
 
     specs, policy_specs, limits = parse_peers(peers), parse_policies(policies), _tiers(tiers)
     names = [] if formats == "none" else format_names(formats, settings.dtype)
     refuse_own_limits(settings)
+    if settings.compress:
+        raise ConfigError(
+            f"--compress {settings.compress} is for a server of one recipe; here give --recipes"
+        )
     check_threads(settings.threads)
     require_matplotlib()
     models = parse_recipes(recipes, folder)
-    check_texts(models, calibration_text, text)
+    texts = settings.compress_texts
+    check_texts(models, texts, text)
     indexes = [Path(word.strip()) for word in settings.index.split(",") if word.strip()]
-    settings = settings.model_copy(update={"index": ""})
+    settings = settings.model_copy(update={"index": "", "compress_text": ""})
     with counting_bar(own_thread=False) as show:
 
         def load(own: EngineSettings) -> LoadedModel:
@@ -148,9 +145,9 @@ def report(
             limits, baseline,
         )  # fmt: skip
         check_plan(plan, source)
-        check_folders(models, hash_of_files(source.path), calibration_text)
+        check_models(models, source, texts)
         kept = KeptQuality(folder / QUALITY)
-        compress_missing(settings.model, models, calibration_text, show)
+        compress_missing(settings.model, models, texts, show)
         command = _command(sys.argv[1:])
         found = make_report(settings, plan, source, load, kept, command, show, err.print)
     _write(found, folder)
