@@ -13,7 +13,7 @@ def row(
 ) -> Row:
     speed = sorted(rounds)[len(rounds) // 2]
     return Row(
-        system=system, label=label, format=label.split()[-1], recipe="fast" if "fast" in label else None,
+        system=system, label=label, format=label.removeprefix(f"{system} ").split()[0], recipe="fast" if "fast" in label else None,
         policy=policy, bits_decoder=4.375, bits_file=5.25, kl=kl, kl_low=0.9 * kl, kl_high=1.2 * kl, top1=0.875,
         perplexity=12.5, density=1.0, batch=1, context=128, new_tokens=64, tokens_per_second=speed,
         tokens_per_second_low=min(rounds), tokens_per_second_high=max(rounds), rounds=rounds,
@@ -99,9 +99,10 @@ def test_json_has_the_tiers_by_label(report):
     assert [row["label"] for row in told["rows"]] == [row.label for row in ROWS]
 
 
-def test_the_picture_names_every_row_in_both_panels(report):
-    figure = draw_quality(points_of(report))
-    for panel in figure.axes:
-        assert {text.get_text() for text in panel.texts} == {row.label for row in ROWS}
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels[:3] == ["sparserve int8", "sparserve core:0.7", "sparserve fast"]
+def test_the_picture_names_every_row_and_every_size_once(report):
+    speed, size = draw_quality(points_of(report)).axes
+    labels = {row.label for row in ROWS}
+    assert {text.get_text() for text in speed.texts} == labels
+    assert {text.get_text() for text in size.texts} == labels - {"int8 core:0.7"}
+    legend = [text.get_text() for text in speed.get_legend().get_texts()]
+    assert legend[:3] == ["sparserve int8", "sparserve fast", "llama.cpp Q8_0"]

@@ -10,6 +10,7 @@ from sparserve.bench import report_quality
 from sparserve.bench.evaluation import Plan, evaluate_formats
 from sparserve.bench.policies import parse_policies
 from sparserve.config import EngineSettings
+from sparserve.errors import ConfigError
 from sparserve.model.loader import load_model
 
 SMALL = (
@@ -140,6 +141,26 @@ def test_a_grid_of_formats_recipes_and_policies(
     assert "measured before" not in err
 
 
+def test_an_interrupted_report_goes_on_where_it_stopped(report, monkeypatch, evaluated):
+    flags = ["--formats", "bfloat16,int8,int4", "--policies", "dense,core:0.5"]
+    watched = report_quality.evaluate_formats
+
+    def interrupted(settings, plan, *more):
+        if "int4" in plan.formats:
+            raise ConfigError("the power went off")
+        return watched(settings, plan, *more)
+
+    monkeypatch.setattr(report_quality, "evaluate_formats", interrupted)
+    _, err, found = report(*flags, expect=1)
+    assert "the power went off" in err
+    assert found is None
+    monkeypatch.setattr(report_quality, "evaluate_formats", watched)
+    _, err, found = report(*flags)
+    assert "4 of 6 rows of quality were measured before" in " ".join(err.split())
+    assert [own[1] for own in evaluated] == ["bfloat16", "int8", "int4"]
+    assert len(found["rows"]) == 6
+
+
 def test_kl_is_that_of_eval(report, files, tiny_folder):
     _, _, found = report("--formats", "int8", "--policies", "dense,core:0.5")
     settings = EngineSettings(model=str(tiny_folder), threads=1, kv_cache_gib=0.01)
@@ -190,6 +211,7 @@ def test_each_weights_take_the_index_that_fits_them(report, index_file, caplog):
         (["--compress", "fast", "--compress-text", "seen.txt"], "here give --recipes"),
         (["--recipes", "fast", "--compress-text", "seen.txt"], "16 were asked for"),
         (["--recipes", "plain.yaml,high.yaml"], "and q, k, v of this model have rank 64 at most"),
+        (["--recipes", "plain.yaml", "--weight-planes", "4+4", "--formats", "int4"], "take --weight-planes whole"),
         (["--windows", "400"], "400 were asked for"),
         (["--context", "600"], "604 tokens of prompt and output exceed"),
         (["--max-running", "4"], "--max-running: the engine is made for the prompts"),

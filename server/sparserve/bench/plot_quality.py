@@ -98,7 +98,7 @@ def draw_quality(points: Points) -> Any:
     panels = figure.subplots(1, 2 if with_bits else 1, squeeze=False)[0]
     _draw_panel(panels[0], points.points, _SPEED)
     if with_bits:
-        _draw_panel(panels[1], points.points, _BITS)
+        _draw_panel(panels[1], _of_each_size(points.points), _BITS)
     panels[0].legend(frameon=False, fontsize=9)
     what = "one request" if points.batch == 1 else f"{points.batch} requests at once"
     figure.suptitle(
@@ -141,12 +141,24 @@ def _draw_panel(panel: Any, points: Sequence[Point], axis: _Axis) -> None:
     best = front(points, axis.at, axis.best)
     line = [max(point.kl, LEAST_KL) for point in best], [axis.at(point) for point in best]
     panel.plot(*line, "--", color="#777777", linewidth=1, zorder=0)
+    for index, point in enumerate(sorted(points, key=lambda p: p.kl)):
+        where = max(point.kl, LEAST_KL), axis.at(point)
+        offset = (6, 4 if index % 2 == 0 else -10)  # neighbours stay apart
+        panel.annotate(point.label, where, xytext=offset, textcoords="offset points", fontsize=7)
     panel.set_xscale("log")
     panel.set_ylim(0, 1.1 * max(axis.range(point)[2] for point in points))
     panel.set_xlabel("KL to the original in float32, nats per token (less is better)")
     panel.set_ylabel(axis.title)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25)
+
+
+def _of_each_size(points: Sequence[Point]) -> list[Point]:
+    """Policies read less of the same weights: only the best of each weights, which is dense where it is there."""
+    best: dict[tuple[str, str], Point] = {}
+    for point in sorted(points, key=lambda p: p.kl):
+        best.setdefault((point.system, point.weights), point)
+    return list(best.values())
 
 
 def front(
@@ -185,9 +197,6 @@ def _draw_weights(
             markeredgewidth=0.6, markersize=8 if point.policy == DENSE_POLICY else 6.5, zorder=3,
             label=f"{point.system} {point.weights}" if index == 0 else None, linestyle="none",
         )  # fmt: skip
-        panel.annotate(
-            point.label, (x, axis.at(point)), xytext=(6, 4), textcoords="offset points", fontsize=7
-        )
 
 
 def _whiskers(ranges: Sequence[tuple[float, float, float]]) -> list[list[float]]:

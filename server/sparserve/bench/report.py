@@ -21,13 +21,14 @@ from sparserve.bench.evaluation import check_context
 from sparserve.bench.formats import check_longest, prompts_of, sweep_engine
 from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.peers.gguf_files import bits_per_weight
+from sparserve.bench.peers.registry import Load as PeerLoad
 from sparserve.bench.peers.registry import PeerSpec, open_peer
 from sparserve.bench.policies import PolicySpec
 from sparserve.bench.quality import Quality, cut_windows
 from sparserve.bench.report_models import CompressedModel
 from sparserve.bench.report_quality import KeptQuality, measure_quality
 from sparserve.bench.report_rows import Report, Row
-from sparserve.bench.report_weights import Load, label_of, prepare
+from sparserve.bench.report_weights import Load, Weights, label_of, prepare
 from sparserve.bench.rounds import BenchProgress, median_ratio
 from sparserve.bench.scored_peers import peer_file
 from sparserve.bench.sweep import Point, Series, measure_point
@@ -112,39 +113,26 @@ def make_report(
 
     Raises ConfigError, ModelError, or RequestError of a policy that this model cannot follow.
     """
-    weights = prepare(
-        settings, plan.formats, plan.compressed, plan.policies, plan.indexes, plan.text, plan.speed, load
-    )  # fmt: skip
-    labels = [own.label(spec) for own in weights for spec in own.policies]
-    labels += [f"{name} {format}" for name, format in plan.peers]
-    _check_baseline(plan.baseline, labels)
-    model_hash = hash_of_files(source.path)
-    qualities = measure_quality(
-        settings, _to_score(plan, settings), weights, model_hash, load, kept, on_progress, on_note
-    )
 
     def weights_in(dtype: str) -> LoadedModel:
         return load(with_dtype(settings, dtype))
 
-    known = [
-        _Known(own.label(spec), own.recipe, own.bits) for own in weights for spec in own.policies
-    ]
-    for name, format in plan.peers:
-        bits = bits_per_weight(peer_file(name, format, weights_in))
-        known.append(_Known(f"{name} {format}", None, bits))
-    engines = [(own, sweep_engine(load(own.settings), own.settings, plan.speed)) for own in weights]
+    weights = prepare(
+        settings, plan.formats, plan.compressed, plan.policies, plan.indexes, plan.text, plan.speed, load
+    )  # fmt: skip
+    known = _known(weights, plan, weights_in)
+    labels = [each.label for each in known]
+    _check_baseline(plan.baseline, labels)
+    baseline, model_hash = plan.baseline or labels[0], hash_of_files(source.path)
+    qualities = measure_quality(
+        settings, _to_score(plan, settings), weights, model_hash, load, kept, on_progress, on_note
+    )
     threads = settings.threads or usable_cpus()
-    systems: list[System] = [
-        Sparserve(engine, spec, prompts_cached=True)
-        for own, engine in engines
-        for spec in own.policies
-    ]
-    systems += [open_peer(name, format, weights_in, threads) for name, format in plan.peers]
+    systems = _systems(weights, plan, threads, load, weights_in)
     watch = CpuWatch()
     series = _measure_speed(systems, plan, source, threads, on_progress)
     others = round(watch.others(), 2)
-    baseline = plan.baseline or known[0].label
-    against = series[[each.label for each in known].index(baseline)]
+    against = series[labels.index(baseline)]
     return Report(
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,6 +151,29 @@ def make_report(
         tiers=plan.tiers,
         rows=[_row(*each, plan, against) for each in zip(known, qualities, series, strict=True)],
     )
+
+
+def _known(weights: Sequence[Weights], plan: Plan, weights_in: PeerLoad) -> list[_Known]:
+    """Writes files of peers that are not there yet."""
+    ours = [
+        _Known(own.label(spec), own.recipe, own.bits) for own in weights for spec in own.policies
+    ]
+    return ours + [
+        _Known(f"{name} {format}", None, bits_per_weight(peer_file(name, format, weights_in)))
+        for name, format in plan.peers
+    ]
+
+
+def _systems(
+    weights: Sequence[Weights], plan: Plan, threads: int, load: Load, weights_in: PeerLoad
+) -> list[System]:
+    """In the order of `_known`. Policies share their weights."""
+    systems: list[System] = []
+    for own in weights:
+        engine = sweep_engine(load(own.settings), own.settings, plan.speed)
+        systems += [Sparserve(engine, spec, prompts_cached=True) for spec in own.policies]
+    rivals = [open_peer(name, format, weights_in, threads) for name, format in plan.peers]
+    return systems + rivals
 
 
 def _to_score(plan: Plan, settings: EngineSettings) -> evaluation.Plan:

@@ -173,13 +173,16 @@ def _write(found: Report, folder: Path) -> None:
 
 
 def _resolved(formats: Sequence[str], source: LoadedModel, settings: EngineSettings) -> list[str]:
-    """`formats` with what "auto" stands for, each once."""
+    """`formats` with what "auto" stands for, each once. Raises ConfigError of one that other flags do not allow."""
     from sparserve.bench.systems import data_type
-    from sparserve.engine.factory import format_name
+    from sparserve.engine.factory import choose_backend, format_name
     from sparserve.engine.formats import with_dtype
 
     own = data_type(format_name(source, with_dtype(settings, "auto"))) if "auto" in formats else ""
-    return list(dict.fromkeys(own if name == "auto" else name for name in formats))
+    found = list(dict.fromkeys(own if name == "auto" else name for name in formats))
+    for name in found:
+        choose_backend(with_dtype(settings, name), name)
+    return found
 
 
 def _tiers(text: str) -> list[float]:
