@@ -81,8 +81,8 @@ class EngineSettings(BaseSettings):
     compress_cache: Annotated[
         bool,
         Field(
-            description="Keep what --compress made in $SPARSERVE_CACHE_DIR/compressed, and load it from there while "
-            "model, recipe and text stay the same; else it is in a temporary folder until the process ends."
+            description="Keep what --compress makes in $SPARSERVE_CACHE_DIR/compressed for the next time; else it is "
+            "in a temporary folder until the process ends."
         ),
     ] = True
     backend: Annotated[

@@ -1,5 +1,6 @@
 """`sparserve compress`, and `--compress` of the commands that load a model."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -146,6 +147,24 @@ def test_errors_are_one_line_and_nothing_is_left(run_main, compress, tiny, text,
         assert err.startswith("error: ")
         assert told in words(err)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_eval_compares_what_it_compresses_with_the_original(
+    run_main, tiny, text, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SPARSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "other.txt").write_text("Trains and ships and aeroplanes that travel far. " * 10)
+    flags = ("--model", tiny, "--compress", recipe, "--compress-text", text, "--threads", "1",
+             "--kv-cache-gib", "0.01", "--windows", "4", "--prompt-tokens", "40", "--decode-tokens", "8",
+             "--formats", "auto,bfloat16", "--json", tmp_path / "rows.json")  # fmt: skip
+    status, _, err = run_main("eval", text, *flags)
+    assert status == 1
+    assert f"the compressed model was calibrated on {text}" in words(err)
+    status, _, _ = run_main("eval", tmp_path / "other.txt", *flags)
+    assert status == 0
+    compressed, exact = json.loads((tmp_path / "rows.json").read_text())
+    assert compressed["format"] == "int4-g32 (attention g64, down g64, LM head int8)"
+    assert compressed["kl"] > 100 * exact["kl"]
 
 
 async def test_serve_compresses_what_it_loads_and_finds_it_the_next_time(

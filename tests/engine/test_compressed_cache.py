@@ -128,6 +128,21 @@ def test_servers_that_start_together_compress_once(settings, runs):
     assert {model.path for model in models} == set(runs)
 
 
+def test_who_waits_for_another_process_says_so(settings, runs, caplog):
+    caplog.set_level(logging.INFO, "sparserve")
+    path = load_by_settings(settings).path
+    with ThreadPoolExecutor(1) as pool:
+        with compressed_cache._alone_with(path):
+            waiting = pool.submit(load_by_settings, settings)
+            give_up = time.monotonic() + 60
+            while f"another process uses {path}: waiting for it" not in caplog.text:
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            assert not waiting.done()
+        assert waiting.result().path == path
+    assert runs == [path]
+
+
 def test_without_the_cache_nothing_is_kept(settings, runs, cache, tmp_path, monkeypatch):
     at_exit = []
     monkeypatch.setattr(
@@ -201,6 +216,13 @@ def test_a_damaged_folder_of_the_cache_is_named(settings):
 def test_what_cannot_be_is_told_with_the_way_out(settings, changes, kind, told):
     with pytest.raises(kind, match=told):
         load_by_settings(settings.model_copy(update=changes))
+
+
+def test_a_gguf_file_is_refused(settings, tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    own = {"model": str(tmp_path / "tiny.gguf")}
+    with pytest.raises(UnsupportedModel, match=r"is a GGUF file, .* give the Hugging Face folder"):
+        load_by_settings(settings.model_copy(update=own))
 
 
 def test_a_folder_that_is_compressed_is_not_compressed_again(settings, source, tmp_path):

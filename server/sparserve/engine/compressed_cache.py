@@ -53,7 +53,9 @@ def compressed_folder(settings: EngineSettings, on_progress: DownloadProgress) -
 
     if not settings.compress_cache:
         return name, compress(_temporary() / "model")
-    out = cache_dir() / "compressed" / f"{path.name}-{recipe.name}-{_key(path, recipe, texts)}"
+    out = (
+        cache_dir() / "compressed" / f"{Path(name).name}-{recipe.name}-{_key(path, recipe, texts)}"
+    )
     with _alone_with(out):
         return name, out if is_compressed(out) else compress(out)
 
@@ -88,10 +90,12 @@ def _alone_with(out: Path) -> Iterator[None]:
             "or take --no-compress-cache"
         ) from error
     with lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # given up with the file, or by the system with the process
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process uses %s: waiting for it", out)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # the lock is given up with the file, or by the system with the process
 
 
 def _temporary() -> Path:
