@@ -61,7 +61,7 @@ def evaluate_formats(
     load = cache(load)
     reference = load(plan.original or settings.model, "float32")
     tokens = plan.prompt_tokens + plan.decode_tokens
-    _check_context(reference, tokens)
+    check_context(reference, tokens)
     windows = cut_windows(
         tokens_of(reference, read_text(plan.text)),
         plan.windows,
@@ -132,7 +132,7 @@ def _served(
     ]
 
 
-def _check_context(model: LoadedModel, tokens: int) -> None:
+def check_context(model: LoadedModel, tokens: int) -> None:
     limit = model.config.max_position_embeddings
     if tokens > limit:
         raise ConfigError(

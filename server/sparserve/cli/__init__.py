@@ -11,7 +11,18 @@ import sys
 import typer
 
 from sparserve import __version__
-from sparserve.cli import bench, calibrate, chat, compress, demo, evaluate, generate, models, serve
+from sparserve.cli import (
+    bench,
+    calibrate,
+    chat,
+    compress,
+    demo,
+    evaluate,
+    generate,
+    models,
+    report,
+    serve,
+)
 from sparserve.cli.options import NO_VALUE, Command, Group
 from sparserve.cli.output import fail
 from sparserve.errors import SparserveError
@@ -33,6 +44,7 @@ app.command("generate", cls=Command)(generate.generate)
 app.command("eval", cls=Command)(evaluate.evaluate)
 app.command("compress", cls=Command)(compress.compress)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
+app.command("report", cls=Command)(report.report)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 
