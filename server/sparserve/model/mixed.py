@@ -70,36 +70,15 @@ def allocate(
     Raises ConfigError of a target beyond what the choices reach; as `compress_layers` of the rest.
     """
     check_recipe(model.config, recipe)
-    assert recipe.mixed is not None
     measured = _measure(model, recipe, token_ids, on_step)
-    keys, options = list(measured.options), list(measured.options.values())
     weights = model.config.num_layers * layer_weights(model.config)
-    most_bytes, most_loss = math.inf, -math.inf
-    ladders = [ladder(own) for own in options]
-    least, greatest = (totals(options, [steps[end] for steps in ladders]) for end in (0, -1))
-    if (bits := recipe.mixed.target_bits) is not None:
-        most_bytes = bits * weights / 8
-        if not least[0] <= most_bytes <= greatest[0]:
-            # Rounded to what can be asked for.
-            low, high = (
-                math.ceil(8e3 * least[0] / weights) / 1e3,
-                math.floor(8e3 * greatest[0] / weights) / 1e3,
-            )
-            raise ConfigError(
-                f"mixed.target_bits of the recipe {recipe.name} is {bits}; of its choices this model can have "
-                f"{low} to {high} bits a weight: give one of these, or other choices"
-            )
-    if (kl := recipe.mixed.target_kl) is not None:
-        most_loss = kl - measured.head
-        if most_loss < greatest[1]:
-            raise ConfigError(
-                f"mixed.target_kl of the recipe {recipe.name} is {kl}; the least that is predicted of its choices "
-                f"is {measured.head + greatest[1]:.3g}, {measured.head:.3g} of it the LM head's, with "
-                f"{8 * greatest[0] / weights:.2f} bits a weight: give more, or other choices"
-            )
+    most_bytes, most_loss = _limits(recipe, measured, weights)
+    options = list(measured.options.values())
     places = give_out(options, most_bytes=most_bytes, most_loss=most_loss)
     size, loss = totals(options, places)
-    chosen = {key: recipe.choices[place] for key, place in zip(keys, places, strict=True)}
+    chosen = {
+        key: recipe.choices[place] for key, place in zip(measured.options, places, strict=True)
+    }
     made = _filled_in(recipe, chosen, model.config)
     return Allocation(made, measured.head + loss, 8 * size / weights)
 
@@ -108,6 +87,33 @@ def allocate(
 class _Measured:
     head: float  # KL of the LM head as the recipe rounds it
     options: Mapping[Key, Sequence[Option]]  # one for each choice
+
+
+def _limits(recipe: Recipe, measured: _Measured, weights: int) -> tuple[float, float]:
+    """(bytes, loss without the LM head's) at most. Raises ConfigError of what cannot be met."""
+    assert recipe.mixed is not None
+    options = list(measured.options.values())
+    ladders = [ladder(own) for own in options]
+    least, greatest = (totals(options, [steps[end] for steps in ladders]) for end in (0, -1))
+    if (bits := recipe.mixed.target_bits) is not None:
+        most_bytes = bits * weights / 8
+        if not least[0] <= most_bytes <= greatest[0]:
+            low, high = 8e3 * least[0] / weights, 8e3 * greatest[0] / weights
+            raise ConfigError(
+                f"mixed.target_bits of the recipe {recipe.name} is {bits}; of its choices this model can have "
+                f"{math.ceil(low) / 1e3} to {math.floor(high) / 1e3} bits a weight: give one of these, or other "
+                "choices"
+            )
+        return most_bytes, -math.inf
+    kl = recipe.mixed.target_kl
+    assert kl is not None
+    if kl < measured.head + greatest[1]:
+        raise ConfigError(
+            f"mixed.target_kl of the recipe {recipe.name} is {kl}; the least that is predicted of its choices "
+            f"is {measured.head + greatest[1]:.3g}, {measured.head:.3g} of it the LM head's, with "
+            f"{8 * greatest[0] / weights:.2f} bits a weight: give more, or other choices"
+        )
+    return math.inf, kl - measured.head
 
 
 def _measure(
