@@ -188,6 +188,35 @@ def test_matrices_of_16_bits_stay_as_they_are(tiny_bfloat16):
     assert layer.tensors.down.bits == 8
 
 
+def test_layers_follow_their_own_formats(tiny_bfloat16):
+    ranked = {"bits": 8, "group_size": 32, "rank": 32}
+    overrides = [{"layers": [1], "down": {"bits": 16}, "gate_up": ranked}]
+    recipe = recipe_of(compensate="qera", overrides=overrides)
+    first, second = compress_layers(tiny_bfloat16, recipe, TEXT)
+    plain = next(iter(compress_layers(tiny_bfloat16, recipe_of(), TEXT)))
+    assert_same_bytes(first, plain)
+    assert torch.equal(second.tensors.down, tiny_bfloat16.weights.layers[1].w_down)
+    up = second.tensors.up
+    assert (up.bits, up.group_size, up.factors.codes.shape[1]) == (8, 32, 32)
+    assert second.tensors.q.bits == 4
+    assert [report.name for report in second.reports] == [f"layer 1: {own}" for own in STACKS[:3]]
+
+
+def test_overrides_that_do_not_fit_the_model_are_refused(tiny_model):
+    # Of what all layers have anyway, too.
+    for part in ({"bits": 8}, {"bits": 4}):
+        recipe = recipe_of(overrides=[{"layers": "1-2", "down": part}])
+        with pytest.raises(
+            ConfigError, match="are of layer 2, and the last layer of this model is 1"
+        ):
+            check_recipe(tiny_model.config, recipe)
+    recipe = recipe_of(compensate="qera", overrides=[{"layers": 1, "down": {"rank": 96}}])
+    with pytest.raises(
+        ConfigError, match=r"down.rank of the recipe tested is 96, and down of this"
+    ):
+        check_recipe(tiny_model.config, recipe)
+
+
 def test_fewer_levels_cost_quality_and_no_bits(tiny_bfloat16):
     reports = [
         next(iter(compress_layers(tiny_bfloat16, recipe_of(value_bits=bits), TEXT))).reports

@@ -31,9 +31,9 @@ from sparserve.engine.factory import choose_backend, format_name, make_backend
 from sparserve.engine.formats import served_formats
 from sparserve.errors import ConfigError
 from sparserve.model.backend import Backend, mean_neuron_bytes
-from sparserve.model.cpu import layer_neuron_bytes
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel
+from sparserve.model.weight_bytes import layer_neuron_bytes
 from sparserve.sparsity.index import IndexKey, NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.predictors import embedding

@@ -1,4 +1,16 @@
-"""Recipes: how the matrices of a model are compressed, as YAML files."""
+"""Recipes: how the matrices of a model are compressed, as YAML files.
+
+    name: mine
+    attention: {bits: 4, group_size: 32}
+    overrides:
+      - {layers: 0-1, down: {bits: 8}}
+      - {layers: [0, 29], attention: {bits: 8}, gate_up: {bits: 8}}
+
+Or formats that are chosen by part and layer:
+
+    name: chosen
+    mixed: {target_bits: 4.95, choices: [{bits: 4}, {bits: 4, group_size: 32}, {bits: 8}]}
+"""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from sparserve.model.stacks import (
     GATE_UP,
     OUTPUT,
     QKV,
+    STACKS,
     Stack,
     columns_alike,
     expected_squares,

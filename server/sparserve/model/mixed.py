@@ -22,6 +22,7 @@ from sparse_kernels.weights import LayerTensors
 from sparserve.compression.allocation import Option, give_out, ladder, totals
 from sparserve.compression.matrix import compress
 from sparserve.compression.recipe import PARTS, Override, Part, Recipe
+from sparserve.compression.scaling import column_scales
 from sparserve.errors import ConfigError
 from sparserve.model.compressed_tensors import layer_weights, part_bytes
 from sparserve.model.compressing import (
@@ -35,7 +36,7 @@ from sparserve.model.config import ModelConfig
 from sparserve.model.cpu import layer_tensors
 from sparserve.model.effective import effective, effective_head, effective_values
 from sparserve.model.loader import LoadedModel
-from sparserve.model.stacks import DOWN, STACKS
+from sparserve.model.stacks import DOWN, STACKS, columns_alike
 from sparserve.model.walk import Walk
 from sparserve.model.weights import LayerWeights
 
@@ -69,36 +70,15 @@ def allocate(
     Raises ConfigError of a target beyond what the choices reach; as `compress_layers` of the rest.
     """
     check_recipe(model.config, recipe)
-    assert recipe.mixed is not None
     measured = _measure(model, recipe, token_ids, on_step)
-    keys, options = list(measured.options), list(measured.options.values())
     weights = model.config.num_layers * layer_weights(model.config)
-    most_bytes, most_loss = math.inf, -math.inf
-    ladders = [ladder(own) for own in options]
-    least, greatest = (totals(options, [steps[end] for steps in ladders]) for end in (0, -1))
-    if (bits := recipe.mixed.target_bits) is not None:
-        most_bytes = bits * weights / 8
-        if not least[0] <= most_bytes <= greatest[0]:
-            # Rounded to what can be asked for.
-            low, high = (
-                math.ceil(8e3 * least[0] / weights) / 1e3,
-                math.floor(8e3 * greatest[0] / weights) / 1e3,
-            )
-            raise ConfigError(
-                f"mixed.target_bits of the recipe {recipe.name} is {bits}; of its choices this model can have "
-                f"{low} to {high} bits a weight: give one of these, or other choices"
-            )
-    if (kl := recipe.mixed.target_kl) is not None:
-        most_loss = kl - measured.head
-        if most_loss < greatest[1]:
-            raise ConfigError(
-                f"mixed.target_kl of the recipe {recipe.name} is {kl}; the least that is predicted of its choices "
-                f"is {measured.head + greatest[1]:.3g}, {measured.head:.3g} of it the LM head's, with "
-                f"{8 * greatest[0] / weights:.2f} bits a weight: give more, or other choices"
-            )
+    most_bytes, most_loss = _limits(recipe, measured, weights)
+    options = list(measured.options.values())
     places = give_out(options, most_bytes=most_bytes, most_loss=most_loss)
     size, loss = totals(options, places)
-    chosen = {key: recipe.choices[place] for key, place in zip(keys, places, strict=True)}
+    chosen = {
+        key: recipe.choices[place] for key, place in zip(measured.options, places, strict=True)
+    }
     made = _filled_in(recipe, chosen, model.config)
     return Allocation(made, measured.head + loss, 8 * size / weights)
 
@@ -107,6 +87,33 @@ def allocate(
 class _Measured:
     head: float  # KL of the LM head as the recipe rounds it
     options: Mapping[Key, Sequence[Option]]  # one for each choice
+
+
+def _limits(recipe: Recipe, measured: _Measured, weights: int) -> tuple[float, float]:
+    """(bytes, loss without the LM head's) at most. Raises ConfigError of what cannot be met."""
+    assert recipe.mixed is not None
+    options = list(measured.options.values())
+    ladders = [ladder(own) for own in options]
+    least, greatest = (totals(options, [steps[end] for steps in ladders]) for end in (0, -1))
+    if (bits := recipe.mixed.target_bits) is not None:
+        most_bytes = bits * weights / 8
+        if not least[0] <= most_bytes <= greatest[0]:
+            low, high = 8e3 * least[0] / weights, 8e3 * greatest[0] / weights
+            raise ConfigError(
+                f"mixed.target_bits of the recipe {recipe.name} is {bits}; of its choices this model can have "
+                f"{math.ceil(low) / 1e3} to {math.floor(high) / 1e3} bits a weight: give one of these, or other "
+                "choices"
+            )
+        return most_bytes, -math.inf
+    kl = recipe.mixed.target_kl
+    assert kl is not None
+    if kl < measured.head + greatest[1]:
+        raise ConfigError(
+            f"mixed.target_kl of the recipe {recipe.name} is {kl}; the least that is predicted of its choices "
+            f"is {measured.head + greatest[1]:.3g}, {measured.head:.3g} of it the LM head's, with "
+            f"{8 * greatest[0] / weights:.2f} bits a weight: give more, or other choices"
+        )
+    return math.inf, kl - measured.head
 
 
 def _measure(
@@ -156,6 +163,7 @@ class _Rounding:
     def __init__(self, model: LoadedModel, recipe: Recipe) -> None:
         # Of the format alone: the choice of how to round is the same for all.
         self._recipe = recipe.model_copy(update={"quantizer": "rtn", "target": "weights"})
+        self._config = model.config
         self._formats = [choice.format() for choice in recipe.choices]
         sizes = [part_bytes(model.config, LayerFormats(own, own, own)) for own in self._formats]
         self._sizes = {part: [size[part] for size in sizes] for part in PARTS}
@@ -176,6 +184,14 @@ class _Rounding:
             name = f"layer {index}: {', '.join(stack.names)}"
             for inputs in stack_inputs(walk, index, stack, exact):
                 moments.add(inputs, name)
+            scales = torch.ones(weight.shape[1])
+            if self._recipe.scale_columns and stack.scaled:
+                lowest, alike = (
+                    self._formats[self._lowest[part]],
+                    columns_alike(stack, self._config),
+                )
+                scales = column_scales(weight, moments.squares, lowest, name, alike)
+                weight, moments = weight * scales, moments.divided(scales)
             for place, format in enumerate(self._formats):
                 if not format.quantized:
                     continue
@@ -184,7 +200,7 @@ class _Rounding:
                 errors[place] += found.report.compensated
                 if place == self._lowest[part]:
                     values = effective_values(found.matrix, found.basis)
-                    values = values.T.contiguous() if transposed else values
+                    values = values.T.contiguous() if transposed else values / scales
                     rows = [len(getattr(exact, field)) for field in stack.fields]
                     changes |= zip(stack.fields, torch.split(values, rows), strict=True)
         return replace(exact, **changes), errors
