@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparse_kernels.formats import GROUP_SIZES, MatrixFormat
 from sparse_kernels.weights import NonFiniteWeights, QuantizedMatrix
-from sparserve.compression.gptq import UnusableMoments, gptq, gptq_transposed
+from sparserve.compression.gptq import SHRINKS, UnusableMoments, gptq, gptq_transposed
 from sparserve.compression.quantize import ScaleOverflow, quantize
 from sparserve.compression.statistics import InputMoments
 
@@ -39,13 +39,28 @@ def assert_same(one: QuantizedMatrix, other: QuantizedMatrix) -> None:
         assert torch.equal(mine, theirs)
 
 
-def fitted(values: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """values [rows, columns of a group] -> scales, zeros [rows]."""
-    least, largest = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
-    scales = ((largest - least) / top).astype(np.float16)
-    small = scales.astype(float) * top < largest - least
-    scales = np.where(small, np.nextafter(scales, np.float16(np.inf)), scales).astype(float)
-    return scales, np.rint(-least / np.where(scales, scales, 1))
+def fitted(
+    values: np.ndarray, top: int, squares: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """values [rows, columns of a group], squares [columns] -> scales, zeros [rows]: of the ranges tried the best."""
+    counts = np.ones(values.shape[1]) if squares is None else squares
+    found = []
+    for shrink in SHRINKS.tolist():
+        least, largest = (
+            shrink * np.minimum(values.min(1), 0),
+            shrink * np.maximum(values.max(1), 0),
+        )
+        scales = ((largest - least) / top).astype(np.float16)
+        small = scales.astype(float) * top < largest - least
+        scales = np.where(small, np.nextafter(scales, np.float16(np.inf)), scales).astype(float)
+        steps = np.where(scales, scales, 1)[:, None]
+        zeros = np.rint(-least / steps[:, 0])
+        codes = (np.rint(values / steps) + zeros[:, None]).clip(0, top)
+        made = scales[:, None] * (codes - zeros[:, None])
+        found.append((((made - values) ** 2 * counts).sum(1), scales, zeros))
+    errors, scales, zeros = (np.array(own) for own in zip(*found, strict=True))
+    best = errors.argmin(0), np.arange(len(values))
+    return scales[best], zeros[best]
 
 
 Parameters = Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -85,7 +100,8 @@ def test_groups_of_inputs_as_defined(format, act_order, inputs_like, moments_of)
         group = column // size
         part = slice(group * size, (group + 1) * size)
         if group not in found:
-            found[group] = fitted((original if act_order else now)[:, part], 2**format.bits - 1)
+            known = (original if act_order else now)[:, part]
+            found[group] = fitted(known, 2**format.bits - 1, moments.squares.numpy()[part])
         return found[group]
 
     sums = moments.sums.numpy()
@@ -130,7 +146,7 @@ def test_groups_of_outputs_as_defined(format, act_order, inputs_like, moments_of
     value_bits=st.sampled_from([None, 2, 3, 4]),
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
 )
-def test_inputs_that_do_not_correlate_are_rounded_to_nearest(
+def test_inputs_that_do_not_correlate_are_rounded_no_worse_than_to_nearest(
     solve, rows, columns, format, act_order, value_bits, scale
 ):
     width = columns if solve is gptq else rows
@@ -138,7 +154,15 @@ def test_inputs_that_do_not_correlate_are_rounded_to_nearest(
     moments = InputMoments(torch.diag(squares), tokens=10)
     weight = (random_weight(rows, columns, seed=columns) * scale).bfloat16()
     made = solve(weight, moments, format, "w", act_order=act_order, value_bits=value_bits)
-    assert_same(made, quantize(weight, format, "w", value_bits))
+    nearest = quantize(weight, format, "w", value_bits)
+    assert int(made.codes.max()) < 2 ** (value_bits or format.bits)
+    counts = squares if solve is gptq else squares[:, None]
+
+    def off(matrix: QuantizedMatrix) -> float:
+        error = matrix.dequantize().double() - weight.double()
+        return float((error.square() * counts).sum())
+
+    assert off(made) <= off(nearest) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -174,15 +198,17 @@ def test_inputs_that_were_always_0_keep_their_weights(inputs_like, moments_of):
     inputs[:, [3, 40, 89]] = 0
     made = gptq_transposed(weight, moments_of(inputs), INT4, "w").dequantize()
     nearest = quantize(weight, INT4, "w").dequantize()
-    assert torch.equal(made[[3, 40, 89]], nearest[[3, 40, 89]])
+    alone = [3, 40, 89]
+    assert (made - weight)[alone].norm() <= (nearest - weight)[alone].norm() < 0.1
     assert not torch.equal(made, nearest)
 
 
 @BOTH
-def test_without_any_input_but_0_all_is_rounded_to_nearest(solve, moments_of):
+def test_without_any_input_but_0_all_is_rounded_alone(solve, moments_of):
     weight = random_weight(64, 64)
     made = solve(weight, moments_of(torch.zeros(5, 64)), INT4, "w")
-    assert_same(made, quantize(weight, INT4, "w"))
+    nearest = quantize(weight, INT4, "w").dequantize()
+    assert (made.dequantize() - weight).norm() <= (nearest - weight).norm()
 
 
 @BOTH

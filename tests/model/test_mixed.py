@@ -22,6 +22,7 @@ from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.mixed import allocate
 
 LAYERS = 4
+UNSCALED = {"scale_columns": False}
 INT4, INT8 = {"bits": 4, "group_size": 64}, {"bits": 8, "group_size": 64}
 
 
@@ -93,7 +94,7 @@ def test_a_layer_that_rounding_hurts_gets_the_bits(write_tiny_checkpoint, tmp_pa
     for weight in (layer.w_gate, layer.w_up):
         weight[:, 7] *= 64
     # Room for half of the steps from 4 to 8 bits of gate and up.
-    recipe = recipe_of(target_bits=4.9, choices=[INT4, INT8])
+    recipe = recipe_of(UNSCALED, target_bits=4.9, choices=[INT4, INT8])
     before = load_model(str(folder), dtype="bfloat16", layers_at_use=True)
     assert allocate(before, recipe, TEXT).recipe.formats().layer(2).gate_up.bits == 4
     formats = allocate(planted, recipe, TEXT).recipe.formats()
@@ -131,7 +132,7 @@ def test_what_is_predicted_is_the_sum_of_what_each_part_loses(
                 quantize_layer(layer_tensors(model.weights.layers[index]), plan, "")
             )
             expected += loss(replace(exact.weights, layers=layers))
-    found = allocate(model, recipe_of(target_kl=100), tokens)
+    found = allocate(model, recipe_of(UNSCALED, target_kl=100), tokens)
     assert found.kl == pytest.approx(expected, rel=1e-3)
 
 

@@ -25,6 +25,8 @@ from sparserve.compression.statistics import InputMoments
 # Inputs whose errors reach all later ones in one product; every group size divides it.
 BLOCK_INPUTS = 128
 DAMPING = 0.01  # of the mean diagonal of H, added to it
+# Of a group's range from its least to its largest value, what is tried as the range of its codes.
+SHRINKS = torch.tensor([1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7], dtype=torch.float64)
 
 
 class UnusableMoments(ValueError):
@@ -45,11 +47,11 @@ def gptq(
 
     `moments` are full, of width `in`; matrices that share their inputs can be stacked by rows. With
     `act_order` inputs are taken by falling mean square; groups stay as they are stored ("static groups"), so
-    they get scales and zeros of the original weights beforehand, as `quantize` does. Without, inputs are
+    they get scales and zeros of the original weights beforehand. Without, inputs are
     taken as they are stored, and a group gets its scale and zero when it is reached, of what the weights are
     by then.
 
-    An input that was always 0 is rounded to nearest: it may not be 0 when served. `value_bits` as in
+    An input that was always 0 is rounded for itself: it may not be 0 when served. `value_bits` as in
     `quantize`. Takes about 5 in^2 + 2 in out numbers of 8 bytes.
 
     Raises UnusableMoments, NonFiniteWeights or ScaleOverflow with `name` in the message; ValueError of
@@ -63,16 +65,15 @@ def gptq(
     scales = torch.empty(groups, values.shape[1], dtype=torch.float16)
     steps, zeros = (torch.empty(scales.shape, dtype=torch.float64) for _ in range(2))
 
-    def fit(group: int, members: torch.Tensor) -> None:
-        """members [inputs of the group, out]"""
-        least, largest = members.amin(0).clamp_(max=0), members.amax(0).clamp_(min=0)
-        scales[group] = _scales(least, largest, largest_code, weight, name)
-        steps[group] = divisors(scales[group])
-        zeros[group] = (-least / steps[group]).round_()
+    def fit(group: int, members: torch.Tensor, squares: torch.Tensor) -> None:
+        """members [inputs of the group, out], squares [inputs of the group]"""
+        found = _fit(members, squares, largest_code, weight, name)
+        scales[group], steps[group], zeros[group] = found
 
     if act_order:
+        own_squares = torch.split(moments.squares, size)
         for group, members in enumerate(torch.split(values, size)):
-            fit(group, members)
+            fit(group, members, own_squares[group])
         values = values[order]
     column_of = order.tolist()
 
@@ -80,7 +81,7 @@ def gptq(
         column = column_of[i]
         group, first = divmod(column, size)
         if not act_order and first == 0:
-            fit(group, values[i : i + size])
+            fit(group, values[i : i + size], moments.squares[i : i + size])
         own = _codes(values[i], steps[group], zeros[group], largest_code)
         codes[column] = own
         return scales[group] * own.sub_(zeros[group])
@@ -115,14 +116,12 @@ def gptq_transposed(
     scales = torch.empty(len(values), groups, dtype=torch.float16)
     zeros = torch.empty(len(values), groups, dtype=torch.uint8)
     row_of = order.tolist()
+    alike = torch.ones(format.group_size, dtype=torch.float64)
 
     def rounded(i: int) -> torch.Tensor:
         # Zeros at the end do not change a range that has 0 in it anyway.
         own = F.pad(values[i], (0, groups * format.group_size - outputs)).view(groups, -1)
-        least, largest = own.amin(1).clamp_(max=0), own.amax(1).clamp_(min=0)
-        scale = _scales(least, largest, largest_code, weight, name)
-        step = divisors(scale).double()
-        zero = (-least / step).round_()
+        scale, step, zero = _fit(own.T, alike, largest_code, weight, name)
         own = _codes(own, step[:, None], zero[:, None], largest_code)
         row = row_of[i]
         codes[row], scales[row], zeros[row] = own.flatten()[:outputs], scale, zero
@@ -193,6 +192,31 @@ def _finite(weight: torch.Tensor, name: str) -> torch.Tensor:
     if not bool(weight.isfinite().all()):
         raise refusal(weight, name)
     return weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+
+
+def _fit(
+    members: torch.Tensor,
+    squares: torch.Tensor,
+    largest_code: int,
+    weight: torch.Tensor,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """members [n, groups] float64: the values of each group; squares [n]: how much each counts.
+
+    -> scales float16, divisors and zeros float64, each [groups]: of the ranges of SHRINKS, that with the least
+    sum of squared errors of members rounded to nearest. The largest values are cut off where the rest gains more.
+    """
+    least, largest = members.amin(0).clamp_(max=0), members.amax(0).clamp_(min=0)
+    shrinks = SHRINKS[:, None]
+    scales = _scales(shrinks * least, shrinks * largest, largest_code, weight, name)
+    steps = divisors(scales).double()
+    zeros = (-shrinks * least / steps).round_()
+    codes = _codes(members, steps[:, None], zeros[:, None], largest_code)  # [shrinks, n, groups]
+    values = codes.sub_(zeros[:, None]).mul_(scales[:, None])
+    errors = values.sub_(members).square_().mul_(squares[:, None]).sum(dim=1)
+    best = errors.argmin(dim=0, keepdim=True)  # the first of equals, the widest
+    scales, steps, zeros = (own.gather(0, best)[0] for own in (scales, steps, zeros))
+    return scales, steps, zeros
 
 
 def _scales(

@@ -3,19 +3,18 @@ the rest of their group.
 
 W x = (W S) (S^-1 x) with S diagonal, and what makes x takes S^-1 for nothing: an RMSNorm's weight, or the rows
 of v for the output projection. As AWQ does (Lin et al., arXiv 2306.00978), s_j is a power of the input's
-root mean square, here times a power of the column's own, and the exponents are tried.
+root mean square over one of the column's own, the two exponents add up to 1, and nine pairs are tried. (All of 25
+independent pairs never found a better one on SmolLM2.)
 """
 
 from __future__ import annotations
-
-from itertools import product
 
 import torch
 
 from sparse_kernels.formats import MatrixFormat
 from sparserve.compression.quantize import quantize
 
-EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+EXPONENTS = tuple(k / 8 for k in range(9))  # of the input
 GREATEST = 16.0  # beside a typical scale of 1: scales of groups stay within float16
 SAMPLE_ROWS = 2048  # that scales are chosen by
 
@@ -31,14 +30,12 @@ def column_scales(
     error of column j, S^-1 undone.
 
     weight [out, in]; squares [in], the mean squares of its inputs or any multiple. alike (n, m, k), n m k =
-    in: the columns (i, ., j) share a scale. Deterministic; among equals the first, least exponents. Raises
-    as `quantize`.
+    in: the columns (i, ., j) share a scale. Deterministic; 1 where none is better. Raises as `quantize`.
     """
     rows = weight[:: max(1, len(weight) // SAMPLE_ROWS)].float()
     inputs, own = (_shared(own, alike) for own in (squares.float(), rows.square().mean(0)))
-    candidates = [
-        _scales(inputs.pow(x / 2) / own.pow(w / 2)) for x, w in product(EXPONENTS, EXPONENTS)
-    ]
+    candidates = [torch.ones(weight.shape[1])]
+    candidates += [_scales(inputs.pow(a / 2) / own.pow((1 - a) / 2)) for a in EXPONENTS]
 
     def error(scales: torch.Tensor) -> float:
         values = quantize(rows * scales, format, name).dequantize() / scales

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_ELEMENTS = 1 << 21  # of inputs in float64 at once
+BLOCK_TOKENS = 512  # that are added up in float32, before the rest is in float64
 
 
 class NonFiniteInputs(ValueError):
@@ -47,18 +47,20 @@ class InputMoments:
     def add(self, inputs: torch.Tensor, name: str) -> None:
         """Count `inputs` [tokens, width], float32 or bfloat16. The same batches in the same order give the
         same bits. Raises NonFiniteInputs with `name` in the message, and then has counted nothing."""
+        if not len(inputs):
+            return
         finite = inputs.isfinite().all(dim=1)
         if not bool(finite.all()):
             raise NonFiniteInputs(
                 f"inputs of {name} are not finite in {int((~finite).sum())} of {len(inputs)} tokens; "
                 "calibrate on text that the model can read, or in a wider data type"
             )
-        for block in torch.split(inputs, max(1, BLOCK_ELEMENTS // self.width)):
-            exact = block.double()
-            if self.is_diagonal:
-                self.sums += exact.square_().sum(dim=0)
-            else:
-                self.sums.addmm_(exact.T, exact)
+        for block in torch.split(inputs.float(), BLOCK_TOKENS):
+            # Squares stay within float32.
+            size = float(torch.linalg.vector_norm(block, torch.inf)) or 1.0
+            unit = block / size
+            own = unit.square_().sum(dim=0) if self.is_diagonal else unit.T @ unit
+            self.sums.add_(own, alpha=size * size)
         self.tokens += len(inputs)
 
     def divided(self, scales: torch.Tensor) -> InputMoments:

@@ -43,7 +43,7 @@ from sparserve.model.weights import LayerWeights
 # Of the calibration's text, and of each of its windows, what KLs are measured on.
 WINDOWS, TOKENS = 4, 128
 # Adjacent layers get the same formats where there are more than so many.
-MOST_BLOCKS = 32
+MOST_BLOCKS = 16
 LOGITS_ROWS = 128  # in memory at once
 
 Key = tuple[int, str]  # a block of layers, and a part of them
