@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 4
+SK_ABI_VERSION = 5
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -22,6 +22,8 @@ SK_MAX_CORRECTION_RANK = 64
 SK_MAX_CORRECTIONS = 64
 SK_ROW_TILE = 16
 SK_COLUMN_TILE = 64
+SK_RANK_TILE = 32
+SK_MAX_RANK = 512
 SK_ALIGNMENT = 64
 SK_SCAN_DIRECTIONS = 128
 SK_SCAN_NEEDED = 48
@@ -207,6 +209,10 @@ class sk_layer(ctypes.Structure):
     gate: sk_matrix
     up: sk_matrix
     down: sk_matrix
+    qkv_basis: sk_matrix
+    output_basis: sk_matrix
+    gate_up_basis: sk_matrix
+    down_basis: sk_matrix
     attention_norm: "ctypes._Pointer[ctypes.c_float]"
     mlp_norm: "ctypes._Pointer[ctypes.c_float]"
     qkv_bias: "ctypes._Pointer[ctypes.c_float]"
@@ -228,6 +234,10 @@ class sk_layer(ctypes.Structure):
         ("gate", sk_matrix),
         ("up", sk_matrix),
         ("down", sk_matrix),
+        ("qkv_basis", sk_matrix),
+        ("output_basis", sk_matrix),
+        ("gate_up_basis", sk_matrix),
+        ("down_basis", sk_matrix),
         ("attention_norm", ctypes.POINTER(ctypes.c_float)),
         ("mlp_norm", ctypes.POINTER(ctypes.c_float)),
         ("qkv_bias", ctypes.POINTER(ctypes.c_float)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import repeat
 from typing import cast
 
 import torch
@@ -17,11 +18,13 @@ import torch.nn.functional as F
 from sparse_kernels import _abi
 from sparse_kernels.arena import Arena, aligned
 from sparse_kernels.choice import ChoiceKind
-from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, MatrixFormat
+from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, LayerFormats, MatrixFormat
 from sparse_kernels.matrix import (
+    PlaneShape,
     fill_matrix,
     matrix_bytes,
     on_their_own,
+    plane_shapes,
     planes_bytes,
     scales_bytes,
     side_by_side,
@@ -31,6 +34,7 @@ from sparse_kernels.weights import (
     ChoiceTensors,
     DecoderConfig,
     EndTensors,
+    Factors,
     LayerShape,
     LayerTensors,
     Matrix,
@@ -88,13 +92,16 @@ def pack(
     for one. Raises NonFiniteWeights, ValueError where a tensor has another shape or format than asked
     for, MemoryError.
     """
+    formats.check_layers(len(config.layers))
+    plans = [formats.layer(index) for index in range(len(config.layers))]
     vocab = (config.vocab_size, config.hidden_size)
     frequencies = config.rope_frequencies.view(-1, config.head_dim // 2)
     tables = matrix_bytes(*vocab, BFLOAT16)
     if ends.lm_head is not None:
         tables += matrix_bytes(*vocab, formats.lm_head)
     vectors = _vector_bytes(config.hidden_size) + _vector_bytes(frequencies.numel())
-    arena = Arena(tables + vectors + sum(_layer_bytes(config, s, formats) for s in config.layers))
+    sizes = map(_layer_bytes, repeat(config), config.layers, plans)
+    arena = Arena(tables + vectors + sum(sizes))
     frequencies = _vector(arena, frequencies.numel()).view_as(frequencies).copy_(frequencies)
     _check_matrix("embedding", ends.embedding, vocab, BFLOAT16)
     embedding = lm_head = fill_matrix(arena, ends.embedding, *vocab, BFLOAT16)
@@ -108,10 +115,8 @@ def pack(
     structs = (_abi.sk_layer * len(config.layers))()
     source = iter(layers)
     # zip would hold a layer while it asks for another.
-    for index, shape in enumerate(config.layers):
-        structs[index] = _pack_layer(
-            arena, config, shape, formats, next(source), f"layer {index}: "
-        )
+    for index, (shape, plan) in enumerate(zip(config.layers, plans, strict=True)):
+        structs[index] = _pack_layer(arena, config, shape, plan, next(source), f"layer {index}: ")
     return PackedDecoder(config, formats, arena, frequencies, structs, norm, embedding, lm_head)
 
 
@@ -194,26 +199,41 @@ def _padded_neurons(shape: LayerShape) -> int:
     return aligned(shape.intermediate_size, _abi.SK_NEURON_BLOCK)
 
 
-def _up_planes(formats: DecoderFormats) -> tuple[list[int], list[int]]:
-    """Bits of up's planes on their own, and of those beside each other: what is read of a neuron once it
-    is chosen. That is the last plane of up, and down."""
-    *upper, last = formats.gate_up.planes
-    return upper, [last, *formats.down.planes]
+def _up_planes(hidden: int, formats: LayerFormats) -> tuple[list[PlaneShape], list[PlaneShape]]:
+    """Up's planes on their own, and those beside each other: what is read of a neuron once it is chosen.
+    That is the last plane of up, and down."""
+    *upper, last = plane_shapes(hidden, formats.gate_up)
+    return upper, [last, *plane_shapes(hidden, formats.down)]
 
 
-def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: DecoderFormats) -> int:
+def _bases(
+    config: DecoderConfig, shape: LayerShape, formats: LayerFormats
+) -> dict[str, tuple[int, int]]:
+    """Of a layer's low-rank terms, the shapes by the names of their tensors."""
+    hidden, attention = config.hidden_size, formats.attention.rank
+    shapes = {
+        "qkv_basis": (attention, hidden),
+        "output_basis": (attention, shape.num_heads * config.head_dim),
+        "gate_up_basis": (formats.gate_up.rank, hidden),
+        "down_basis": (formats.down.rank, hidden),
+    }
+    return {name: basis for name, basis in shapes.items() if basis[0]}
+
+
+def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: LayerFormats) -> int:
     """With room for all the vectors that a layer may have."""
     hidden, heads = config.hidden_size, _padded_heads(config, shape)
     neurons = (_padded_neurons(shape), hidden)
-    upper, beside = _up_planes(formats)
+    upper, beside = _up_planes(hidden, formats)
     matrices = (
         matrix_bytes(heads, hidden, formats.attention),
         matrix_bytes(hidden, shape.num_heads * config.head_dim, formats.attention),
         matrix_bytes(*neurons, formats.gate_up),
-        *(planes_bytes(*neurons, [bits]) for bits in upper),
-        planes_bytes(*neurons, beside),
+        *(planes_bytes(neurons[0], [plane]) for plane in upper),
+        planes_bytes(neurons[0], beside),
         scales_bytes(*neurons, formats.gate_up),
         scales_bytes(*neurons, formats.down),
+        *(matrix_bytes(*basis, BFLOAT16) for basis in _bases(config, shape, formats).values()),
     )
     lengths = [*3 * [hidden], heads, *2 * [config.head_dim]]
     return sum(matrices) + sum(map(_vector_bytes, lengths))
@@ -223,7 +243,7 @@ def _pack_layer(
     arena: Arena,
     config: DecoderConfig,
     shape: LayerShape,
-    formats: DecoderFormats,
+    formats: LayerFormats,
     tensors: LayerTensors,
     where: str,
 ) -> _abi.sk_layer:
@@ -237,6 +257,8 @@ def _pack_layer(
     inputs = shape.num_heads * head_dim
     layer.output = fill_matrix(arena, tensors.output, hidden, inputs, formats.attention)
     _pack_feed_forward(arena, _padded_neurons(shape), hidden, formats, tensors, layer)
+    for name, basis in _bases(config, shape, formats).items():
+        setattr(layer, name, fill_matrix(arena, getattr(tensors, name), *basis, BFLOAT16))
     if tensors.q_bias is not None and tensors.k_bias is not None and tensors.v_bias is not None:
         bias = _by_head([tensors.q_bias, tensors.k_bias, tensors.v_bias], head_dim)
         layer.qkv_bias = pointer(_vector(arena, heads).copy_(bias))
@@ -250,14 +272,14 @@ def _pack_feed_forward(
     arena: Arena,
     neurons: int,
     hidden: int,
-    formats: DecoderFormats,
+    formats: LayerFormats,
     tensors: LayerTensors,
     layer: _abi.sk_layer,
 ) -> None:
     """Sets gate, up and down of `layer`."""
-    upper, beside = _up_planes(formats)
-    high = on_their_own(arena, neurons, hidden, upper)
-    low, *rest = side_by_side(arena, neurons, hidden, beside)
+    upper, beside = _up_planes(hidden, formats)
+    high = on_their_own(arena, neurons, upper)
+    low, *rest = side_by_side(arena, neurons, beside)
     down = tensors.down if isinstance(tensors.down, QuantizedMatrix) else tensors.down.T
     layer.gate = fill_matrix(arena, tensors.gate, neurons, hidden, formats.gate_up)
     layer.up = fill_matrix(arena, tensors.up, neurons, hidden, formats.gate_up, [*high, low])
@@ -269,11 +291,18 @@ def _joined(parts: Sequence[Matrix], head_dim: int) -> Matrix:
     first = parts[0]
     if not isinstance(first, QuantizedMatrix):
         return _by_head(cast(Sequence[torch.Tensor], parts), head_dim)
+    quantized = cast(Sequence[QuantizedMatrix], parts)
     codes, scales, zeros = (
-        _by_head([getattr(part, name) for part in parts], head_dim)
+        _by_head([getattr(part, name) for part in quantized], head_dim)
         for name in ("codes", "scales", "zeros")
     )
-    return replace(first, codes=codes, scales=scales, zeros=zeros)
+    factors = None
+    if owns := [part.factors for part in quantized if part.factors is not None]:
+        factors = Factors(
+            _by_head([own.codes for own in owns], head_dim),
+            _by_head([own.scales for own in owns], head_dim),
+        )
+    return replace(first, codes=codes, scales=scales, zeros=zeros, factors=factors)
 
 
 def _by_head(parts: Sequence[torch.Tensor], head_dim: int) -> torch.Tensor:
@@ -287,7 +316,7 @@ def _by_head(parts: Sequence[torch.Tensor], head_dim: int) -> torch.Tensor:
 def _check_layer(
     config: DecoderConfig,
     shape: LayerShape,
-    formats: DecoderFormats,
+    formats: LayerFormats,
     tensors: LayerTensors,
     where: str,
 ) -> None:
@@ -305,10 +334,13 @@ def _check_layer(
         "attention_norm": hidden, "mlp_norm": hidden, "q_bias": q, "k_bias": kv, "v_bias": kv,
         "output_bias": hidden, "q_norm": config.head_dim, "k_norm": config.head_dim,
     }  # fmt: skip
+    bases = _bases(config, shape, formats)
     for field in fields(tensors):
         name, value = where + field.name, getattr(tensors, field.name)
         if field.name in matrices:
             _check_matrix(name, value, *matrices[field.name])
+        elif field.name.endswith("_basis"):
+            _check_basis(name, value, bases.get(field.name))
         elif value is not None:
             _check_tensor(name, value, (vectors[field.name],), torch.float32)
     missing = [bias is None for bias in (tensors.q_bias, tensors.k_bias, tensors.v_bias)]
@@ -327,6 +359,7 @@ def _check_matrix(name: str, matrix: Matrix, shape: tuple[int, int], format: Mat
     if not isinstance(matrix, QuantizedMatrix):
         _check_tensor(name, matrix, shape, torch.bfloat16)
         return
+    _check_factors(name, matrix.factors, shape[0], format.rank)
     groups = (shape[0], format.groups(shape[1]))
     _check_tensor(f"{name}'s codes", matrix.codes, shape, torch.uint8)
     _check_tensor(f"{name}'s scales", matrix.scales, groups, torch.float16)
@@ -337,6 +370,27 @@ def _check_matrix(name: str, matrix: Matrix, shape: tuple[int, int], format: Mat
             raise ValueError(f"{name} has the {what} {int(values.max())} in {format.bits} bits")
 
 
+def _check_factors(name: str, factors: Factors | None, rows: int, rank: int) -> None:
+    """Raises ValueError or NonFiniteWeights."""
+    if (factors is None) != (rank == 0):
+        has = "no" if factors is None else "a"
+        raise ValueError(f"{name} has {has} low-rank term; its format asks for rank {rank}")
+    if factors is None:
+        return
+    _check_tensor(f"{name}'s factors", factors.codes, (rows, rank), torch.uint8)
+    _check_tensor(f"{name}'s factors' scales", factors.scales, (rows,), torch.float16)
+
+
+def _check_basis(name: str, basis: torch.Tensor | None, shape: tuple[int, int] | None) -> None:
+    """Raises ValueError or NonFiniteWeights."""
+    if basis is None and shape is None:
+        return
+    if basis is None or shape is None:
+        has = "missing" if basis is None else f"{list(basis.shape)}"
+        raise ValueError(f"{name} is {has}; the formats ask for {list(shape) if shape else 'none'}")
+    _check_tensor(name, basis, shape, torch.bfloat16)
+
+
 def _check_tensor(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -345,5 +399,6 @@ def _check_tensor(
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}"
         )
-    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+    # aminmax has NaN if one is, and takes a tenth of the time of isfinite over all.
+    if dtype.is_floating_point and not all(end.isfinite() for end in tensor.aminmax()):
         raise NonFiniteWeights(f"{name} holds values that are not finite")

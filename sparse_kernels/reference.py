@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from sparse_kernels import _abi
 from sparse_kernels.arena import aligned
 from sparse_kernels.choice import ALL_NEURONS, ChoiceKind, NeuronChoice
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.weights import (
+    FACTOR_ZERO,
     ChoiceTensors,
     DecoderConfig,
     EndTensors,
+    Factors,
     LayerShape,
     LayerTensors,
     Matrix,
@@ -54,21 +56,24 @@ def forward(
     """
     x, scores = ends.embedding[token_ids].double(), []
     for index, (shape, layer) in enumerate(zip(config.layers, layers, strict=True)):
+        plan = formats.layer(index)
         q, k, v = project_heads(config, layer, x, start=len(cache[index][0]))
         keys, values = cache[index]
         cache[index] = (
             torch.cat((keys, stored(k, kv_bits))),
             torch.cat((values, stored(v, kv_bits))),
         )
-        out = attention(q, *cache[index], shape.window) @ exact(layer.output).T
+        out = attention(q, *cache[index], shape.window)
+        out = out @ exact(layer.output).T + low_rank(layer.output, layer.output_basis, out)
         x = x + (out if layer.output_bias is None else out + layer.output_bias.double())
         normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-        chosen = choose(layer, index, normed, choice, tensors, formats)
+        chosen = choose(layer, index, normed, choice, tensors, plan)
         if reads is not None:
             kinds = (chosen.looked, chosen.used, chosen.whole, chosen.down_whole)
             reads[index] += torch.stack([mask.sum() for mask in kinds])
         activations = chosen.activations
-        x = x + down(layer.down, activations, chosen.down_whole, formats.down.low_bits)
+        low_bits = plan.down.low_bits
+        x = x + down(layer.down, activations, chosen.down_whole, low_bits, layer.down_basis)
         if choice.correction:
             inputs, outputs = tensors.corrections[choice.correction - 1][index]
             x = x + (normed @ inputs.double().T) @ outputs.double()
@@ -93,10 +98,14 @@ def choose(
     normed: torch.Tensor,
     choice: NeuronChoice,
     tensors: ChoiceTensors,
-    formats: DecoderFormats,
+    formats: LayerFormats,
 ) -> Chosen:
     """normed [tokens, hidden] float64, the inputs of gate and up of the layer with this index."""
-    gate, up = normed @ exact(layer.gate).T, normed @ exact(layer.up).T
+    basis = layer.gate_up_basis
+    gate, up = (
+        normed @ exact(matrix).T + low_rank(matrix, basis, normed)
+        for matrix in (layer.gate, layer.up)
+    )
     neurons = gate.shape[1]
     core = choice.members(neurons)
     looked = (
@@ -112,8 +121,8 @@ def choose(
         return Chosen(looked, used, used, used, F.silu(gate) * up * used)
     assert tensors.planes_factors is not None
     factors = tensors.planes_factors[index, :neurons].double()
-    gate_high, gate_variance = upper(layer.gate, normed, formats.gate_up.low_bits)
-    up_high, up_variance = upper(layer.up, normed, formats.gate_up.low_bits)
+    gate_high, gate_variance = upper(layer.gate, normed, formats.gate_up.low_bits, basis)
+    up_high, up_variance = upper(layer.up, normed, formats.gate_up.low_bits, basis)
     approximate = F.silu(gate_high) * up_high
     importance = approximate.abs() * factors
     sigmoid = gate_high.sigmoid()
@@ -135,7 +144,28 @@ def choose(
     return Chosen(looked, used, whole, down_whole, activations)
 
 
-def upper(matrix: Matrix, normed: torch.Tensor, low_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(matrix: Matrix, basis: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, columns] -> its low-rank term B (A x), [tokens, rows]; zeros where there is none."""
+    if basis is None:
+        return torch.zeros(1, dtype=torch.float64)
+    assert isinstance(matrix, QuantizedMatrix)
+    assert matrix.factors is not None
+    return (x @ basis.double().T) @ matrix.factors.dequantize().double().T
+
+
+def upper_factors(factors: Factors, bits: int, unit: int, middle: float) -> torch.Tensor:
+    """float64 [rows, rank]: of each code of `bits`, two of which make a factor of 8 if they are 4, the
+    multiples of `unit` alone, `middle` added."""
+    numbers = torch.zeros(factors.codes.shape, dtype=torch.float64)
+    for shift in range(0, 8, bits):
+        code = factors.codes.long() >> shift & ((1 << bits) - 1)
+        numbers += (code // unit * unit + middle) * (1 << shift)
+    return factors.scales.double()[:, None] * (numbers - FACTOR_ZERO)
+
+
+def upper(
+    matrix: Matrix, normed: torch.Tensor, low_bits: int, basis: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """normed [tokens, hidden] -> its product with the upper bits, the mean of the lower ones added, and the
     variance of what these make of it; [tokens, rows] each."""
     assert isinstance(matrix, QuantizedMatrix)
@@ -144,21 +174,40 @@ def upper(matrix: Matrix, normed: torch.Tensor, low_bits: int) -> tuple[torch.Te
     scales = matrix.scales.double()
     by_column = scales.repeat_interleave(matrix.group_size, dim=1)[:, :columns]
     product = normed @ (high + by_column * (unit - 1) / 2).T
-    return product, normed.square() @ by_column.square().T * (unit**2 - 1) / 12
+    squares = normed.square() @ by_column.square().T
+    if basis is not None:
+        assert matrix.factors is not None
+        inputs = normed @ basis.double().T
+        parts = upper_factors(matrix.factors, matrix.bits, unit, (unit - 1) / 2)
+        product += inputs @ parts.T
+        weight = 1 if matrix.bits == 8 else 16**2 + 1  # of the halves of a code
+        row_scales = matrix.factors.scales.double()
+        squares += weight * inputs.square().sum(dim=1, keepdim=True) * row_scales.square()
+    return product, squares * (unit**2 - 1) / 12
 
 
 def down(
-    matrix: Matrix, activations: torch.Tensor, whole: torch.Tensor, low_bits: int
+    matrix: Matrix,
+    activations: torch.Tensor,
+    whole: torch.Tensor,
+    low_bits: int,
+    basis: torch.Tensor | None,
 ) -> torch.Tensor:
     """activations [tokens, intermediate] -> [tokens, hidden]; of neurons that are not `whole` only the upper
     bits count, with half of the lower ones' range."""
     if not isinstance(matrix, QuantizedMatrix):
         return activations @ exact(matrix).T
-    if not low_bits:
-        return activations @ exact(matrix)
     unit = 1 << low_bits
     high = replace(matrix, codes=matrix.codes // unit * unit + unit // 2)
-    return (activations * whole) @ exact(matrix) + (activations * ~whole) @ exact(high)
+    completely = activations * whole if low_bits else activations
+    approximately = activations - completely
+    out = completely @ exact(matrix) + approximately @ exact(high)
+    if basis is None:
+        return out
+    assert matrix.factors is not None
+    parts = upper_factors(matrix.factors, matrix.bits, unit, unit // 2)
+    z = completely @ matrix.factors.dequantize().double() + approximately @ parts
+    return out + z @ basis.double()
 
 
 def logits(config: DecoderConfig, ends: EndTensors, hidden: torch.Tensor) -> torch.Tensor:
@@ -189,6 +238,7 @@ def project_heads(
         (layer.v, layer.v_bias, None),
     ):
         out = F.linear(normed, exact(weight), None if bias is None else bias.double())
+        out = out + low_rank(weight, layer.qkv_basis, normed)
         out = out.view(len(x), -1, config.head_dim)
         heads.append(out if norm is None else rms_norm(out, norm, config.rms_norm_eps))
     q, k, v = heads

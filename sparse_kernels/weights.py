@@ -37,6 +37,25 @@ class NonFiniteWeights(ValueError):
     """A weight is NaN or infinite; the message names the tensor."""
 
 
+FACTOR_ZERO = 136  # both halves of a code minus 8: 16 (upper - 8) + lower - 8 = code - 136
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """B of a low-rank term, B (A x): scale * (code - FACTOR_ZERO). Its basis A is the layer's.
+
+    An activation becomes an integer times each scale of its row of a down projection, by the largest of
+    them: A should be scaled so that these scales are about those of the matrix, or one of both is rough.
+    """
+
+    codes: torch.Tensor  # uint8 [rows, rank]
+    scales: torch.Tensor  # float16 [rows], finite and >= 0
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [rows, rank], exact."""
+        return self.scales.float()[:, None] * (self.codes.float() - FACTOR_ZERO)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
     """Integers with a scale and a zero for each group of columns of a row; the last group has the rest."""
@@ -46,9 +65,10 @@ class QuantizedMatrix:
     zeros: torch.Tensor  # uint8 [rows, groups], below 2^bits
     bits: int
     group_size: int
+    factors: Factors | None = None  # of a low-rank term
 
     def dequantize(self) -> torch.Tensor:
-        """scale * (code - zero), float32 [rows, columns]; exact: 11 bits times 9."""
+        """scale * (code - zero), float32 [rows, columns], without a low-rank term; exact: 11 bits times 9."""
         columns = self.codes.shape[1]
         scales, zeros = (
             t.float().repeat_interleave(self.group_size, dim=1)[:, :columns]
@@ -64,6 +84,9 @@ Matrix = torch.Tensor | QuantizedMatrix
 class LayerTensors:
     """One layer; matrices are [out, in] in bfloat16 or quantized, vectors float32, None where there is
     none. A quantized `down` is [in, out]: its groups run within a neuron's column.
+
+    A basis is the A of low-rank terms, bfloat16: y = W x + B (A x), and of down y = W x + A^T (B^T x), with
+    the factors B [rows of W as it is stored, rank] of each matrix.
     """
 
     q: Matrix  # [num_heads * head_dim, hidden]
@@ -81,6 +104,10 @@ class LayerTensors:
     output_bias: torch.Tensor | None = None  # [hidden]
     q_norm: torch.Tensor | None = None  # [head_dim]
     k_norm: torch.Tensor | None = None  # [head_dim]
+    qkv_basis: torch.Tensor | None = None  # [rank, hidden], of q, k and v
+    output_basis: torch.Tensor | None = None  # [rank, num_heads * head_dim]
+    gate_up_basis: torch.Tensor | None = None  # [rank, hidden], of both
+    down_basis: torch.Tensor | None = None  # [rank, hidden]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,25 +9,37 @@ import sparserve  # isort: skip  # noqa: F401  (before torch: it sets how OpenMP
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sparse_kernels.choice import ChoiceKind
+from sparse_kernels.formats import DecoderFormats, LayerFormats
+from sparse_kernels.weights import EndTensors, Factors, LayerTensors
 from sparserve.api.server import Server
+from sparserve.compression.quantize import quantize, quantize_layer
 from sparserve.config import ServerSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
 from sparserve.model.catalog import DEMO_MODEL
+from sparserve.model.compressed_checkpoint import CompressedWeights, CompressionInfo
+from sparserve.model.compressed_writer import CheckpointWriter, source_of
 from sparserve.model.config import ModelConfig
+from sparserve.model.cpu import layer_tensors
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.weights import HF_NAMES, layer_shapes
 from sparserve.sparsity.index import NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind
+
+# Examples of the machine that runs the tests may take long: it has other work.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -129,6 +141,69 @@ def demo_model() -> LoadedModel:
 @pytest.fixture(scope="session")
 def demo_bfloat16() -> LoadedModel:
     return load_model(DEMO_MODEL, dtype="bfloat16", layers_at_use=True)
+
+
+def with_low_rank(
+    layer: LayerTensors, formats: LayerFormats, seed: int, size: float
+) -> LayerTensors:
+    """Random low-rank terms of the ranks of `formats`; of `size` 1 smaller than what they are added to."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {
+        "qkv": (("q", "k", "v"), formats.attention.rank),
+        "output": (("output",), formats.attention.rank),
+        "gate_up": (("gate", "up"), formats.gate_up.rank),
+        "down": (("down",), formats.down.rank),
+    }
+    for basis, (names, rank) in parts.items():
+        if not rank:
+            continue
+        for name in names:
+            matrix = getattr(layer, name)
+            rows, columns = matrix.codes.shape
+            codes = torch.randint(0, 256, (rows, rank), generator=generator).to(torch.uint8)
+            scales = (torch.rand(rows, generator=generator) * 0.004 * size * rank**-0.5).half()
+            low_rank = replace(matrix, factors=Factors(codes, scales))
+            layer = replace(layer, **{name: low_rank})
+        values = torch.randn(rank, columns, generator=generator) * columns**-0.5
+        layer = replace(layer, **{f"{basis}_basis": values.bfloat16()})
+    return layer
+
+
+def compress_to(
+    source: Path,
+    formats: DecoderFormats,
+    out: Path,
+    layers: int | None = None,
+    low_rank: float = 1,
+    texts: tuple[str, ...] = ("a hash",),
+) -> CompressedWeights:
+    """What stands in the folder `out` then; with `layers` a run that was interrupted after so many."""
+    model = load_model(str(source), dtype="bfloat16", layers_at_use=True)
+    weights = model.weights
+    info = CompressionInfo({"name": "test"}, formats, source_of(model), texts)
+    tensors = [
+        with_low_rank(quantize_layer(layer_tensors(layer), own, ""), own, index, low_rank)
+        for index, layer in enumerate(weights.layers)
+        for own in [formats.layer(index)]
+    ]
+    head = None if weights.lm_head is weights.embedding else weights.lm_head
+    if formats.lm_head.quantized:
+        head = quantize(weights.lm_head, formats.lm_head, "lm_head")
+    ends = EndTensors(weights.embedding, weights.norm, head)
+    writer = CheckpointWriter(out, info)
+    done = writer.finished_layers()
+    for index, layer in enumerate(tensors[:layers]):
+        if index not in done:
+            writer.write_layer(index, layer)
+    if layers is None:
+        writer.finish(ends)
+    return CompressedWeights(writer.info, tensors, ends)
+
+
+@pytest.fixture(scope="session")
+def write_compressed() -> Callable[..., CompressedWeights]:
+    """`compress_to` itself."""
+    return compress_to
 
 
 def index_for(model: LoadedModel, format: str, *, planes: bool) -> NeuronIndex:

@@ -5,6 +5,7 @@ Precedence: flag, then `SPARSERVE_<NAME>` in the environment, then the YAML file
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast, get_args
@@ -29,6 +30,18 @@ HeadDtype = Literal["same", "bfloat16", "int8", "int4", "int4+exact"]
 BackendChoice = Literal["auto", "reference", "cpu"]
 PolicyName = Literal["dense", "core", "token", "exact", "auto"]
 
+# Settings that say how weights are stored.
+_OF_FORMATS = (
+    "dtype",
+    "attention_dtype",
+    "mlp_dtype",
+    "lm_head_dtype",
+    "group_size",
+    "weight_planes",
+    "down_planes",
+    "activation_bits",
+)
+
 
 def _number(value: object) -> object:
     """A flag's or the environment's text of digits: a Literal of numbers takes numbers alone."""
@@ -47,10 +60,31 @@ class EngineSettings(BaseSettings):
     model: Annotated[
         str,
         Field(
-            description="A name from `sparserve models`, a Hugging Face folder, a .gguf file, or the id "
-            "org/name[@revision] of a model in the Hugging Face cache."
+            description="A name from `sparserve models`, a Hugging Face folder, one that `sparserve compress` "
+            "made, a .gguf file, or the id org/name[@revision] of a model in the Hugging Face cache."
         ),
     ] = "smollm2-135m-instruct"
+    compress: Annotated[
+        str,
+        Field(
+            description="Compress the model when it is loaded, as `sparserve compress` does, by this recipe: fast, "
+            "balanced, quality or a YAML file. Takes minutes the first time; the result is kept in the cache. Empty: do not."
+        ),
+    ] = ""
+    compress_text: Annotated[
+        str,
+        Field(
+            description="Text files like what will be served, with commas between: what --compress measures "
+            "inputs of matrices on. Most recipes need one."
+        ),
+    ] = ""
+    compress_cache: Annotated[
+        bool,
+        Field(
+            description="Keep what --compress makes in $SPARSERVE_CACHE_DIR/compressed for the next time; else it is "
+            "in a temporary folder until the process ends."
+        ),
+    ] = True
     backend: Annotated[
         BackendChoice,
         Field(
@@ -269,6 +303,21 @@ class EngineSettings(BaseSettings):
         """Names that `allowed_policies` comes to."""
         names = _names(self.allowed_policies)
         return frozenset(get_args(PolicyName) if "all" in names else ["dense", *names])
+
+    @property
+    def compress_texts(self) -> list[Path]:
+        """The files that `compress_text` names."""
+        return [Path(os.path.expanduser(name)) for name in _names(self.compress_text)]
+
+    @model_validator(mode="after")
+    def _one_source_of_formats(self) -> EngineSettings:
+        for name in _OF_FORMATS if self.compress else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {value}, and compress {self.compress}, a recipe, which says how matrices are stored; "
+                    "give one of them"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineSettings:

@@ -52,11 +52,9 @@ void Forward::attend(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
   const std::vector<QueryTile>& tiles = tiles_[layer.heads / layer.kv_heads];
   const auto store = [&](size_t from, size_t to) {
-    const size_t n = size_t{layer.heads} * m_.head_dim, width = round_up(n, SK_COLUMN_TILE);
-    for (size_t t = from; t < to; ++t) {
-      products(layer.output)
-          .store_operand(&layer.output, mixed_ + t * width, n, t, count_, attention_operand_);
-    }
+    const size_t width = layer.output.columns;
+    store_inputs(layer.output, layer.output_basis, size_t{layer.heads} * m_.head_dim, from, to,
+                 mixed_ + from * width, width, attention_operand_, own);
   };
   const size_t heads = tiles.size() * layer.kv_heads;
   if (split_) {
@@ -155,9 +153,8 @@ void Forward::merge(SoftmaxState* state, float* values, float largest, float tot
 void Forward::finish_row(const Layer& layer, const QueryTile& tile, uint32_t head, uint32_t row,
                          const SoftmaxState& state, const float* values) {
   const uint32_t group = layer.heads / layer.kv_heads;
-  const size_t width = round_up(size_t{layer.heads} * m_.head_dim, SK_COLUMN_TILE);
-  float* to =
-      mixed_ + (tile.row + row / group) * width + (head * group + row % group) * m_.head_dim;
+  float* to = mixed_ + (tile.row + row / group) * layer.output.columns +
+              (head * group + row % group) * m_.head_dim;
   const float factor = 1.0f / state.total;
   for (size_t i = 0; i < m_.head_dim; ++i) to[i] = values[i] * factor;
 }

@@ -119,8 +119,8 @@ void Forward::add_chosen(const Layer& layer, size_t index, uint32_t unit, const 
     add_first_rows(layer, index, last, piece_end(last, block(unit + 2)), &fetch);
   }
   for (uint32_t p = partition(unit); p < partition(unit + 1); ++p) {
-    down(layer, layer.partition_begin(p), layer.partition_begin(p + 1), 0, m_.columns,
-         partial_ + p * count_ * m_.columns, false, &fetch);
+    down(layer, layer.partition_begin(p), layer.partition_begin(p + 1), 0, layer.down.columns,
+         partial_ + p * count_ * layer.down.columns, false, &fetch);
   }
 }
 
@@ -309,7 +309,8 @@ void Forward::tell_reads(size_t index) {
 }
 
 void Forward::correct(size_t index, float* scratch, float* out) {
-  std::fill_n(out, count_ * m_.columns, 0.0f);
+  const size_t stride = m_.layers[index].down.columns;
+  std::fill_n(out, count_ * stride, 0.0f);
   for (size_t number = 1; number <= m_.corrections.size() / m_.layers.size(); ++number) {
     const auto wants = [&](size_t t) {
       const sk_choice* choice = tokens_[t].sequence->choice;
@@ -323,7 +324,7 @@ void Forward::correct(size_t index, float* scratch, float* out) {
     k_.bfloat16.dot(&correction.inputs, 0, rows, correction_operand_, count_, scratch, rows);
     for (size_t t = 0; t < count_; ++t) {
       if (wants(t)) {
-        k_.add_rows(&correction.outputs, scratch + t * rows, correction.rank, out + t * m_.columns);
+        k_.add_rows(&correction.outputs, scratch + t * rows, correction.rank, out + t * stride);
       }
     }
   }

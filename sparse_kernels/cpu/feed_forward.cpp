@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "forward.hpp"
+#include "low_rank.hpp"
 
 namespace sk {
 namespace {
@@ -50,14 +51,16 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
   float* const scratch = own.scratch;
   const Layer* next = index + 1 < m_.layers.size() ? &m_.layers[index + 1] : nullptr;
   const auto norm = [&](size_t from, size_t to) {
-    if (next != nullptr) norm_tokens(next->attention_norm, next->qkv, from, to, own.normed);
+    if (next == nullptr) return;
+    norm_tokens(next->attention_norm, next->qkv, next->qkv_basis, from, to, own);
   };
+  const size_t columns = layer.down.columns;
   // Prompts that are rounded otherwise need no partitions.
   const bool own_way = &products(layer.down) != layer.down.products;
   if (fused_ && !own_way) {
     const size_t partitions = layer.partitions + corrected_;
     const auto finish = [&](size_t from, size_t to) {
-      for (size_t t = from; t < to; ++t) add_partitions(partitions, t);
+      for (size_t t = from; t < to; ++t) add_partitions(layer, partitions, t);
       if (m_.reduce.add_up == nullptr) norm(from, to);
     };
     const uint32_t units = choosing_ ? chosen_units(layer) : layer.partitions;
@@ -65,13 +68,15 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
         own, units + corrected_,
         [&](size_t i) {
           const uint32_t unit = static_cast<uint32_t>(i);
+          fetch_basis(layer.down, layer.down_basis, unit, units, own);
+          if (next != nullptr) fetch_basis(next->qkv, next->qkv_basis, unit, units, own);
           if (unit == units) {
-            return correct(index, scratch, partial_ + layer.partitions * count_ * m_.columns);
+            return correct(index, scratch, partial_ + layer.partitions * count_ * columns);
           }
           if (choosing_) return add_chosen(layer, index, unit, own);
           const size_t begin = layer.partition_begin(unit), end = layer.partition_begin(unit + 1);
           activate(layer, begin, end, scratch);
-          down(layer, begin, end, 0, m_.columns, partial_ + i * count_ * m_.columns, false);
+          down(layer, begin, end, 0, columns, partial_ + i * count_ * columns, false);
         },
         [&] {
           if (choosing_) tell_reads(index);
@@ -81,25 +86,30 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
     then_per_token(own, finish);
   } else {
     phase(own, layer.blocks, [&](size_t block) { activate(layer, block, block + 1, scratch); });
-    const size_t unit = own_way ? prompt_columns(m_.columns, ranges_.size()) : kDownColumns;
+    const size_t unit = own_way ? prompt_columns(columns, ranges_.size()) : kDownColumns;
     const uint32_t pieces =
         own_way ? static_cast<uint32_t>((layer.blocks + kDownBlocks - 1) / kDownBlocks)
                 : layer.partitions;
-    const auto finish = [&] {
-      if (m_.reduce.add_up == nullptr) if_few_tokens(norm);
+    // The further outputs of a low-rank term are there when all columns are.
+    const bool low_rank = layer.down.rank != 0, last = m_.reduce.add_up == nullptr;
+    const auto finish = [&](size_t from, size_t to) {
+      for (size_t t = from; low_rank && t < to; ++t) add_partitions(layer, 1, t);
+      if (last) norm(from, to);
     };
     const auto add_columns = [&](size_t i) {
-      const size_t first = i * unit, n = std::min<size_t>(unit, m_.columns - first);
+      const size_t first = i * unit, n = std::min<size_t>(unit, columns - first);
       for (uint32_t p = 0; p < pieces; ++p) {
         const size_t begin = own_way ? p * kDownBlocks : layer.partition_begin(p);
         const size_t end = own_way ? std::min<size_t>((p + 1) * kDownBlocks, layer.blocks)
                                    : layer.partition_begin(p + 1);
         down(layer, begin, end, first, n, partial_ + first, p != 0);
       }
-      for (size_t t = 0; t < count_; ++t) take(t, first, partial_ + t * m_.columns + first, n);
+      for (size_t t = 0; !low_rank && t < count_; ++t) {
+        take(t, first, partial_ + t * columns + first, n);
+      }
     };
-    phase(own, (m_.columns + unit - 1) / unit, add_columns, finish);
-    if (m_.reduce.add_up == nullptr) then_per_token(own, norm);
+    phase(own, (columns + unit - 1) / unit, add_columns, [&] { if_few_tokens(finish); });
+    if (low_rank || last) then_per_token(own, finish);
   }
   if (m_.reduce.add_up != nullptr) {
     phase(own, 1, [&](size_t) { reduce_all(); }, [&] { if_few_tokens(norm); });
@@ -151,14 +161,20 @@ void Forward::down(const Layer& layer, size_t first, size_t last, size_t column,
     }
   }
   task.out = out;
-  task.out_stride = m_.columns;
+  task.out_stride = layer.down.columns;
   task.add = add;
   products(layer.down).down(&task);
 }
 
-void Forward::add_partitions(size_t partitions, size_t token) {
-  float* first = partial_ + token * m_.columns;
-  k_.sum_rows(first, count_ * m_.columns, partitions, m_.columns, first);
+void Forward::add_partitions(const Layer& layer, size_t partitions, size_t token) {
+  const size_t columns = layer.down.columns;
+  float* first = partial_ + token * columns;
+  k_.sum_rows(first, count_ * columns, partitions, columns, first);
+  if (layer.down.rank != 0) {
+    float z[SK_MAX_RANK];
+    take_factor_outputs(layer.down, first, z);
+    k_.add_rows(&layer.down_basis, z, layer.down.rank, first);
+  }
   take(token, 0, first, m_.columns);
 }
 

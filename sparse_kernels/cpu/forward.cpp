@@ -6,6 +6,7 @@
 
 #include "candidates.hpp"
 #include "head.hpp"
+#include "low_rank.hpp"
 
 namespace sk {
 namespace {
@@ -82,7 +83,7 @@ std::vector<QueryTile> Forward::query_tiles(uint32_t group) const {
 
 void Forward::allocate() {
   const size_t t = count_, columns = m_.columns;
-  const size_t mixed_columns = round_up(size_t{m_.most_heads} * m_.head_dim, SK_COLUMN_TILE);
+  size_t mixed_columns = 0, down_columns = 0, low_rank = 0;  // the last: floats of scratch
   const size_t neurons = round_up(m_.widest, SK_NEURON_BLOCK);
   size_t partitions = 0, most_blocks = 0;                      // of a partition
   size_t operand = 0, attention_operand = 0, activations = 0;  // bytes
@@ -93,6 +94,12 @@ void Forward::allocate() {
     operand = std::max({operand, operand_bytes(layer.qkv), operand_bytes(layer.gate)});
     attention_operand = std::max(attention_operand, operand_bytes(layer.output));
     activations = std::max(activations, products(layer.down).activation_bytes(t, neurons));
+    input_stride_ = std::max<size_t>({input_stride_, layer.qkv.columns, layer.gate.columns});
+    mixed_columns = std::max<size_t>(mixed_columns, layer.output.columns);
+    down_columns = std::max<size_t>(down_columns, layer.down.columns);
+    low_rank =
+        std::max({low_rank, low_rank_floats(layer.qkv_basis), low_rank_floats(layer.output_basis),
+                  low_rank_floats(layer.gate_up_basis)});
     partitions = std::max<size_t>(partitions, layer.partitions);
     most_blocks = std::max<size_t>(most_blocks, layer.blocks / layer.partitions + 1);
     const uint32_t group = layer.heads / layer.kv_heads;
@@ -104,7 +111,7 @@ void Forward::allocate() {
   attention_operand_ = m_.attention_operand.get(attention_operand);
   queries_ = m_.queries.get<float>(t * m_.most_heads * m_.dim);
   mixed_ = m_.mixed.get<float>(t * mixed_columns);
-  partial_ = m_.partial.get<float>((fused_ ? partitions + corrected_ : 1) * t * columns);
+  partial_ = m_.partial.get<float>((fused_ ? partitions + corrected_ : 1) * t * down_columns);
   activations_ = m_.activations.get(activations);
   if (!statistics_.empty()) plain_ = m_.plain.get<float>(t * neurons);
   if (m_.reduce.add_up != nullptr) reduced_ = m_.reduced.get<float>(t * columns);
@@ -136,11 +143,11 @@ void Forward::allocate() {
       kOutputRows);
   const size_t chosen = choosing_ ? 4 * kChosenBlocks * SK_NEURON_BLOCK : 0;  // see activate_chosen
   const size_t floats =
-      std::max(rows * std::max(per_token, chosen), args_.num_outputs * kHeadRows) + columns +
-      mixed_columns + kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
-  const size_t most = std::max(
-      {floats, columns + Scan::scratch_floats(m_), columns + neurons /* counted scores */});
-  for (Scratch& scratch : m_.scratch) scratch.get<float>(most);
+      std::max(rows * std::max(per_token, chosen), args_.num_outputs * kHeadRows) +
+      kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
+  const size_t most =
+      std::max({floats, Scan::scratch_floats(m_), neurons /* counted scores */, low_rank});
+  for (Scratch& scratch : m_.scratch) scratch.get<float>(kTokenUnit * input_stride_ + most);
 }
 
 void Forward::split_attention() {
@@ -186,10 +193,11 @@ void Forward::tick(sk_phase phase, uint32_t index) {
 void Forward::work(uint32_t index) {
   k_.begin_thread();
   float* memory = m_.scratch[index].get<float>(0);
-  const Own own = {index, memory, memory + m_.columns};
+  const Own own = {index, memory, memory + kTokenUnit * input_stride_};
   const auto begin = [&](size_t from, size_t to) {
     embed(from, to);
-    norm_tokens(m_.layers[0].attention_norm, m_.layers[0].qkv, from, to, own.normed);
+    const Layer& layer = m_.layers[0];
+    norm_tokens(layer.attention_norm, layer.qkv, layer.qkv_basis, from, to, own);
   };
   phase(own, 1, [&](size_t) { if_few_tokens(begin); });
   then_per_token(own, begin);
@@ -229,17 +237,42 @@ void Forward::embed(size_t from, size_t to) {
   }
 }
 
-void Forward::norm_tokens(const float* weight, const Matrix& matrix, size_t from, size_t to,
-                          float* normed) {
+void Forward::norm_tokens(const float* weight, const Matrix& matrix, const Matrix& basis,
+                          size_t from, size_t to, const Own& own) {
   for (size_t t = from; t < to; ++t) {
-    k_.rms_norm(x_ + t * m_.columns, weight, m_.hidden, m_.eps, normed);
-    products(matrix).store_operand(&matrix, normed, m_.hidden, t, count_, operand_);
+    k_.rms_norm(x_ + t * m_.columns, weight, m_.hidden, m_.eps,
+                own.normed + (t - from) * input_stride_);
+  }
+  store_inputs(matrix, basis, m_.hidden, from, to, own.normed, input_stride_, operand_, own);
+}
+
+size_t Forward::low_rank_floats(const Matrix& basis) const {
+  if (basis.columns == 0) return 0;
+  return k_.bfloat16.operand_bytes(&basis, kTokenUnit) / sizeof(float) + kTokenUnit * SK_MAX_RANK;
+}
+
+void Forward::store_inputs(const Matrix& matrix, const Matrix& basis, size_t n, size_t from,
+                           size_t to, float* inputs, size_t stride, void* operand, const Own& own) {
+  const size_t count = to - from;
+  if (matrix.rank != 0) {
+    float *const u = own.scratch, *const plain = u + kTokenUnit * SK_MAX_RANK;
+    for (size_t i = 0; i < count; ++i) {
+      k_.bfloat16.store_operand(&basis, inputs + i * stride, n, i, count, plain);
+    }
+    k_.bfloat16.dot(&basis, 0, matrix.rank, plain, count, u, matrix.rank);
+    for (size_t i = 0; i < count; ++i) {
+      put_factor_inputs(matrix, u + i * matrix.rank, n, inputs + i * stride);
+    }
+    n = matrix.columns;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    products(matrix).store_operand(&matrix, inputs + i * stride, n, from + i, count_, operand);
   }
 }
 
-void Forward::norm_for_choices(const Layer& layer, size_t from, size_t to, float* normed) {
+void Forward::store_for_choices(const Layer& layer, size_t from, size_t to, const Own& own) {
   for (size_t t = from; t < to; ++t) {
-    k_.rms_norm(x_ + t * m_.columns, layer.mlp_norm, m_.hidden, m_.eps, normed);
+    const float* const normed = own.normed + (t - from) * input_stride_;
     if (corrected_) {
       Matrix shape = {};
       shape.columns = m_.columns;
@@ -249,15 +282,19 @@ void Forward::norm_for_choices(const Layer& layer, size_t from, size_t to, float
       float* const squares = squares_ + t * layer.gate.groups;
       std::fill_n(squares, layer.gate.groups, 0.0f);
       k_.group_squares(normed, m_.hidden, layer.gate.group, squares);
+      k_.group_squares(normed + layer.gate.factors, layer.gate.columns - layer.gate.factors,
+                       layer.gate.group, squares + layer.gate.factors / layer.gate.group);
     }
   }
 }
 
 void Forward::project(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
+  const size_t heads = layer.heads + 2 * layer.kv_heads;
   phase(
-      own, layer.heads + 2 * layer.kv_heads,
+      own, heads,
       [&](size_t head) {
+        fetch_basis(layer.output, layer.output_basis, head, heads, own);
         const uint32_t group = layer.heads / layer.kv_heads;
         const bool is_query = head < layer.heads,
                    is_key = !is_query && head < layer.heads + layer.kv_heads;
@@ -308,13 +345,15 @@ uint8_t* Forward::kv_block(const Layer& layer, int32_t block, uint32_t head) con
 void Forward::output(const Layer& layer, const Own& own) {
   float* const scratch = own.scratch;
   const auto norm = [&](size_t from, size_t to) {
-    norm_tokens(layer.mlp_norm, layer.gate, from, to, own.normed);
-    if (choosing_) norm_for_choices(layer, from, to, own.normed);
+    norm_tokens(layer.mlp_norm, layer.gate, layer.gate_up_basis, from, to, own);
+    if (choosing_) store_for_choices(layer, from, to, own);
   };
   const size_t rows = round_up(m_.hidden, SK_ROW_TILE);
+  const size_t units = (rows + kOutputRows - 1) / kOutputRows;
   phase(
-      own, (rows + kOutputRows - 1) / kOutputRows,
+      own, units,
       [&](size_t i) {
+        fetch_basis(layer.gate, layer.gate_up_basis, i, units, own);
         const size_t first = i * kOutputRows, count = std::min(kOutputRows, rows - first);
         products(layer.output)
             .dot(&layer.output, first, count, attention_operand_, count_, scratch, kOutputRows);

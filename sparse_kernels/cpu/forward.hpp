@@ -46,7 +46,7 @@ struct alignas(64) Range {
 // What a thread has for itself.
 struct Own {
   uint32_t index;
-  float* normed;   // [hidden]
+  float* normed;   // [kTokenUnit, input_stride_] inputs of products
   float* scratch;  // for one unit of work
 };
 
@@ -152,10 +152,29 @@ class Forward {
   // The layers.
   void embed(size_t from, size_t to);
   // The inputs of the products with `matrix`: normed residuals.
-  void norm_tokens(const float* weight, const Matrix& matrix, size_t from, size_t to,
-                   float* normed);
-  // What choices need of the same tokens beside.
-  void norm_for_choices(const Layer& layer, size_t from, size_t to, float* normed);
+  void norm_tokens(const float* weight, const Matrix& matrix, const Matrix& basis, size_t from,
+                   size_t to, const Own& own);
+  // What choices need of the same tokens beside; their inputs are still in `own`.
+  void store_for_choices(const Layer& layer, size_t from, size_t to, const Own& own);
+  // The inputs [at most kTokenUnit, stride] of tokens from `from` on, n numbers each, become those
+  // of the products with `matrix`, whose low-rank term, if it has one, has this basis.
+  void store_inputs(const Matrix& matrix, const Matrix& basis, size_t n, size_t from, size_t to,
+                    float* inputs, size_t stride, void* operand, const Own& own);
+  size_t low_rank_floats(const Matrix& basis) const;  // of scratch, for store_inputs
+  // Between two phases one thread reads a basis, while the others wait: in unit i of the `count`
+  // before, each thread fetches a part of it into its cache. Always inline: GCC drops calls of a
+  // function that does nothing but prefetch.
+  __attribute__((always_inline)) inline void fetch_basis(const Matrix& matrix, const Matrix& basis,
+                                                         size_t i, size_t count,
+                                                         const Own& own) const {
+    if (matrix.rank == 0 || count_ > kFewTokens) return;
+    const size_t threads = ranges_.size(), bytes = matrix.rank * basis.stride;
+    const size_t begin = count * own.index / threads, end = count * (own.index + 1) / threads;
+    if (i < begin || i >= end) return;  // another thread's
+    const size_t first = bytes * (i - begin) / (end - begin) / 64 * 64;
+    const size_t last = bytes * (i - begin + 1) / (end - begin);
+    for (size_t at = first; at < last; at += 64) __builtin_prefetch(basis.codes + at, 0, 2);
+  }
   // A unit is a head of q, k or v.
   void project(const Layer& layer, const Own& own);
   void append(const Layer& layer, uint32_t head, bool is_key, const float* heads);
@@ -221,8 +240,8 @@ class Forward {
   // Some neurons' part of the down product in some columns; the neurons are a partition.
   void down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
             float* out, bool add, Fetch* fetch = nullptr);
-  // The partitions' sums of one token, in order, are added to its residual.
-  void add_partitions(size_t partitions, size_t token);
+  // The partitions' sums of one token, in order, and its low-rank term are added to its residual.
+  void add_partitions(const Layer& layer, size_t partitions, size_t token);
   void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index, float* scratch);
 
   Model& m_;
@@ -241,6 +260,7 @@ class Forward {
   std::vector<StatisticsUnit> statistics_;
   bool split_ = false;
   size_t most_chunks_ = 0;
+  size_t input_stride_ = 0;  // of what is normed
 
   float *x_ = nullptr, *queries_ = nullptr, *mixed_ = nullptr, *partial_ = nullptr;
   float *plain_ = nullptr, *reduced_ = nullptr, *cos_ = nullptr, *sin_ = nullptr;

@@ -34,6 +34,7 @@ struct Matrix {
   size_t stride, low_stride;  // bytes from a row to the next
   uint32_t bits, low_bits;    // of `codes` and of `low`
   uint32_t columns;           // multiple of 64
+  uint32_t rank, factors;     // of a low-rank term, and the column where its factors begin
   uint32_t group,
       groups;  // columns with one scale (the last group may have fewer); groups of a row
   const uint16_t* scales;  // float16 [rows / 16][groups][16]

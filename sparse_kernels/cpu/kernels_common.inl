@@ -85,12 +85,18 @@ void choose(const ChooseTask* task, Chosen* chosen) {
 }
 
 void add_rows(const Matrix* rows, const float* z, size_t count, float* out) {
-  for (size_t row = 0; row < count; ++row) {
-    const uint16_t* weights = bf16_row(*rows, row);
-    const F factor = Simd::set(z[row]);
-    for (size_t i = 0; i < rows->columns; i += kLanes) {
-      Simd::store(out + i, Simd::fma(factor, Simd::widen(weights + i), Simd::load(out + i)));
+  constexpr size_t kColumns = 64, kVectors = kColumns / kLanes;
+  for (size_t begin = 0; begin < rows->columns; begin += kColumns) {
+    F sums[kVectors];
+    for (size_t i = 0; i < kVectors; ++i) sums[i] = Simd::load(out + begin + i * kLanes);
+    for (size_t row = 0; row < count; ++row) {
+      const uint16_t* weights = bf16_row(*rows, row) + begin;
+      const F factor = Simd::set(z[row]);
+      for (size_t i = 0; i < kVectors; ++i) {
+        sums[i] = Simd::fma(factor, Simd::widen(weights + i * kLanes), sums[i]);
+      }
     }
+    for (size_t i = 0; i < kVectors; ++i) Simd::store(out + begin + i * kLanes, sums[i]);
   }
 }
 

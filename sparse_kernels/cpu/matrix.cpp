@@ -1,5 +1,9 @@
 #include "matrix.hpp"
 
+#include <algorithm>
+
+#include "low_rank.hpp"
+
 namespace sk {
 
 int32_t check_range(const char* name, uint64_t value, uint64_t low, uint64_t high) {
@@ -86,6 +90,19 @@ bool known_bits(uint32_t codes, uint32_t low) {
              : (codes == 4 && low == 4) || (codes == 3 && low == 1) || (codes == 2 && low == 2);
 }
 
+int32_t check_rank(const char* name, const sk_matrix& from, uint32_t bits) {
+  if (from.rank == 0) return SK_STATUS_OK;
+  if (bits == 16) {
+    return fail(SK_STATUS_UNSUPPORTED,
+                "%s.rank is %" PRIu32
+                "; with bfloat16, which has no errors to make up for, it is 0",
+                name, from.rank);
+  }
+  if (from.rank % SK_RANK_TILE == 0 && from.rank <= SK_MAX_RANK) return SK_STATUS_OK;
+  return fail(SK_STATUS_BAD_SIZE, "%s.rank is %" PRIu32 "; it can be multiples of %d up to %d",
+              name, from.rank, SK_RANK_TILE, SK_MAX_RANK);
+}
+
 }  // namespace
 
 Matrix upper_bits(const Matrix& matrix) {
@@ -97,17 +114,13 @@ Matrix upper_bits(const Matrix& matrix) {
   return upper;
 }
 
-int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
-                    const MatrixKinds& kinds, Matrix* out) {
+int32_t take_layer_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
+                          const MatrixKinds& kinds, Matrix* out) {
   SK_TRY(check_struct(&from, name));
   if (from.rows != rows || from.columns != columns) {
     return fail(SK_STATUS_BAD_SIZE,
                 "%s is %" PRIu32 " x %" PRIu32 ", the description asks for %" PRIu64 " x %" PRIu64,
                 name, from.rows, from.columns, rows, columns);
-  }
-  if (from.rank != 0) {
-    return fail(SK_STATUS_UNSUPPORTED,
-                "%s.rank is %" PRIu32 "; low-rank corrections cannot be used yet", name, from.rank);
   }
   SK_TRY(check_struct(&from.low, name));
   const uint32_t low_bits = from.low.data == nullptr ? 0 : from.low.bits;
@@ -124,9 +137,16 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
                 "%s.group_size is %" PRIu32 "; it can be 32, 64 or 128, and 0 with bfloat16", name,
                 from.group_size);
   }
+  SK_TRY(check_rank(name, from, from.codes.bits));
   const uint64_t stored_rows = round_up(rows, SK_ROW_TILE);
   Matrix matrix = {};
-  matrix.columns = static_cast<uint32_t>(round_up(columns, SK_COLUMN_TILE));
+  matrix.columns = matrix.factors = static_cast<uint32_t>(round_up(columns, SK_COLUMN_TILE));
+  if (from.rank != 0) {
+    // Groups of these have nothing of the others.
+    matrix.factors = static_cast<uint32_t>(round_up(matrix.columns, from.group_size));
+    matrix.columns = matrix.factors + factor_columns(from.codes.bits + low_bits, from.rank);
+    matrix.rank = from.rank;
+  }
   matrix.codes = static_cast<const uint8_t*>(from.codes.data);
   matrix.stride = from.codes.row_stride;
   matrix.bits = from.codes.bits;
@@ -152,6 +172,28 @@ int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint
   matrix.prompts = kinds.kernels.has_prompts ? &kinds.kernels.prompts : matrix.products;
   *out = matrix;
   return check_scales(name, from, stored_rows / SK_ROW_TILE, matrix.groups, matrix.bits + low_bits);
+}
+
+int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
+                    const MatrixKinds& kinds, Matrix* out) {
+  if (from.rank != 0) {
+    return fail(SK_STATUS_UNSUPPORTED,
+                "%s.rank is %" PRIu32 "; only matrices of layers have low-rank terms", name,
+                from.rank);
+  }
+  return take_layer_matrix(name, from, rows, columns, kinds, out);
+}
+
+int32_t take_basis(const char* name, const sk_matrix& from, const Matrix& matrix, uint64_t columns,
+                   const MatrixKinds& kinds, Matrix* out) {
+  if (matrix.rank == 0) return SK_STATUS_OK;
+  if (from.codes.data == nullptr) {
+    return fail(SK_STATUS_NULL_POINTER, "%s is missing; its low-rank term has rank %" PRIu32, name,
+                matrix.rank);
+  }
+  SK_TRY(take_matrix(name, from, matrix.rank, columns, kinds, out));
+  if (out->bits == 16) return SK_STATUS_OK;
+  return fail(SK_STATUS_UNSUPPORTED, "%s has %" PRIu32 " bits; it can have 16", name, out->bits);
 }
 
 }  // namespace sk

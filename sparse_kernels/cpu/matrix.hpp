@@ -26,8 +26,16 @@ struct MatrixKinds {
 // A matrix in two planes by its upper bits alone, the mean of all lower ones added.
 Matrix upper_bits(const Matrix& matrix);
 
-// Of `rows` x `columns`; also reads every bfloat16 number and every scale.
+// Of `rows` x `columns`, without a low-rank term; also reads every bfloat16 number and every scale.
 int32_t take_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
                     const MatrixKinds& kinds, Matrix* out);
+
+// The same, of a layer: it may have a low-rank term.
+int32_t take_layer_matrix(const char* name, const sk_matrix& from, uint64_t rows, uint64_t columns,
+                          const MatrixKinds& kinds, Matrix* out);
+
+// The basis of a low-rank term of `matrix`, if it has one.
+int32_t take_basis(const char* name, const sk_matrix& from, const Matrix& matrix, uint64_t columns,
+                   const MatrixKinds& kinds, Matrix* out);
 
 }  // namespace sk

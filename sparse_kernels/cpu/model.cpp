@@ -81,6 +81,28 @@ int32_t take_factors(const char* name, const float* data, const Layer& layer,
   return SK_STATUS_OK;
 }
 
+int32_t take_bases(const sk_layer& from, uint64_t attention_inputs, const MatrixKinds& kinds,
+                   uint64_t hidden, Layer* layer) {
+  const Matrix &gate = layer->gate, &up = layer->up;
+  if (gate.rank != up.rank) {
+    return fail(SK_STATUS_BAD_VALUE,
+                "rank of gate is %" PRIu32 " and of up %" PRIu32 "; it must be the same", gate.rank,
+                up.rank);
+  }
+  if (gate.rank != 0 && gate.bits + gate.low_bits != up.bits + up.low_bits) {
+    return fail(SK_STATUS_BAD_VALUE,
+                "gate has %" PRIu32 " bits and up %" PRIu32
+                "; with a low-rank term it must be as many",
+                gate.bits + gate.low_bits, up.bits + up.low_bits);
+  }
+  SK_TRY(take_basis("qkv_basis", from.qkv_basis, layer->qkv, hidden, kinds, &layer->qkv_basis));
+  SK_TRY(take_basis("output_basis", from.output_basis, layer->output, attention_inputs, kinds,
+                    &layer->output_basis));
+  SK_TRY(
+      take_basis("gate_up_basis", from.gate_up_basis, gate, hidden, kinds, &layer->gate_up_basis));
+  return take_basis("down_basis", from.down_basis, layer->down, hidden, kinds, &layer->down_basis);
+}
+
 int32_t take_layer(Model& model, const sk_layer& from) {
   SK_TRY(check_struct(&from, "sk_layer"));
   SK_TRY(check_range("num_heads", from.num_heads, 1, SK_MAX_HEADS));
@@ -107,16 +129,17 @@ int32_t take_layer(Model& model, const sk_layer& from) {
   const uint64_t heads = from.num_heads + 2 * uint64_t{from.num_kv_heads};
   const uint64_t neurons = uint64_t{layer.blocks} * SK_NEURON_BLOCK;
   const uint64_t inputs = uint64_t{from.num_heads} * model.head_dim;
-  SK_TRY(take_matrix("qkv", from.qkv, heads * model.dim, model.hidden, kinds, &layer.qkv));
-  SK_TRY(take_matrix("output", from.output, model.hidden, inputs, kinds, &layer.output));
-  SK_TRY(take_matrix("gate", from.gate, neurons, model.hidden, kinds, &layer.gate));
-  SK_TRY(take_matrix("up", from.up, neurons, model.hidden, kinds, &layer.up));
-  SK_TRY(take_matrix("down", from.down, neurons, model.hidden, kinds, &layer.down));
+  SK_TRY(take_layer_matrix("qkv", from.qkv, heads * model.dim, model.hidden, kinds, &layer.qkv));
+  SK_TRY(take_layer_matrix("output", from.output, model.hidden, inputs, kinds, &layer.output));
+  SK_TRY(take_layer_matrix("gate", from.gate, neurons, model.hidden, kinds, &layer.gate));
+  SK_TRY(take_layer_matrix("up", from.up, neurons, model.hidden, kinds, &layer.up));
+  SK_TRY(take_layer_matrix("down", from.down, neurons, model.hidden, kinds, &layer.down));
   if (layer.gate.group != layer.up.group) {
     return fail(SK_STATUS_BAD_VALUE,
                 "group_size of gate is %" PRIu32 " and of up %" PRIu32 "; it must be the same",
                 layer.gate.group, layer.up.group);
   }
+  SK_TRY(take_bases(from, inputs, kinds, model.hidden, &layer));
   SK_TRY(take_factors("planes_factors", from.planes_factors, layer, &layer.planes_factors));
   SK_TRY(take_factors("gate_factors", from.gate_factors, layer, &layer.gate_factors));
   if (!layer.planes_factors.empty()) {

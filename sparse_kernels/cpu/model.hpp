@@ -39,6 +39,7 @@ class Scratch {
 struct Layer {
   uint32_t heads, kv_heads, neurons, blocks, partitions, window;
   Matrix qkv, output, gate, up, down;
+  Matrix qkv_basis, output_basis, gate_up_basis, down_basis;  // of their low-rank terms
   const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
   // For choices by planes, if planes_factors is not empty: gate and up by their upper bits.
   Matrix gate_high, up_high;

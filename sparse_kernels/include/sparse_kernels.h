@@ -23,7 +23,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 4
+#define SK_ABI_VERSION 5
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -40,8 +40,10 @@
 #define SK_CHOICE_TOKENS 16   /* of a forward in which a sequence chooses its neurons, at most */
 #define SK_MAX_CORRECTION_RANK 64
 #define SK_MAX_CORRECTIONS 64
-#define SK_ROW_TILE 16         /* rows of a matrix are stored in whole tiles */
-#define SK_COLUMN_TILE 64      /* and its columns */
+#define SK_ROW_TILE 16    /* rows of a matrix are stored in whole tiles */
+#define SK_COLUMN_TILE 64 /* and its columns */
+#define SK_RANK_TILE 32   /* the rank of a matrix's low-rank term is a multiple of it */
+#define SK_MAX_RANK 512
 #define SK_ALIGNMENT 64        /* of the first byte and of the row stride of a matrix, and of KV */
 #define SK_SCAN_DIRECTIONS 128 /* of inputs, along which a scan's errors are made small */
 #define SK_SCAN_NEEDED 48      /* candidates of all rows together that a scan is tried for */
@@ -160,15 +162,29 @@ struct sk_plane {
  *
  * Rows are stored up to a multiple of SK_ROW_TILE, columns up to one of SK_COLUMN_TILE; bfloat16
  * numbers there are zero, scales too, codes may be anything. A code's bits are in one plane, or the
- * upper ones in `codes` and the lower ones in `low`: 8, 4 + 4, 4, 3 + 1 or 2 + 2. */
+ * upper ones in `codes` and the lower ones in `low`: 8, 4 + 4, 4, 3 + 1 or 2 + 2.
+ *
+ * A matrix W of integers may have a low-rank term, W + B A, with a basis A [rank, columns] beside
+ * it (ZeroQuant-V2, arXiv 2303.08302; QERA, arXiv 2410.06040). B [rows, rank] is in further columns
+ * of the matrix, which are quantized, split in planes and chosen as the others. They begin at
+ * `columns` rounded up to SK_COLUMN_TILE and to group_size; what is between is not used. With
+ * u = A x, their inputs are
+ *
+ *   8 bits: u, and zeros up to SK_COLUMN_TILE: a code for each number of B;
+ *   4 bits: for each 32 of u, 32 columns with the inputs 16 u and 32 with u: the upper and the
+ *           lower half of a code of 8 bits, whose zero is 17 times the zero of both.
+ *
+ * Where a row is a neuron's column of a down projection D + A^T B^T, they are further outputs y of
+ * its product, of which, with z = y or z = 16 y + y, A^T z is added to the others. */
 struct sk_matrix {
   uint32_t abi_version;
   uint32_t struct_size;
   uint32_t rows;
-  uint32_t columns;
+  uint32_t columns;       /* of W, as all columns above */
   uint32_t group_size;    /* columns with one scale: 32, 64 or 128, the last group has the rest;
                              0: bfloat16 */
-  uint32_t rank;          /* of a low-rank correction; 0, the only one so far, is none */
+  uint32_t rank;          /* of a low-rank term; 0: none; else of a layer's integers alone, a
+                             multiple of SK_RANK_TILE up to SK_MAX_RANK */
   struct sk_plane codes;  /* all bits of the elements, or the upper ones */
   struct sk_plane low;    /* data null: there is none */
   const uint16_t* scales; /* float16 [row tiles][groups][SK_ROW_TILE]; null with bfloat16 */
@@ -193,12 +209,21 @@ struct sk_layer {
   struct sk_matrix up;     /* [neurons, hidden_size]; where gate is in integers, it is too, with the
                               same group_size */
   struct sk_matrix down;   /* [neurons, hidden_size]: a neuron's column in a row */
-  const float* attention_norm; /* [hidden_size] */
-  const float* mlp_norm;       /* [hidden_size] */
-  const float* qkv_bias;       /* [(num_heads + 2 num_kv_heads) head] or null */
-  const float* output_bias;    /* [hidden_size] or null; of several ranks only one may have it */
-  const float* q_norm;         /* [head_dim] or null */
-  const float* k_norm;         /* [head_dim] or null */
+  /* The bases of the low-rank terms, in bfloat16; with rank 0 they are not read. q, k and v share
+   * one, so do gate and up, which then have one rank and as many bits. A rank of a parallel group
+   * holds, of qkv, gate, up and down, those rows of B that it has of W and the whole basis; of
+   * output, all of B and those columns of the basis that it has of W. What it computes of the terms
+   * of output and down is in what sk_reduce adds up. */
+  struct sk_matrix qkv_basis;     /* [qkv.rank, hidden_size] */
+  struct sk_matrix output_basis;  /* [output.rank, num_heads head_dim] */
+  struct sk_matrix gate_up_basis; /* [gate.rank, hidden_size] */
+  struct sk_matrix down_basis;    /* [down.rank, hidden_size] */
+  const float* attention_norm;    /* [hidden_size] */
+  const float* mlp_norm;          /* [hidden_size] */
+  const float* qkv_bias;          /* [(num_heads + 2 num_kv_heads) head] or null */
+  const float* output_bias;       /* [hidden_size] or null; of several ranks only one may have it */
+  const float* q_norm;            /* [head_dim] or null */
+  const float* k_norm;            /* [head_dim] or null */
   /* What a neuron's importance is multiplied with, see sk_choice; finite, >= 0. Null: sequences
    * cannot choose so. */
   const float* planes_factors; /* [intermediate_size] or null; up and gate are in two planes */
@@ -284,7 +309,9 @@ enum sk_choice_kind {
    * noise, is
    *
    *   planes_factors sqrt((d u')^2 v_g + silu(g')^2 v_u + d^2 v_g v_u),  d = silu'(g'),
-   *   v = sum over groups of scale^2 (4^lower bits - 1) / 12 (sum of x^2 in the group) */
+   *   v = sum over groups of scale^2 (4^lower bits - 1) / 12 (sum of x^2 in the group)
+   *
+   * Columns of a low-rank term and their inputs count as all others. */
   SK_CHOICE_PLANES = 1,
   SK_CHOICE_GATE = 2 /* |silu(g)| gate_factors */
 };

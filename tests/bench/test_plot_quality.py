@@ -1,10 +1,13 @@
 """Reports of speed and of quality on the same axes."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sparserve.bench.plot_quality import LEAST_KL, draw_quality, join
+from sparserve.bench.plot_quality import LEAST_KL, Point, draw_quality, front, join
 from sparserve.errors import ConfigError
 
 INT8 = "int8 (gate and up in planes of 4 + 4 bits)"
@@ -55,7 +58,7 @@ def test_points_are_what_both_commands_measured(reports):
     points = join(reports, 4, None)
     assert (points.model, points.batch, points.context) == ("tiny", 4, 128)
     exact = ("sparserve", "float32", "exact/draft=ngram", 0.0)
-    assert [(p.system, p.format, p.policy, p.kl) for p in points.points] == [*SCORED[:-1], exact]
+    assert [(p.system, p.weights, p.policy, p.kl) for p in points.points] == [*SCORED[:-1], exact]
     assert [point.speed for point in points.points] == [400, 520, 560, 560, 160, 360, 240]
     assert (points.points[1].kl_low, points.points[1].kl_high) == pytest.approx((0.027, 0.036))
     assert (points.points[1].speed_low, points.points[1].speed_high) == (519, 522)
@@ -74,6 +77,8 @@ def test_the_picture_has_every_point_and_a_line_for_each_format(reports, tmp_pat
     assert sorted(line.get_marker() for line in drawn) == ["D", "D", "X", "o", "o", "o", "s"]
     joined = [list(line.get_ydata()) for line in panel.lines if line.get_linestyle() == "-"]
     assert sorted(joined) == [[40, 60], [100, 130, 140], [100, 140]]  # from dense on, by KL
+    (best,) = (list(line.get_ydata()) for line in panel.lines if line.get_linestyle() == "--")
+    assert best == [60, 100, 130, 140]
     texts = {text.get_text() for text in panel.texts}
     assert texts == {
         "sparserve int8", "token:0.6/planes", "token:0.5/planes", "core:0.5", "sparserve float32", "exact/draft=ngram", "llama.cpp Q8_0",
@@ -83,6 +88,40 @@ def test_the_picture_has_every_point_and_a_line_for_each_format(reports, tmp_pat
     assert "tiny" in figure.get_suptitle()
     figure.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_sizes_are_drawn_beside_speeds_where_all_are_known(reports):
+    points = join(reports, 1, None)
+    bits = dict(zip(points.points, (8.4, 8.4, 8.4, 8.4, 32, 8.5, 32), strict=True))
+    sized = replace(points, points=[replace(p, bits=own) for p, own in bits.items()])
+    speed, size = draw_quality(sized).axes
+    drawn = {
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in size.lines
+        if line.get_marker() in "osDX"
+    }
+    # Policies have the size of their weights.
+    assert drawn == {(3e-3, 8.4), (LEAST_KL, 32), (4e-3, 8.5)}
+    (best,) = (list(line.get_ydata()) for line in size.lines if line.get_linestyle() == "--")
+    assert best == [32, 8.4]
+    assert "tokens/s" in speed.get_ylabel()
+    assert "bits" in size.get_ylabel()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=9), st.booleans()
+)
+def test_the_front_is_what_nothing_else_is_better_than(values, less_is_better):
+    points = [Point("s", "w", "dense", "", kl, kl, kl, speed, 0, 0) for kl, speed in values]
+    sign = -1 if less_is_better else 1
+    found = front(points, lambda p: p.speed, min if less_is_better else max)
+    beaten = {
+        (p.kl, p.speed)
+        for p in points
+        for q in points
+        if q.kl <= p.kl and sign * q.speed >= sign * p.speed and (q.kl, q.speed) != (p.kl, p.speed)
+    }
+    assert [(p.kl, p.speed) for p in found] == sorted(set(values) - beaten)
 
 
 @pytest.mark.parametrize(

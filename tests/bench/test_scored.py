@@ -9,16 +9,17 @@ import torch
 from typer.testing import CliRunner
 
 from sparse_kernels.choice import ALL_NEURONS, ChoiceKind
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparserve.bench.policies import PolicySpec
 from sparserve.bench.quality import Window, cut_windows, measure
 from sparserve.bench.scored import Driver, ServedModel
-from sparserve.bench.text import text_hash
 from sparserve.cli import app
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.errors import ConfigError, SparserveError
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
 from sparserve.model.identity import index_key
 from sparserve.model.loader import load_model
+from sparserve.model.text import text_hash
 from sparserve.sparsity.chooser import Chooser
 from sparserve.sparsity.index import NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind
@@ -299,6 +300,24 @@ def test_the_text_of_the_calibration_is_refused(run_eval, index, text):
     with pytest.raises(ConfigError, match=f"the index was calibrated on {text}"):
         run_eval(*flags, "dense,token:0.6")
     assert len(run_eval(*flags, "dense")[1]) == 1  # which the index has nothing to do with
+
+
+def test_a_compressed_model_is_measured_against_its_original(
+    run_eval, write_compressed, tiny_folder, text, tmp_path
+):
+    int4 = MatrixFormat(4, 64, rank=32)
+    formats = DecoderFormats(int4, int4, int4, MatrixFormat(8, 64))
+    write_compressed(tiny_folder, formats, tmp_path / "out")
+    own = ["--model", str(tmp_path / "out"), "--policies", "dense"]
+    ((row,), (itself,)) = (
+        run_eval(*own, *more)[1] for more in (["--original", str(tiny_folder)], [])
+    )
+    assert row["format"] == str(formats)
+    assert itself["kl"] < row["kl"] / 50  # what the kernels' own rounding makes of it
+    hashes = ("0" * 64, text_hash(text.read_bytes()))
+    write_compressed(tiny_folder, formats, tmp_path / "seen", texts=hashes)
+    with pytest.raises(ConfigError, match=f"the compressed model was calibrated on {text}"):
+        run_eval("--model", str(tmp_path / "seen"), "--policies", "dense")
 
 
 @pytest.mark.parametrize(

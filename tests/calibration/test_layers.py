@@ -1,5 +1,7 @@
 """The walk through a model's layers: the numbers of the backends, and the planes of the kernels' own reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from sparserve.calibration.layers import walk
 from sparserve.compression.quantize import quantize_layer
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
 from sparserve.model.cpu import layer_tensors
+from sparserve.model.loader import load_model
 from sparserve.model.reference import ReferenceBackend
 from sparserve.sparsity.statistics import UNIT
 
@@ -34,10 +37,31 @@ def test_activations_are_those_of_the_reference_backend(tiny_model):
             torch.testing.assert_close(found[layer].float(), scores, atol=1e-4, rtol=1e-3)
 
 
+@pytest.fixture(scope="module", params=[(8, 4), (4, 1), (4, 2)], ids=str)
+def with_low_rank(request, write_tiny_checkpoint, write_compressed, tmp_path_factory):
+    """A compressed model whose gate and up are in planes, and have large low-rank terms."""
+    folder = tmp_path_factory.mktemp("compressed")
+    source = write_tiny_checkpoint(folder / "in", dtype=torch.bfloat16)
+    planes = MatrixFormat(request.param[0], 64, request.param[1], rank=32)
+    formats = DecoderFormats(planes, planes, planes, MatrixFormat(8, 64))
+    write_compressed(source, formats, folder / "out", low_rank=4)
+    return load_model(str(folder / "out"), dtype="bfloat16", layers_at_use=True)
+
+
 @pytest.mark.parametrize("kind", list(ChoiceKind))
 def test_importance_and_noise_are_what_the_kernels_choose_by(tiny_bfloat16, kind):
-    layer = tiny_bfloat16.weights.layers[0]
-    mlp, inputs = next(iter(walk(tiny_bfloat16, PLANES, TOKENS)))
+    layer = quantize_layer(layer_tensors(tiny_bfloat16.weights.layers[0]), PLANES, "")
+    check_choice(tiny_bfloat16, layer, PLANES, kind)
+
+
+@pytest.mark.parametrize("kind", list(ChoiceKind))
+def test_low_rank_terms_are_among_what_the_kernels_choose_by(with_low_rank, kind):
+    compressed = with_low_rank.compressed
+    check_choice(with_low_rank, compressed.layers[0], compressed.formats, kind)
+
+
+def check_choice(model, layer, formats, kind):
+    mlp, inputs = next(iter(walk(model, formats, TOKENS)))
     x = inputs.flatten(0, 1)
     by_planes = kind is ChoiceKind.PLANES
     factors, importance, noise = (_by_planes if by_planes else _by_gate)(mlp, x)
@@ -46,15 +70,32 @@ def test_importance_and_noise_are_what_the_kernels_choose_by(tiny_bfloat16, kind
     thresholds = torch.tensor([[use, complete, 0.0]])
     tensors = ChoiceTensors(**{f"{kind.value}_factors": factors[None]})
     chosen = reference.choose(
-        quantize_layer(layer_tensors(layer), PLANES, ""),
+        layer,
         0,
         x.double(),
         NeuronChoice(None, kind, thresholds),
         tensors,
-        PLANES,
+        formats,
     )
     # Rounding moves a few across a threshold.
     assert (chosen.used == (importance >= use)).double().mean() > 0.999
     if noise is not None:
         whole = (importance >= use) & (noise >= complete)
         assert (chosen.whole == whole).double().mean() > 0.999
+
+
+def test_a_compressed_model_is_walked_as_it_is_stored(
+    write_tiny_checkpoint, write_compressed, tmp_path
+):
+    """Integers and low-rank terms: what the same weights give in float32."""
+    source = write_tiny_checkpoint(tmp_path / "in", dtype=torch.bfloat16)
+    int4 = MatrixFormat(4, 32, rank=32)
+    made = write_compressed(source, DecoderFormats(int4, int4, int4), tmp_path / "out")
+    stored = load_model(str(tmp_path / "out"), dtype="bfloat16", layers_at_use=True)
+    exact = replace(load_model(str(tmp_path / "out"), dtype="float32"), compressed=None)
+    pairs = zip(
+        walk(stored, made.formats, TOKENS), walk(exact, DecoderFormats(), TOKENS), strict=True
+    )
+    for (mlp, inputs), (expected_mlp, expected) in pairs:
+        torch.testing.assert_close(inputs, expected)
+        torch.testing.assert_close(mlp.activations(inputs), expected_mlp.activations(expected))

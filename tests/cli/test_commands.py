@@ -31,8 +31,9 @@ def test_without_a_command_help_is_shown(run_main):
 HEAVY = ("torch", "transformers", "xgrammar", "tokenizers", "numpy")
 LIGHT = [
     ["--version"], ["--help"], ["models"], ["models", "--help"],
-    *([name, "--help"] for name in ("demo", "serve", "chat", "generate", "bench", "eval", "calibrate")),
+    *([name, "--help"] for name in ("demo", "serve", "chat", "generate", "bench", "eval", "calibrate", "compress", "report")),
     *(["bench", name, "--help"] for name in ("decode", "prefill", "engine")),
+    ["compress", "--show-recipe", "fast"],
     ["generate", "hello", "--server", "127.0.0.1:1"], ["chat", "--server", "127.0.0.1:1"],
 ]  # fmt: skip
 

@@ -172,7 +172,7 @@ def test_help_names_unit_default_and_variable_of_every_setting(run_main, monkeyp
     name = ""
     for line in out.splitlines():
         cells = line.strip("│ ").split()
-        if cells and cells[0].startswith("--"):
+        if line.startswith("│ --"):  # a text may begin a line with a flag as well
             name = cells[0]
         texts[name] = texts.get(name, "") + " " + " ".join(cells)
     for setting, field in ServerSettings.model_fields.items():

@@ -1,6 +1,8 @@
 """Settings: flags beat the environment beats the file beats the defaults, and errors say what to do."""
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -15,6 +17,9 @@ from sparserve.errors import ConfigError
 # A value other than the default for each setting, as a flag or the environment says it.
 OTHER = {
     "model": ("folder", "folder"),
+    "compress": ("fast", "fast"),
+    "compress_text": ("a.txt, b.txt", "a.txt, b.txt"),
+    "compress_cache": ("false", False),
     "backend": ("reference", "reference"),
     "dtype": ("bfloat16", "bfloat16"),
     "attention_dtype": ("bfloat16", "bfloat16"),
@@ -193,6 +198,25 @@ def test_dense_is_always_allowed_and_the_default_policy_must_be():
 def test_values_that_contradict_each_other_are_both_named():
     with pytest.raises(ConfigError, match="max_batched_tokens 512 is below max_running 600"):
         load_settings(ServerSettings, {"max_running": "600"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dtype", "attention_dtype", "mlp_dtype", "lm_head_dtype", "group_size", "weight_planes",
+     "down_planes", "activation_bits"],
+)  # fmt: skip
+def test_a_recipe_and_a_setting_of_formats_are_not_both_followed(name):
+    said, value = OTHER[name]
+    with pytest.raises(
+        ConfigError, match=rf"{name} is {re.escape(str(value))}, and compress fast, a recipe"
+    ):
+        load_settings(EngineSettings, {"compress": "fast", name: said})
+
+
+def test_texts_are_files_with_commas_between(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = load_settings(EngineSettings, {"compress_text": "~/a b.txt, c.txt,"})
+    assert settings.compress_texts == [Path("/home/me/a b.txt"), Path("c.txt")]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import LayerFormats, MatrixFormat
 from sparse_kernels.weights import LayerTensors, NonFiniteWeights
 from sparserve.compression.quantize import ScaleOverflow, quantize, quantize_layer
 
@@ -38,13 +38,15 @@ def plain(values: list[float], bits: int) -> tuple[list[int], float, int]:
     return [min(round(value / scale) + zero, largest_code) for value in values], scale, zero
 
 
-def assert_as_defined(weight: torch.Tensor, format: MatrixFormat) -> None:
-    quantized = quantize(weight, format, "w")
+def assert_as_defined(
+    weight: torch.Tensor, format: MatrixFormat, value_bits: int | None = None
+) -> None:
+    quantized = quantize(weight, format, "w", value_bits)
     assert (quantized.bits, quantized.group_size) == (format.bits, format.group_size)
     for row, line in enumerate(weight.double().tolist()):
         for group, begin in enumerate(range(0, len(line), format.group_size)):
             part = slice(begin, begin + format.group_size)
-            codes, scale, zero = plain(line[part], format.bits)
+            codes, scale, zero = plain(line[part], value_bits or format.bits)
             assert float(quantized.scales[row, group]) == scale
             assert int(quantized.zeros[row, group]) == zero
             assert quantized.codes[row, part].tolist() == codes
@@ -78,6 +80,15 @@ def test_random_weights_as_defined_and_no_further_off_than_half_a_scale(format, 
     error = (quantized.dequantize().double() - weight.double()).abs()
     assert (error <= scales * 0.5000001).all()
     assert not quantized.dequantize()[weight == 0].any()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("value_bits", [2, 3, 4])
+def test_codes_of_fewer_bits_as_defined(format, value_bits):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 150, generator=generator).bfloat16()
+    assert_as_defined(weight, format, value_bits)
+    assert quantize(weight, format, "w", value_bits).codes.max() == 2**value_bits - 1
 
 
 @pytest.mark.parametrize("format", FORMATS[::3], ids=str)
@@ -145,6 +156,13 @@ class TestRefused:
         with pytest.raises(ScaleOverflow, match="w has weights of -3"):
             quantize(weight, FORMATS[0], "w")
 
+    @pytest.mark.parametrize("value_bits", [0, 1, 5])
+    def test_bits_that_codes_do_not_have(self, value_bits):
+        with pytest.raises(
+            ValueError, match=f"value_bits is {value_bits}; in codes of int4 .* 2 to 4"
+        ):
+            quantize(torch.ones(2, 64).bfloat16(), MatrixFormat(4, 64), "w", value_bits)
+
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_values_that_are_not_finite(self, value):
         weight = torch.ones(300, 64).bfloat16()
@@ -166,7 +184,7 @@ def layer() -> LayerTensors:
 
 
 def test_a_layer_follows_its_plan(layer):
-    formats = DecoderFormats(attention=INT8, gate_up=INT4, down=INT8, lm_head=INT4)
+    formats = LayerFormats(attention=INT8, gate_up=INT4, down=INT8)
     done = quantize_layer(layer, formats, "")
     of_field = {**dict.fromkeys(("q", "k", "v", "output"), INT8), "gate": INT4, "up": INT4}
     for name, format in of_field.items():
@@ -178,8 +196,8 @@ def test_a_layer_follows_its_plan(layer):
 
 
 def test_what_a_plan_leaves_in_bfloat16_stays_as_it_is(layer):
-    assert quantize_layer(layer, DecoderFormats(lm_head=INT8), "") == layer
-    done = quantize_layer(layer, DecoderFormats(down=INT8), "")
+    assert quantize_layer(layer, LayerFormats(), "") == layer
+    done = quantize_layer(layer, LayerFormats(down=INT8), "")
     for field in fields(layer):
         kept = getattr(done, field.name) is getattr(layer, field.name)
         assert kept == (field.name != "down")
@@ -188,7 +206,7 @@ def test_what_a_plan_leaves_in_bfloat16_stays_as_it_is(layer):
 @pytest.mark.parametrize("name", ["q", "k", "v", "output", "gate", "up", "down"])
 def test_errors_name_layer_and_tensor(layer, name):
     getattr(layer, name)[-1, -1] = math.nan
-    formats = DecoderFormats(*4 * [INT8])
+    formats = LayerFormats(INT8, INT8, INT8)
     with pytest.raises(NonFiniteWeights, match=f"^layer 7: {name} holds"):
         quantize_layer(layer, formats, "layer 7: ")
 

@@ -260,7 +260,8 @@ def test_blocks_are_named_for_what_was_read():
     assert names[0] == "all"
 
 
-INFO = BackendInfo("", "", "", 1, frozenset(), 10, 8, {None: (1, 2, 0, 0)}, 0, "", 1)
+NEURON_BYTES = {None: torch.tensor([[1.0, 2, 0, 0]])}
+INFO = BackendInfo("", "", "", 1, frozenset(), 10, 8, NEURON_BYTES, 0, "", 1)
 
 
 class Plan(ChoicePlan):

@@ -2,12 +2,21 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
 from sparserve.config import EngineSettings
-from sparserve.engine.factory import assemble_engine, build_engine, choose_backend
+from sparserve.engine.factory import (
+    assemble_engine,
+    build_engine,
+    choose_backend,
+    format_name,
+    load_by_settings,
+    make_decoders,
+)
 from sparserve.engine.formats import weight_formats, with_dtype
 from sparserve.errors import ConfigError
 
@@ -126,3 +135,57 @@ def test_nothing_is_told_of_layers_that_stay_as_they_are(tiny_bfloat16):
     settings = EngineSettings(kv_cache_gib=0.01, threads=1)
     assemble_engine(tiny_bfloat16, settings, on_layer=lambda *step: layers.append(step))
     assert layers == []
+
+
+@pytest.fixture(scope="module")
+def compressed(write_tiny_checkpoint, write_compressed, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compressed")
+    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.bfloat16)
+    int4 = MatrixFormat(4, 32, rank=32)
+    write_compressed(source, DecoderFormats(int4, int4, int4, MatrixFormat(8, 64)), folder / "out")
+    return folder / "out"
+
+
+def test_a_compressed_model_is_served_as_it_is(compressed, caplog):
+    caplog.set_level(logging.INFO, "sparserve")
+    settings = EngineSettings(model=str(compressed), kv_cache_gib=0.01, threads=1)
+    layers = []
+    built = build_engine(settings, on_layer=lambda *step: layers.append(step))
+    name = "int4-g32 (LM head int8, low-rank terms of rank 32)"
+    assert built.engine.backend.info.dtype == name
+    assert f"parameters in {name}, backend cpu" in caplog.text
+    assert (
+        f"model out was compressed from tiny at {compressed.parent / 'tiny'} (hash " in caplog.text
+    )
+    assert layers == []
+    model = load_by_settings(settings)
+    assert format_name(model, settings) == name
+    (decoder,) = make_decoders(model, settings, ["portable"])
+    assert str(decoder.formats) == name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": "bfloat16"}, {"dtype": "int4"}, {"dtype": "int8", "group_size": 32},
+        {"lm_head_dtype": "int8"}, {"mlp_dtype": "int4", "weight_planes": "3+1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_compressed_model_has_formats_of_its_own(compressed, fields):
+    name = next(iter(fields))
+    told = rf"{name} is {fields[name]}, and {compressed} was compressed to int4-g32 \(.*leave {name} out, .* tiny"
+    with pytest.raises(ConfigError, match=told):
+        build_engine(EngineSettings(model=str(compressed), **fields))
+
+
+def test_a_compressed_model_in_floating_point(compressed):
+    for dtype in ("float32", "auto"):
+        settings = EngineSettings(
+            model=str(compressed), backend="reference", dtype=dtype, kv_cache_gib=0.01, threads=1
+        )
+        info = build_engine(settings).engine.backend.info
+        assert (info.name, info.dtype) == (
+            "reference",
+            "float32" if dtype != "auto" else "bfloat16",
+        )

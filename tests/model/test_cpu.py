@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sparse_kernels import native
 from sparse_kernels.choice import ALL_NEURONS, NeuronChoice, core_words
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import DecoderFormats, LayerFormats, MatrixFormat
 from sparserve.compression.quantize import quantize
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
 from sparserve.model import loader
@@ -30,6 +30,8 @@ FORMATS = {
     "attention": DecoderFormats(attention=INT8),
     "head": DecoderFormats(lm_head=INT4),
 }
+# Attention in bfloat16 and int8, feed-forwards in int4 and int8.
+BY_LAYER = DecoderFormats(gate_up=INT4, down=INT4, overrides=((1, LayerFormats(INT8, INT8, INT8)),))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,8 @@ def test_it_tells_what_it_is(backend, tiny_bfloat16, make_backend):
         (FORMATS["planes"], 12288 + 192 * 3, 18432 + 288 * 3, 16576 + 259 * 3),
         (FORMATS["int4, head int8"], 12288 // 2 + 384 * 3, 18432 // 2 + 576 * 3, 16576 + 259 * 3),
         (FORMATS["feed-forward"], 12288 * 2, 18432 // 2 + 576 * 3, 16576 * 2),
+        # The mean of two layers.
+        (BY_LAYER, (12288 * 3 + 192 * 3) // 2, (18432 + 288 * 3 + 18432 // 2 + 576 * 3) // 2, 16576 * 2),
     ],
 )  # fmt: skip
 def test_bytes_of_a_step_are_codes_scales_and_zeros(
@@ -166,6 +170,15 @@ def test_bytes_of_a_step_are_codes_scales_and_zeros(
     assert info.mlp_bytes == 2 * mlp
     assert info.weight_bytes == 2 * (attention + mlp) + head + vectors
     assert info.dtype == str(formats)
+
+
+def test_neurons_are_counted_by_the_bytes_of_their_layer(tiny_bfloat16, make_backend):
+    info = make_backend(tiny_bfloat16, kind="cpu", formats=BY_LAYER).info
+    int4, int8 = 64 // 2 + 2 * 3, 64 + 3  # a row
+    counts = torch.tensor([[10, 5, 0, 0], [20, 7, 0, 0]])
+    read = 10 * int4 + 5 * 2 * int4 + 20 * int8 + 7 * 2 * int8
+    assert info.read_bytes(None, counts) == read
+    assert info.neuron_bytes[None] == ((int4 + int8) / 2, int4 + int8, 0, 0)
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])

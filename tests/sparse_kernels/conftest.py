@@ -10,12 +10,13 @@ from sparse_kernels import native, reference
 from sparse_kernels.arena import huge_pages
 from sparse_kernels.choice import NeuronChoice, Score
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.pack import PackedDecoder, pack, with_choice
 from sparse_kernels.weights import (
     ChoiceTensors,
     DecoderConfig,
     EndTensors,
+    Factors,
     LayerShape,
     LayerTensors,
 )
@@ -43,8 +44,40 @@ class Tiny:
         if formats.lm_head.quantized:
             head = ends.embedding if ends.lm_head is None else ends.lm_head
             ends = replace(ends, lm_head=quantize(head, formats.lm_head, "lm_head"))
-        layers = [quantize_layer(layer, formats, "") for layer in self.layers]
+        layers = [
+            with_low_rank(quantize_layer(layer, own, ""), own, index)
+            for index, layer in enumerate(self.layers)
+            for own in [formats.layer(index)]
+        ]
         return Tiny(self.config, ends, layers, formats)
+
+
+def with_low_rank(layer: LayerTensors, formats: LayerFormats, seed: int) -> LayerTensors:
+    """Random low-rank terms of the ranks of `formats`, about half as large as what they are added to."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {
+        "qkv": (("q", "k", "v"), formats.attention),
+        "output": (("output",), formats.attention),
+        "gate_up": (("gate", "up"), formats.gate_up),
+        "down": (("down",), formats.down),
+    }
+    for basis, (names, format) in parts.items():
+        if not format.rank:
+            continue
+        size = 1.0
+        for name in names:
+            matrix = getattr(layer, name)
+            rows, columns = matrix.codes.shape
+            codes = torch.randint(0, 256, (rows, format.rank), generator=generator)
+            scales = torch.rand(rows, generator=generator) * 0.013 * format.rank**-0.5
+            if name == "down":  # the scales are about the matrix's, see Factors
+                wanted, scales = scales * (columns / rows) ** 0.5, matrix.scales.float().amax(dim=1)
+                size = float(wanted.mean() / scales.mean())
+            factors = Factors(codes.to(torch.uint8), scales.half())
+            layer = replace(layer, **{name: replace(matrix, factors=factors)})
+        values = torch.randn(format.rank, columns, generator=generator) * size * columns**-0.5
+        layer = replace(layer, **{f"{basis}_basis": values.bfloat16()})
+    return layer
 
 
 def make_tiny(

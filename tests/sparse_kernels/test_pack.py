@@ -21,6 +21,8 @@ from sparse_kernels.matrix import row_layout
 from sparse_kernels.pack import PackedDecoder, pack
 from sparse_kernels.weights import LayerShape, LayerTensors, Matrix, NonFiniteWeights
 
+# What every quantized layer may lack: the bases of low-rank terms are tested with these.
+TENSORS = [field.name for field in fields(LayerTensors) if not field.name.endswith("_basis")]
 UNEVEN = (LayerShape(3, 1, 33, window=7), LayerShape(4, 2, 65))
 INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 64)
 INT8_SPLIT, INT4_HALVES, INT4_LOWEST = (
@@ -39,6 +41,10 @@ PLANS = {
     "feed-forward alone": DecoderFormats(gate_up=INT4, down=INT8),
     "down alone": DecoderFormats(down=INT8_SPLIT),
     "attention and head": DecoderFormats(attention=INT4_HALVES, lm_head=INT8),
+    "int8 and rank 32": DecoderFormats(*3 * [MatrixFormat(8, 64, rank=32)], INT8),
+    "other ranks": DecoderFormats(
+        MatrixFormat(4, 32, rank=96), MatrixFormat(4, 128, 1, 64), MatrixFormat(8, 128, 4, 160)
+    ),
 }
 
 
@@ -79,11 +85,23 @@ def stored(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
+def first_factor(matrix: _abi.sk_matrix) -> int:
+    """The column where the factors of its low-rank term begin."""
+    return stored(matrix.columns, max(64, matrix.group_size))
+
+
+def stored_columns(matrix: _abi.sk_matrix) -> int:
+    if not matrix.rank:
+        return stored(matrix.columns, 64)
+    bits = matrix.codes.bits + (matrix.low.bits if matrix.low.data else 0)
+    return first_factor(matrix) + stored(matrix.rank * 8 // bits, 64)
+
+
 def read_matrix(matrix: _abi.sk_matrix) -> torch.Tensor:
     """The numbers that a matrix holds, float64 [rows and columns in whole tiles]."""
     assert matrix.abi_version == _abi.SK_ABI_VERSION
     assert matrix.struct_size == ctypes.sizeof(_abi.sk_matrix)
-    rows, columns = stored(matrix.rows, 16), stored(matrix.columns, 64)
+    rows, columns = stored(matrix.rows, 16), stored_columns(matrix)
     codes = read_plane(matrix.codes, rows, columns)
     if matrix.codes.bits == 16:
         assert not matrix.scales
@@ -164,6 +182,52 @@ def test_every_weight_is_in_its_place_and_the_padding_is_zero(
     assert torch.equal(packed.norm, tiny.ends.norm)
 
 
+@pytest.mark.parametrize("formats", [f for f in PLANS.values() if f.down.rank])
+@pytest.mark.parametrize("hidden", [64, 100])
+def test_factors_of_a_low_rank_term_are_further_columns(tiny_decoder, hidden, formats):
+    tiny = tiny_decoder(hidden_size=hidden, layers=UNEVEN, formats=formats)
+    packed = tiny.packed()
+    for tensors, layer in zip(tiny.layers, packed.layers, strict=True):
+        matrices = {name: getattr(tensors, name) for name in ("output", "gate", "up", "down")}
+        for name, matrix in matrices.items():
+            found = getattr(layer, name)
+            assert found.rank == matrix.factors.codes.shape[1]
+            numbers = read_matrix(found)[:, first_factor(found) :]
+            assert not numbers[len(matrix.codes) :].any()
+            if matrix.bits == 4:
+                upper, lower = numbers.view(len(numbers), -1, 2, 32).unbind(2)
+                numbers = (16 * upper + lower).flatten(1)
+            numbers = numbers[: len(matrix.codes), : found.rank]
+            assert torch.equal(numbers.float(), matrix.factors.dequantize())
+        for name in ("qkv_basis", "output_basis", "gate_up_basis", "down_basis"):
+            own = getattr(tensors, name)
+            only(getattr(layer, name), [(slice(len(own)), own)], *own.shape)
+
+
+def test_a_low_rank_term_that_is_not_as_the_format_says_is_refused(tiny_decoder):
+    tiny = tiny_decoder(formats=PLANS["int8 and rank 32"])
+    good = tiny.layers[0]
+    factors = good.gate.factors
+    nan = good.down_basis.clone()
+    nan[-1, -1] = float("nan")
+    for changes, told in (
+        ({"gate": replace(good.gate, factors=None)}, "gate has no low-rank term; its format asks for rank 32"),
+        ({"up": replace(good.up, factors=replace(factors, codes=factors.codes[:, 1:]))}, "up's factors is .* expected"),
+        ({"up": replace(good.up, factors=replace(factors, scales=factors.scales.float()))}, "up's factors' scales is"),
+        ({"qkv_basis": None}, r"qkv_basis is missing; the formats ask for \[32, 64\]"),
+        ({"output_basis": good.output_basis[:1]}, r"output_basis is .*expected torch.bfloat16 \[32, 64\]"),
+        ({"down_basis": nan}, "down_basis holds values that are not finite"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"layer 0: {told}"):
+            pack(tiny.config, tiny.ends, [replace(good, **changes)], tiny.formats)
+    plain = tiny_decoder(formats=PLANS["int8"])
+    with pytest.raises(ValueError, match="gate has a low-rank term; its format asks for rank 0"):
+        pack(tiny.config, tiny.ends, [replace(plain.layers[0], gate=good.gate)], plain.formats)
+    layer = replace(plain.layers[0], qkv_basis=good.qkv_basis)
+    with pytest.raises(ValueError, match=r"qkv_basis is \[32, 64\]; the formats ask for none"):
+        pack(tiny.config, tiny.ends, [layer], plain.formats)
+
+
 @pytest.mark.parametrize("formats", PLANS.values(), ids=PLANS)
 def test_planes_are_those_of_the_plan(tiny_decoder, formats):
     packed = tiny_decoder(formats=formats).packed()
@@ -174,7 +238,7 @@ def test_planes_are_those_of_the_plan(tiny_decoder, formats):
     ):  # fmt: skip
         low = (matrix.low.bits,) if matrix.low.data else ()
         assert (matrix.codes.bits, *low) == format.planes
-        assert matrix.group_size == format.group_size
+        assert (matrix.group_size, matrix.rank) == (format.group_size, format.rank)
     assert packed.embedding.codes.bits == 16
 
 
@@ -183,11 +247,11 @@ def test_what_is_read_of_a_chosen_neuron_is_side_by_side(tiny_decoder, formats):
     layer = tiny_decoder(formats=formats, hidden_size=100).packed().layers[0]
     last = layer.up.low if layer.up.low.data else layer.up.codes
     assert layer.down.codes.row_stride == last.row_stride
-    end = last.data + 128 * last.bits // 8
+    end = last.data + stored_columns(layer.up) * last.bits // 8
     assert 0 <= layer.down.codes.data - end < 64
-    alone = [layer.gate.codes, layer.up.codes] if layer.up.low.data else [layer.gate.codes]
-    for plane in alone:
-        assert plane.row_stride == 128 * plane.bits // 8, "nothing between its rows"
+    for matrix in [layer.gate, layer.up] if layer.up.low.data else [layer.gate]:
+        width = stored_columns(matrix) * matrix.codes.bits // 8
+        assert matrix.codes.row_stride == width, "nothing between its rows"
 
 
 def test_what_a_model_does_not_have_is_null_and_a_tied_head_is_the_embedding(tiny_decoder):
@@ -235,7 +299,7 @@ def test_rows_are_aligned_and_never_2048_bytes_apart(tiny_decoder, hidden, forma
         alignment = next(unit for unit in (64, 32, 8) if tile % unit == 0)
         assert plane.data % alignment == plane.row_stride % alignment == 0
         assert plane.row_stride % 2048 != 0
-        rows, width = stored(matrix.rows, 16), stored(matrix.columns, 64) // 64 * tile
+        rows, width = stored(matrix.rows, 16), stored_columns(matrix) // 64 * tile
         assert plane.bytes == (rows - 1) * plane.row_stride + width
 
 
@@ -245,7 +309,7 @@ def test_no_two_pieces_share_a_byte(tiny_decoder, formats):
     packed = tiny.packed()
     pieces = []
     for matrix, plane in all_planes(packed):
-        width = stored(matrix.columns, 64) * plane.bits // 8
+        width = stored_columns(matrix) * plane.bits // 8
         starts = range(plane.data, plane.data + plane.bytes, plane.row_stride)
         pieces += [(start, start + width) for start in starts]
     for matrix, _ in {ctypes.addressof(m): (m, p) for m, p in all_planes(packed)}.values():
@@ -282,18 +346,20 @@ def test_the_arena_has_no_byte_too_many(tiny_decoder, formats):
     ids=str,
 )
 def test_rows_have_no_bytes_that_they_need_not(planes, strides):
-    assert [row_layout(n, planes)[1] for n in (1, 64, 65, 1024, 2048)] == strides
-    begins, _ = row_layout(576, planes)
+    assert [
+        row_layout([(bits, n) for bits in planes])[1] for n in (1, 64, 65, 1024, 2048)
+    ] == strides
+    begins, _ = row_layout([(bits, 576) for bits in planes])
     assert begins[0] == 0
 
 
 def test_576_columns_of_4_bits_are_288_bytes():
-    assert row_layout(576, [4]) == ([0], 288)
-    assert row_layout(576, [4, 4]) == ([0, 288], 576)
+    assert row_layout([(4, 576)]) == ([0], 288)
+    assert row_layout([(4, 576), (4, 576)]) == ([0, 288], 576)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", [field.name for field in fields(LayerTensors)])
+@pytest.mark.parametrize("name", TENSORS)
 def test_a_weight_that_is_not_finite_is_refused_with_its_name(tiny_decoder, name, value):
     tiny = tiny_decoder(biases=True, head_norms=True)
     damaged = getattr(tiny.layers[1], name).clone()
@@ -312,7 +378,7 @@ def test_the_same_holds_outside_the_layers(tiny_decoder, name):
         pack(tiny.config, replace(tiny.ends, **{name: damaged}), tiny.layers)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(LayerTensors)])
+@pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_that_would_be_broadcast_or_converted_is_refused(tiny_decoder, name):
     tiny = tiny_decoder(biases=True, head_norms=True)
     good = getattr(tiny.layers[0], name)

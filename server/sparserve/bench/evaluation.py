@@ -18,7 +18,7 @@ from sparserve.bench.reads import DENSE_PLAN
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.scored import Driver, ServedModel
 from sparserve.bench.scored_peers import open_scored
-from sparserve.bench.text import read_text, refuse_calibration_text, tokens_of
+from sparserve.bench.text import TEXTS, read_text, refuse_calibration_text, tokens_of
 from sparserve.config import EngineSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
@@ -61,7 +61,7 @@ def evaluate_formats(
     load = cache(load)
     reference = load(plan.original or settings.model, "float32")
     tokens = plan.prompt_tokens + plan.decode_tokens
-    _check_context(reference, tokens)
+    check_context(reference, tokens)
     windows = cut_windows(
         tokens_of(reference, read_text(plan.text)),
         plan.windows,
@@ -114,11 +114,13 @@ def _served(
     model: LoadedModel, settings: EngineSettings, windows: list[Window], plan: Plan
 ) -> list[ServedModel]:
     """A format under each of its policies, all over one copy of the weights."""
+    if model.compressed is not None:
+        refuse_calibration_text(plan.text, "compressed model", model.compressed.info.texts)
     engine = _engine(model, settings)
     plans = [engine.policies.plan(spec.policy) for spec in plan.policies]
     for own in plans:
         if own.index is not None:
-            refuse_calibration_text(plan.text, own.index.source)
+            refuse_calibration_text(plan.text, "index", own.index.source.get(TEXTS))
     choosing = (own for own in plans if own.score is not None)
     driver = Driver(engine, next(choosing, DENSE_PLAN))
     dense = ServedModel(driver, windows)
@@ -130,7 +132,7 @@ def _served(
     ]
 
 
-def _check_context(model: LoadedModel, tokens: int) -> None:
+def check_context(model: LoadedModel, tokens: int) -> None:
     limit = model.config.max_position_embeddings
     if tokens > limit:
         raise ConfigError(

@@ -19,8 +19,8 @@ from sparserve.bench.text import read_text, tokens_of
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.engine import Engine
-from sparserve.engine.factory import assemble_engine
-from sparserve.engine.formats import weight_formats, with_dtype
+from sparserve.engine.factory import assemble_engine, format_name
+from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.model.calibration import CALIBRATION_TEXT
@@ -52,8 +52,8 @@ def measure_formats(
 
     # "auto" may be one of the others.
     asked = [(source_model(name, loaded), with_dtype(settings, name)) for name in formats]
-    unique = {(m.weights.dtype, weight_formats(own)): (m, own) for m, own in asked}
-    engines = [_engine(model, own, plan) for model, own in unique.values()]
+    unique = {format_name(m, own): (m, own) for m, own in asked}
+    engines = [sweep_engine(model, own, plan) for model, own in unique.values()]
     info = [engine.backend.info for engine in engines]
     ours = [
         Sparserve(engine, spec, prompts_cached=plan.phase == "decode")
@@ -68,7 +68,7 @@ def measure_formats(
         [open_peer(name, format, loaded, info[0].threads) for name, format in wanted],
         plan,
         model=first.name,
-        prompts=_text_prompts(first, text) if chosen or plan.text else _random_prompts(first),
+        prompts=prompts_of(first, text) if chosen or plan.text else _random_prompts(first),
         threads=info[0].threads,
         backends={each.dtype: each.name for each in info},
         on_progress=on_progress,
@@ -80,7 +80,7 @@ def _random_prompts(model: LoadedModel) -> PromptMaker:
     return lambda source, count, length: fresh_prompts(source, vocab_size, count, length)
 
 
-def _text_prompts(model: LoadedModel, text: str) -> PromptMaker:
+def prompts_of(model: LoadedModel, text: str) -> PromptMaker:
     """Raises ConfigError of a text without words."""
     tokens = tokens_of(model, text)
     if not tokens:
@@ -88,14 +88,10 @@ def _text_prompts(model: LoadedModel, text: str) -> PromptMaker:
     return lambda source, count, length: text_prompts(source, tokens, count, length)
 
 
-def _engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:
+def sweep_engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:
     """With room for the largest point of `plan`. Raises ConfigError."""
-    batch, trained = max(plan.batches), model.config.max_position_embeddings
-    if plan.longest > trained:
-        raise ConfigError(
-            f"{plan.longest} tokens of prompt and output exceed {model.name}'s context of {trained}; "
-            "give fewer"
-        )
+    check_longest(model, plan)
+    batch = max(plan.batches)
     own = {
         "max_context": plan.longest,
         "max_running": batch,
@@ -111,3 +107,13 @@ def _engine(model: LoadedModel, settings: EngineSettings, plan: Plan) -> Engine:
             "raise --kv-cache-gib, or give fewer or shorter ones"
         )
     return engine
+
+
+def check_longest(model: LoadedModel, plan: Plan) -> None:
+    """Raises ConfigError."""
+    trained = model.config.max_position_embeddings
+    if plan.longest > trained:
+        raise ConfigError(
+            f"{plan.longest} tokens of prompt and output exceed {model.name}'s context of {trained}; "
+            "give fewer"
+        )

@@ -236,15 +236,17 @@ def _matrices(
     config: DecoderConfig, formats: DecoderFormats
 ) -> dict[str, list[tuple[int, int, MatrixFormat]]]:
     """Phase -> (rows, columns, format) of its matrices, in all layers."""
-    hidden, head, layers = config.hidden_size, config.head_dim, config.layers
-    attention, gate_up, down = formats.attention, formats.gate_up, formats.down
+    hidden, head = config.hidden_size, config.head_dim
+    layers = [(shape, formats.layer(index)) for index, shape in enumerate(config.layers)]
     return {
-        "qkv": [((s.num_heads + 2 * s.num_kv_heads) * head, hidden, attention) for s in layers],
-        "output": [(hidden, s.num_heads * head, attention) for s in layers],
+        "qkv": [
+            ((s.num_heads + 2 * s.num_kv_heads) * head, hidden, own.attention) for s, own in layers
+        ],
+        "output": [(hidden, s.num_heads * head, own.attention) for s, own in layers],
         "mlp": [
             (s.intermediate_size, hidden, format)
-            for s in layers
-            for format in (gate_up, gate_up, down)
+            for s, own in layers
+            for format in (own.gate_up, own.gate_up, own.down)
         ],
         "head": [(config.vocab_size, hidden, formats.lm_head)],
     }

@@ -119,7 +119,7 @@ def _label_height(row: Row, top: float) -> float:
     return bound if high < bound < high + LABEL_SHARE * top else high
 
 
-def colour_of(system: str, place: int) -> tuple[float, ...]:
+def colour_of(system: str, place: float) -> tuple[float, ...]:
     """A system's own colour, mixed with white for each further format."""
     text, share = COLOURS.get(system, "#666666"), 0.6**place
     parts = (int(text[i : i + 2], 16) / 255 for i in (1, 3, 5))

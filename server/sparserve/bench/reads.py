@@ -27,7 +27,7 @@ DENSE_PLAN = ChoicePlan(DENSE, 1.0)
 
 def read_bytes(info: BackendInfo, kind: ChoiceKind | None, reads: NeuronReads) -> float:
     """Of feed-forward weights, over all tokens of `reads`."""
-    return info.read_bytes(kind, reads.counts.sum(dim=0).tolist())
+    return info.read_bytes(kind, reads.counts)
 
 
 def correction_bytes(plan: ChoicePlan, choice: NeuronChoice) -> int:

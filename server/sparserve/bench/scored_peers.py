@@ -170,15 +170,28 @@ def open_scored(
     Raises ConfigError where it has no such format or its package is missing, UnsupportedModel where
     it cannot run the model.
     """
+    check_scored(name, format)
+    file = peer_file(name, format, load)
+    return SCORED[name](file, format, source_model(format, load).config, windows, threads)
+
+
+def check_scored(name: str, format: str) -> None:
+    """Raises ConfigError where the peer has no such format, is not scored, or its package is missing."""
     if name not in SCORED:
         raise ConfigError(f"{name} is not scored; there are: {', '.join(SCORED)}")
     check_format(name, format)
+    for package in PACKAGES[name]:
+        require(package)
+
+
+def peer_file(name: str, format: str, load: Load) -> Path:
+    """What the peer loads, written where there is none yet. Raises as `gguf_file`."""
     file_format = OPENVINO_FORMATS[format][0] if name == "openvino" else format
-    model = source_model(format, load)
-    return SCORED[name](gguf_file(model, file_format), format, model.config, windows, threads)
+    return gguf_file(source_model(format, load), file_format)
 
 
 SCORED: dict[str, type[ScoredLlamaCpp | ScoredOpenVino]] = {
     "llama.cpp": ScoredLlamaCpp,
     "openvino": ScoredOpenVino,
 }
+PACKAGES = {"llama.cpp": ("llama_cpp",), "openvino": ("openvino", "openvino_genai")}

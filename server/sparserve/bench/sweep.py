@@ -127,14 +127,14 @@ def run_sweep(
     """Measure every system at every batch size and context of `plan`."""
     source = random.Random(plan.seed)
     systems = [*ours, *peers]
-    points = [_Point(plan, batch, context) for batch in plan.batches for context in plan.contexts]
+    points = [Point(plan, batch, context) for batch in plan.batches for context in plan.contexts]
     total, runs = len(points) * len(systems) * (plan.rounds + 1), itertools.count(1)
     on_progress(plan.phase, 0, total)
     watch = CpuWatch()
     rows: list[Row] = []
     ratios: list[Ratio] = []
     for point in points:
-        series = _measure(
+        series = measure_point(
             systems,
             point,
             threads,
@@ -159,7 +159,7 @@ def run_sweep(
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
+class Point:
     plan: Plan
     batch: int
     context: int
@@ -187,7 +187,7 @@ class _Point:
 
 
 @dataclass(frozen=True, slots=True)
-class _Series:
+class Series:
     """What the rounds gave for one system at one point."""
 
     system: System
@@ -195,7 +195,7 @@ class _Series:
     ceilings: list[float]  # GB/s
     reads: list[Reads | None]
 
-    def row(self, model: str, point: _Point, dense: _Series | None) -> Row:
+    def row(self, model: str, point: Point, dense: Series | None) -> Row:
         """`dense`: what a policy is compared with; None of everything else."""
         sizes = [point.bytes_per_token(self.system, reads) for reads in self.reads]
         bounds = [c * 1e9 / size for c, size in zip(self.ceilings, sizes, strict=True)]
@@ -222,7 +222,7 @@ class _Series:
             against_dense=None if dense is None else median_ratio(self.speeds, dense.speeds),
         )
 
-    def _share(self, point: _Point, sizes: Sequence[float], dense: _Series) -> float | None:
+    def _share(self, point: Point, sizes: Sequence[float], dense: Series) -> float | None:
         """None where nothing less is read."""
         shares = []
         for speed, size, dense_speed, reads in zip(
@@ -246,7 +246,7 @@ def share_of_allowed_time(dense: float, sparse: float, bytes_read: float) -> flo
     return (dense - sparse) / (dense * (1 - bytes_read)) if bytes_read < 1 else None
 
 
-def _dense_of(series: _Series, ours: Sequence[_Series]) -> _Series | None:
+def _dense_of(series: Series, ours: Sequence[Series]) -> Series | None:
     """The same format dense, of a policy that is not."""
     if series.system.policy == DENSE_POLICY:
         return None
@@ -258,17 +258,17 @@ def _mean(values: Iterable[float]) -> float:
     return round(statistics.fmean(values), 4)
 
 
-def _measure(
+def measure_point(
     systems: Sequence[System],
-    point: _Point,
+    point: Point,
     threads: int,
     prompts: Callable[[], Prompts],
     on_run: Callable[[], None],
-) -> list[_Series]:
+) -> list[Series]:
     new_tokens, rounds = point.plan.new_tokens, point.plan.rounds
     # At the size that is measured: some systems compile for each shape that they meet.
     runs = take_turns(systems, 0, prompts(), min(new_tokens, WARM_UP_TOKENS), on_run)
-    found = [_Series(system, [], [], []) for system in systems]
+    found = [Series(system, [], [], []) for system in systems]
     for turn in range(rounds):
         wait_until_idle()
         sizes = [point.step_bytes(s, run.reads) for s, run in zip(systems, runs, strict=True)]
@@ -294,7 +294,7 @@ def _read_ceilings(sizes: Sequence[int], threads: int) -> list[float]:
     return ceilings
 
 
-def _comparable(ours: _Series, peer: _Series, all_ours: Sequence[_Series]) -> bool:
+def _comparable(ours: Series, peer: Series, all_ours: Sequence[Series]) -> bool:
     """At the same data type, or where we were not measured in the peer's, at the same bits."""
     theirs = peer.system.format
     if theirs in [data_type(series.system.format) for series in all_ours]:
@@ -302,7 +302,7 @@ def _comparable(ours: _Series, peer: _Series, all_ours: Sequence[_Series]) -> bo
     return bits(theirs) == bits(ours.system.format)
 
 
-def _ratio(ours: _Series, peer: _Series, point: _Point) -> Ratio:
+def _ratio(ours: Series, peer: Series, point: Point) -> Ratio:
     ratios = [a / b for a, b in zip(ours.speeds, peer.speeds, strict=True)]
     return Ratio(
         format=ours.system.format,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
+from sparserve.model.text import text_hash
 
 TEXTS = "texts"  # in a calibrated index's source: `text_hash` of each file that it was made of
 
@@ -25,15 +24,9 @@ def tokens_of(model: LoadedModel, text: str) -> list[int]:
     return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def text_hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=32).hexdigest()
-
-
-def refuse_calibration_text(path: Path, source: Mapping[str, object]) -> None:
-    """`source` is that of a calibrated index. Raises ConfigError of a text that it was made of."""
-    texts = source.get(TEXTS)
-    if isinstance(texts, list) and text_hash(path.read_bytes()) in texts:
+def refuse_calibration_text(path: Path, what: str, texts: object) -> None:
+    """`texts`: hashes of those that `what` was calibrated on, where it says. Raises ConfigError of one of them."""
+    if isinstance(texts, list | tuple) and text_hash(path.read_bytes()) in texts:
         raise ConfigError(
-            f"the index was calibrated on {path}: what it predicts and chooses is fitted to this text; give one "
-            "that it has not seen"
+            f"the {what} was calibrated on {path}: it is fitted to this text; give one that it has not seen"
         )

@@ -1,19 +1,26 @@
-"""A model's layers one after another in plain torch, as they are served: only one is in memory at a time."""
+"""The layers of a model as they are served, and what goes into their feed-forwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from sparse_kernels.formats import DecoderFormats
-from sparse_kernels.weights import Matrix, QuantizedMatrix
+from sparse_kernels.weights import (
+    FACTOR_ZERO,
+    Factors,
+    LayerTensors,
+    Matrix,
+    QuantizedMatrix,
+)
 from sparserve.compression.quantize import quantize_layer
-from sparserve.model import llama
 from sparserve.model.cpu import layer_tensors
+from sparserve.model.effective import effective
 from sparserve.model.loader import LoadedModel
+from sparserve.model.walk import Walk
 from sparserve.model.weights import LayerWeights
 
 
@@ -25,12 +32,19 @@ class UpperPlane:
     # float32 [neurons, groups]: variance of an element, its lower bits being anything.
     variances: torch.Tensor
     group_size: int
+    # Of a low-rank term, whose upper bits are in `values`: its basis [rank, hidden], and the variance of what
+    # the lower bits of a row's factors make of an input of length 1 in it, [neurons].
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [tokens, hidden] -> (products, their variances), [tokens, neurons] each."""
         padded = F.pad(x.square(), (0, -x.shape[1] % self.group_size))
         squares = padded.view(len(x), -1, self.group_size).sum(dim=2)
-        return x @ self.values.T, squares @ self.variances.T
+        variances = squares @ self.variances.T
+        if self.low_rank is not None:
+            basis, by_row = self.low_rank
+            variances += (x @ basis.T).square().sum(dim=1, keepdim=True) * by_row
+        return x @ self.values.T, variances
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,48 +66,34 @@ def walk(
 ) -> Iterator[tuple[FeedForward, torch.Tensor]]:
     """token_ids [windows, tokens] -> of each layer its feed-forward, and what goes into it, [windows, tokens,
     hidden]."""
-    config, weights = model.config, model.weights
-    frequencies = llama.rope_frequencies(
-        config.rope, config.head_dim, weights.rope_factors, config.max_position_embeddings
-    )
-    positions = torch.arange(token_ids.shape[1])
-    tables = llama.rope_tables(positions, frequencies, config.rope.attention_factor)
-    x = weights.embedding[token_ids].float()
-    for index in range(config.num_layers):
-        layer, mlp = _as_served(weights.layers[index], formats)
-        mask = _causal(len(positions), config.window(index))
-        for own in x:
-            own += _attention(model, layer, own, tables, mask)
-        normed = llama.rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
+    steps = Walk(model, token_ids)
+    for index in range(model.config.num_layers):
+        made = _stored(model, formats, index)
+        layer = effective(made)
+        steps.add_attention(index, layer)
+        mlp, normed = _feed_forward(made, layer, formats), steps.norm(steps.x, layer.mlp_norm)
         yield mlp, normed
-        for own, inputs in zip(x, normed, strict=True):
+        for own, inputs in zip(steps.x, normed, strict=True):
             own += mlp.activations(inputs) @ mlp.down
 
 
-def _as_served(layer: LayerWeights, formats: DecoderFormats) -> tuple[LayerWeights, FeedForward]:
-    """In float32, after rounding to `formats`."""
-    made = quantize_layer(layer_tensors(layer), formats, "")
-    q, k, v, output, gate, up, down = map(
-        _values, (made.q, made.k, made.v, made.output, made.gate, made.up, made.down)
-    )
-    down = down if isinstance(made.down, QuantizedMatrix) else down.T.contiguous()
-    planes = [_upper(matrix, formats.gate_up.low_bits) for matrix in (made.gate, made.up)]
+def _stored(model: LoadedModel, formats: DecoderFormats, index: int) -> LayerTensors:
+    """A layer in `formats`, which are those of a compressed model where it is one."""
+    if model.compressed is not None and formats == model.compressed.formats:
+        return model.compressed.layers[index]
+    return quantize_layer(layer_tensors(model.weights.layers[index]), formats.layer(index), "")
+
+
+def _feed_forward(made: LayerTensors, layer: LayerWeights, formats: DecoderFormats) -> FeedForward:
+    planes = [
+        _upper(matrix, formats.gate_up.low_bits, made.gate_up_basis)
+        for matrix in (made.gate, made.up)
+    ]
     upper = None if planes[0] is None or planes[1] is None else (planes[0], planes[1])
-    vectors = {
-        name: None if (own := getattr(layer, name)) is None else own.float()
-        for name in ("bq", "bk", "bv", "bo", "q_norm", "k_norm")
-    }
-    weights = LayerWeights(
-        layer.attn_norm.float(), q, k, v, output, layer.mlp_norm.float(), gate, up, down, **vectors
-    )
-    return weights, FeedForward(gate, up, down, upper)
+    return FeedForward(layer.w_gate, layer.w_up, layer.w_down.T.contiguous(), upper)
 
 
-def _values(matrix: Matrix) -> torch.Tensor:
-    return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix.float()
-
-
-def _upper(matrix: Matrix, low_bits: int) -> UpperPlane | None:
+def _upper(matrix: Matrix, low_bits: int, basis: torch.Tensor | None) -> UpperPlane | None:
     if not isinstance(matrix, QuantizedMatrix) or not low_bits:
         return None
     columns, unit = matrix.codes.shape[1], 1 << low_bits
@@ -102,38 +102,22 @@ def _upper(matrix: Matrix, low_bits: int) -> UpperPlane | None:
         for own in (matrix.scales, matrix.zeros)
     )
     codes = (matrix.codes >> low_bits << low_bits).float() + (unit - 1) / 2
-    variances = matrix.scales.float().square() * (unit**2 - 1) / 12
-    return UpperPlane(scales * (codes - zeros), variances, matrix.group_size)
+    values, variance = scales * (codes - zeros), (unit**2 - 1) / 12
+    low_rank = None
+    if matrix.factors is not None and basis is not None:
+        values.addmm_(_upper_factors(matrix.factors, matrix.bits, low_bits), basis.float())
+        # A factor is one code of 8 bits, or two of 4.
+        variance_of_code = variance * sum(4**shift for shift in range(0, 8, matrix.bits))
+        low_rank = basis.float(), matrix.factors.scales.float().square() * variance_of_code
+    variances = matrix.scales.float().square() * variance
+    return UpperPlane(values, variances, matrix.group_size, low_rank)
 
 
-def _attention(
-    model: LoadedModel,
-    layer: LayerWeights,
-    x: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-    mask: torch.Tensor,
-) -> torch.Tensor:
-    """x [tokens, hidden] -> that shape."""
-    config = model.config
-    eps, head_dim = config.rms_norm_eps, config.head_dim
-    normed = llama.rms_norm(x, layer.attn_norm, eps)
-    q, k, v = (
-        llama.project_heads(F.linear, normed, weight, bias, norm, eps, head_dim)
-        for weight, bias, norm in (
-            (layer.wq, layer.bq, layer.q_norm),
-            (layer.wk, layer.bk, layer.k_norm),
-            (layer.wv, layer.bv, None),
-        )
-    )
-    q, k = (llama.apply_rope(heads, *tables) for heads in (q, k))
-    out = llama.attention(q, k.transpose(0, 1), v.transpose(0, 1), mask)
-    return F.linear(out, layer.wo, layer.bo)
-
-
-def _causal(tokens: int, window: int) -> torch.Tensor:
-    """[tokens, tokens]: 0, or -inf for what a token does not see."""
-    queries, keys = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
-    hidden = keys > queries
-    if window:
-        hidden |= keys <= queries - window
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+def _upper_factors(factors: Factors, bits: int, low_bits: int) -> torch.Tensor:
+    """float32 [rows, rank]: of codes of `bits` the upper bits, and the mean of the lower ones."""
+    numbers = torch.full(factors.codes.shape, float(-FACTOR_ZERO))
+    for shift in range(0, 8, bits):
+        code = factors.codes >> shift & ((1 << bits) - 1)
+        upper = (code >> low_bits << low_bits).float() + ((1 << low_bits) - 1) / 2
+        numbers += upper * (1 << shift)
+    return factors.scales.float()[:, None] * numbers

@@ -28,12 +28,12 @@ from sparserve.calibration.stages import Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import choose_backend, format_name, make_backend
-from sparserve.engine.formats import weight_formats
+from sparserve.engine.formats import served_formats
 from sparserve.errors import ConfigError
-from sparserve.model.backend import Backend
-from sparserve.model.cpu import neuron_bytes
+from sparserve.model.backend import Backend, mean_neuron_bytes
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel
+from sparserve.model.weight_bytes import layer_neuron_bytes
 from sparserve.sparsity.index import IndexKey, NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.predictors import embedding
@@ -114,10 +114,11 @@ class _Calibration:
         self._effort = plan.effort
         dtype = str(model.weights.dtype).removeprefix("torch.")
         native = choose_backend(settings, dtype)[0] == "cpu"
-        self._formats = weight_formats(settings) if native else DecoderFormats()
+        self._formats = served_formats(model, settings) if native else DecoderFormats()
         self._aims = {
             kind: Aim(own, self._tiers(kind, own), plan.effort.reaches)
-            for kind, own in neuron_bytes(model.config, self._formats).items()
+            for kind, layers in layer_neuron_bytes(model.config, self._formats).items()
+            for own in [mean_neuron_bytes(layers)]
             if kind is not None
         }
         windows = [window.prompt + window.fed for window in text.fitted]
@@ -376,7 +377,8 @@ def _density(
 ) -> float:
     """Share of the feed-forward layers' bytes, with those of a correction."""
     info = backend.info
-    share = info.read_bytes(setting.choice, reads) / sum(info.neuron_bytes[setting.choice])
+    each = info.neuron_bytes[setting.choice]
+    share = sum(part * own for part, own in zip(reads, each, strict=True)) / sum(each)
     return share + index.correction_bytes(setting.correction) / info.mlp_bytes
 
 

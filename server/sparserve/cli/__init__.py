@@ -11,7 +11,18 @@ import sys
 import typer
 
 from sparserve import __version__
-from sparserve.cli import bench, calibrate, chat, demo, evaluate, generate, models, serve
+from sparserve.cli import (
+    bench,
+    calibrate,
+    chat,
+    compress,
+    demo,
+    evaluate,
+    generate,
+    models,
+    report,
+    serve,
+)
 from sparserve.cli.options import NO_VALUE, Command, Group
 from sparserve.cli.output import fail
 from sparserve.errors import SparserveError
@@ -31,7 +42,9 @@ app.command("serve", cls=Command)(serve.serve)
 app.command("chat", cls=Command)(chat.chat)
 app.command("generate", cls=Command)(generate.generate)
 app.command("eval", cls=Command)(evaluate.evaluate)
+app.command("compress", cls=Command)(compress.compress)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
+app.command("report", cls=Command)(report.report)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 

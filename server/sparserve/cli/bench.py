@@ -214,7 +214,7 @@ def kernels(
     from sparserve.engine.factory import make_decoders
 
     plan = Plan(choose_levels(levels), _counts("--batch", batch), context, prefill, rounds)
-    _refuse_own_limits(settings)
+    refuse_own_limits(settings)
     check_threads(settings.threads)
     _check_files(json_file, png)
     # Never a fallback: where the cpu backend cannot run, the settings are refused.
@@ -227,7 +227,7 @@ def kernels(
     print_kernels(report)
     write_json(json_file, report.as_json())
     if png is not None:
-        _save_picture(draw(report), png)
+        save_picture(draw(report), png)
 
 
 @app.command("memory", cls=Command)
@@ -255,8 +255,8 @@ def memory(
     from sparserve.bench.memory import Plan, measure_memory
     from sparserve.bench.peers.registry import parse_peers
 
-    names, specs = _formats(formats, settings.dtype), parse_peers(peers)
-    _refuse_own_limits(settings, "kv_cache_gib")
+    names, specs = format_names(formats, settings.dtype), parse_peers(peers)
+    refuse_own_limits(settings, "kv_cache_gib")
     check_json_file(json_file)
     with counting_bar(own_thread=False) as show:
         report = measure_memory(
@@ -293,7 +293,7 @@ def plot_quality(
     points = join(reports, batch, context)
     for name in points.unmatched:
         warn(f"{name} has a speed or a KL, not both, and is left out")
-    _save_picture(draw_quality(points), png)
+    save_picture(draw_quality(points), png)
 
 
 def _sweep(
@@ -312,8 +312,8 @@ def _sweep(
     from sparserve.bench.policies import parse_policies
 
     policy_specs = parse_policies(policies)
-    names, specs = _formats(formats, settings.dtype), parse_peers(peers)
-    _refuse_own_limits(settings)
+    names, specs = format_names(formats, settings.dtype), parse_peers(peers)
+    refuse_own_limits(settings)
     check_threads(settings.threads)
     _check_files(json_file, png)
     with counting_bar(own_thread=False) as show:
@@ -322,10 +322,10 @@ def _sweep(
     print_sweep(report)
     write_json(json_file, report.as_json())
     if png is not None:
-        _save_picture(draw(report), png)
+        save_picture(draw(report), png)
 
 
-def _refuse_own_limits(settings: EngineSettings, *others: str) -> None:
+def refuse_own_limits(settings: EngineSettings, *others: str) -> None:
     own = {"max_context", "max_running", "prefix_cache", *others}
     if given := sorted(settings.model_fields_set & own):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -361,12 +361,12 @@ def _check_files(json_file: Path | None, png: Path | None) -> None:
         require_matplotlib()
 
 
-def _save_picture(figure: Any, png: Path) -> None:
+def save_picture(figure: Any, png: Path) -> None:
     figure.savefig(png)
     err.print(f"picture drawn in {png}")
 
 
-def _formats(text: str, default: str) -> list[str]:
+def format_names(text: str, default: str) -> list[str]:
     names = [name.strip() for name in text.split(",")] if text else [default]
     if unknown := [name for name in names if name not in FORMATS]:
         raise ConfigError(

@@ -54,7 +54,7 @@ def print_sweep(report: Report) -> None:
         )
     if any(row.against_dense is not None for row in report.rows):
         _print_policies(report.rows)
-    _warn_if_busy(report.cpus_used_by_others)
+    warn_if_busy(report.cpus_used_by_others)
 
 
 def _with_policy(row: Row | Ratio) -> str:
@@ -84,7 +84,7 @@ def _print_policies(rows: list[Row]) -> None:
     out.print(table)
 
 
-def _warn_if_busy(cpus_used_by_others: float) -> None:
+def warn_if_busy(cpus_used_by_others: float) -> None:
     if cpus_used_by_others > BUSY:
         warn(
             f"other processes used {cpus_used_by_others:.2f} CPUs meanwhile: systems that wait for "
@@ -99,7 +99,7 @@ def print_kernels(report: KernelReport) -> None:
         f"{report.machine}, {report.threads} threads; medians of {report.plan.rounds} rounds; memory reads "
         f"at {report.read_ceiling_gb_s:.0f} GB/s; {report.cpus_used_by_others:.2f} CPUs used by others"
     )
-    _warn_if_busy(report.cpus_used_by_others)
+    warn_if_busy(report.cpus_used_by_others)
 
 
 def _print_step(report: KernelReport, point: Point) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.formats import LayerFormats, MatrixFormat
 from sparse_kernels.weights import LayerTensors, Matrix, NonFiniteWeights, QuantizedMatrix
 
 # Weights that are rounded at once, by all threads: their temporaries stay in caches.
@@ -18,7 +18,9 @@ class ScaleOverflow(ValueError):
     """Weights are too large for a scale in float16; the message names the tensor."""
 
 
-def quantize(weight: torch.Tensor, format: MatrixFormat, name: str) -> QuantizedMatrix:
+def quantize(
+    weight: torch.Tensor, format: MatrixFormat, name: str, value_bits: int | None = None
+) -> QuantizedMatrix:
     """Round `weight` [rows, columns], bfloat16 with any strides, to integers of `format`.
 
     For each group of columns of a row, with 0 in the range of its values:
@@ -31,10 +33,13 @@ def quantize(weight: torch.Tensor, format: MatrixFormat, name: str) -> Quantized
     Quotients in float32 are rounded as exact ones would be: an 8-bit number divided by an 11-bit one, below
     2^8, is a half or at least 2^-12 from it.
 
-    Raises NonFiniteWeights or ScaleOverflow, with `name` in the message.
+    `value_bits` stands for `bits` in these formulas if given: codes of that many bits in the storage of
+    `format`, to study what fewer would lose.
+
+    Raises NonFiniteWeights or ScaleOverflow, with `name` in the message; ValueError of `value_bits`.
     """
     rows, columns = weight.shape
-    groups, largest_code = format.groups(columns), (1 << format.bits) - 1
+    groups, largest_code = format.groups(columns), greatest_code(format, value_bits)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(rows, groups, dtype=torch.float16)
     zeros = torch.empty(rows, groups, dtype=torch.uint8)
@@ -46,17 +51,17 @@ def quantize(weight: torch.Tensor, format: MatrixFormat, name: str) -> Quantized
         block = F.pad(block, (0, groups * format.group_size - columns))
         values = block.view(-1, groups, format.group_size)
         least, largest = values.amin(2).clamp_(max=0), values.amax(2).clamp_(min=0)
-        scales[part] = _not_smaller(largest.double() - least, largest_code)
-        if not bool(scales[part].isfinite().all()):
-            raise _refusal(weight[part], name)
-        divisors = scales[part].float().masked_fill_(scales[part] == 0, 1)
-        zeros[part] = (-least / divisors).round_()
-        values.div_(divisors[..., None]).round_().add_(zeros[part][..., None])
+        scales[part] = own = group_scales(least, largest, largest_code)
+        if not bool(own.isfinite().all()):
+            raise refusal(weight[part], name)
+        steps = divisors(own).float()
+        zeros[part] = (-least / steps).round_()
+        values.div_(steps[..., None]).round_().add_(zeros[part][..., None])
         codes[part] = values.clamp_(max=largest_code).flatten(1)[:, :columns]
     return QuantizedMatrix(codes, scales, zeros, format.bits, format.group_size)
 
 
-def quantize_layer(layer: LayerTensors, formats: DecoderFormats, where: str) -> LayerTensors:
+def quantize_layer(layer: LayerTensors, formats: LayerFormats, where: str) -> LayerTensors:
     """A layer with those matrices quantized that `formats` wants so and that are not yet; `where` begins
     their names in errors. Raises as `quantize`."""
 
@@ -79,15 +84,31 @@ def quantize_layer(layer: LayerTensors, formats: DecoderFormats, where: str) -> 
     )
 
 
-def _not_smaller(ranges: torch.Tensor, largest_code: int) -> torch.Tensor:
-    """ranges / largest_code, float64, rounded up to float16: every range fits the codes, however small."""
+def greatest_code(format: MatrixFormat, value_bits: int | None = None) -> int:
+    """Of codes of `value_bits`, by default all bits of `format`. Raises ValueError."""
+    bits = format.bits if value_bits is None else value_bits
+    if not 2 <= bits <= format.bits:
+        raise ValueError(f"value_bits is {bits}; in codes of {format} it can be 2 to {format.bits}")
+    return (1 << bits) - 1
+
+
+def group_scales(least: torch.Tensor, largest: torch.Tensor, largest_code: int) -> torch.Tensor:
+    """(largest - least) / largest_code rounded up to float16, so that every range fits the codes, however
+    small; inf where float16 has none."""
+    ranges = largest.double() - least
     scales = (ranges / largest_code).half()
     too_small = scales.double() * largest_code < ranges
     # The bits of a positive number plus one are those of the next larger.
     return (scales.view(torch.int16) + too_small).view(torch.float16)
 
 
-def _refusal(weight: torch.Tensor, name: str) -> ValueError:
+def divisors(scales: torch.Tensor) -> torch.Tensor:
+    """Scales for quotients, in float16: inf for 0, so that a group of scale 0 has codes of 0."""
+    return scales.masked_fill(scales == 0, torch.inf)
+
+
+def refusal(weight: torch.Tensor, name: str) -> ValueError:
+    """Why `weight` has no finite scales."""
     if not bool(weight.isfinite().all()):
         return NonFiniteWeights(f"{name} holds values that are not finite")
     least, largest = (float(end) for end in weight.aminmax())

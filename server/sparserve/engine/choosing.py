@@ -147,7 +147,7 @@ class ChoiceState:
         self._dense_tokens += self._last_was_dense
 
     def _bytes_of(self, choice: NeuronChoice, reads: NeuronReads) -> float:
-        neurons = self._info.read_bytes(choice.kind, reads.counts.sum(dim=0).tolist())
+        neurons = self._info.read_bytes(choice.kind, reads.counts)
         index = self.plan.index
         corrected = 0 if index is None else index.correction_bytes(choice.correction)
         return neurons + reads.tokens * corrected

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_kernels.arena import trim_heap
@@ -22,8 +22,9 @@ from sparse_kernels.native import (
 from sparse_kernels.weights import ChoiceTensors
 from sparserve.config import EngineSettings
 from sparserve.engine.block_manager import blocks_for
+from sparserve.engine.compressed_cache import compressed_folder
 from sparserve.engine.engine import Engine
-from sparserve.engine.formats import native_only, weight_formats
+from sparserve.engine.formats import native_only, served_formats, weight_formats
 from sparserve.engine.limits import EngineLimits
 from sparserve.engine.policies import Policies, PolicyRules
 from sparserve.engine.tokenizer import TextTokenizer
@@ -33,7 +34,7 @@ from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
-from sparserve.model.identity import index_key
+from sparserve.model.identity import index_key, source_has_changed
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
 from sparserve.model.placement import Placement
@@ -74,13 +75,24 @@ def load_by_settings(
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
-    """The model that `settings` name, in their dtype, where they place it. Raises ModelError or ConfigError.
+    """The model that `settings` name, compressed if they say so, in their dtype, where they place it. Raises
+    ModelError or ConfigError.
 
-    For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own.
+    For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own. `on_download`
+    is told of all that comes before loading: layers that are compressed, too.
     """
-    name, _ = choose_backend(settings, settings.dtype)
+    name, reason = choose_backend(settings, settings.dtype)
+    source, served_as = settings.model, None
+    if settings.compress:
+        _check_compress(settings, name, reason)
+        served_as, folder = compressed_folder(settings, on_download)
+        source = str(folder)
+    elif settings.compress_text:
+        raise ConfigError(
+            f"compress_text is {settings.compress_text}, and nothing is compressed; name a recipe with --compress"
+        )
     model = load_model(
-        settings.model,
+        source,
         dtype="bfloat16" if name == "cpu" else settings.dtype,
         placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
         layers_at_use=name == "cpu",
@@ -88,7 +100,28 @@ def load_by_settings(
         on_download=on_download,
     )
     trim_heap()  # what reading the checkpoint left behind
-    return model
+    if model.compressed is not None:
+        info = model.compressed.info
+        log.info(
+            "model %s was compressed from %s at %s (hash %.12s) by sparserve %s: %.2f bits per weight of its layers",
+            model.name, info.source.name, info.source.path, info.source.hash, info.sparserve_version,
+            info.bits_per_decoder_weight,
+        )  # fmt: skip
+        if source_has_changed(model.path, info.source):
+            log.warning(
+                "%s has changed since: %s is what it was before; compress it again to serve what it is now",
+                info.source.path, model.path,
+            )  # fmt: skip
+    return model if served_as is None else replace(model, name=served_as)
+
+
+def _check_compress(settings: EngineSettings, backend: str, reason: str) -> None:
+    """Raises ConfigError where what --compress makes would be served as plain weights."""
+    if backend != "cpu":
+        raise ConfigError(
+            f"compress is {settings.compress}, and only the cpu backend computes on compressed weights; here the "
+            f"reference backend would: {reason}"
+        )
 
 
 def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
@@ -120,7 +153,7 @@ def format_name(model: LoadedModel, settings: EngineSettings) -> str:
     """What BackendInfo.dtype will be. Raises ConfigError."""
     dtype = str(model.weights.dtype).removeprefix("torch.")
     name, _ = choose_backend(settings, dtype)
-    return str(weight_formats(settings)) if name == "cpu" else dtype
+    return str(served_formats(model, settings)) if name == "cpu" else dtype
 
 
 def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
@@ -225,7 +258,7 @@ def make_backend(
     if name == "cpu":
         # First the weights: the cache gets a part of the memory that they leave.
         with _told_as_config_error(model.name):
-            formats = weight_formats(settings)
+            formats = served_formats(model, settings)
             decoder = make_decoder(
                 config,
                 model.weights,
@@ -234,6 +267,7 @@ def make_backend(
                 kv_bits=_kv_bits(settings),
                 calibration=_calibration(model, formats),
                 choice=choice,
+                compressed=model.compressed,
                 on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
@@ -275,10 +309,14 @@ def make_decoders(
     Raises ConfigError or ModelError.
     """
     with _told_as_config_error(model.name):
-        formats, threads = weight_formats(settings), _threads(settings)
-        tokens = _calibration(model, formats)
+        formats, threads = served_formats(model, settings), _threads(settings)
         packed = pack_model(
-            model.config, model.weights, formats, threads=threads, calibration=tokens
+            model.config,
+            model.weights,
+            formats,
+            threads=threads,
+            calibration=_calibration(model, formats),
+            compressed=model.compressed,
         )
         kv_bits = _kv_bits(settings)
         return [Decoder(packed, threads=threads, isa=level, kv_bits=kv_bits) for level in levels]

@@ -1,10 +1,11 @@
-"""From settings to the formats of a model's matrices."""
+"""From settings, or from what a compressed model is in, to the formats of its matrices."""
 
 from __future__ import annotations
 
 from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
+from sparserve.model.loader import LoadedModel
 
 BITS = {"int8": 8, "int4": 4}
 # weight_planes -> (bits of a code, bits of its lower plane)
@@ -14,8 +15,22 @@ PARTS = ("attention_dtype", "mlp_dtype", "lm_head_dtype")
 DETAILS = ("group_size", "weight_planes", "down_planes", "activation_bits")
 
 
+def served_formats(model: LoadedModel, settings: EngineSettings) -> DecoderFormats:
+    """Of `model` on the cpu backend: what it was compressed to, else what `settings` want. Raises ConfigError."""
+    if model.compressed is None:
+        return weight_formats(settings)
+    for name in ("dtype", *PARTS, *DETAILS):
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            raise ConfigError(
+                f"{name} is {value}, and {model.path} was compressed to {model.compressed.formats}, which is how "
+                f"it is served; leave {name} out, or take what it was made of, {model.compressed.info.source.name}"
+            )
+    return model.compressed.formats
+
+
 def weight_formats(settings: EngineSettings) -> DecoderFormats:
-    """What the cpu backend makes of the weights. Raises ConfigError of settings that contradict each
+    """What the cpu backend makes of weights that are not compressed. Raises ConfigError of settings that contradict each
     other."""
     attention, mlp, lm_head = (_bits(settings, part) for part in PARTS)
     _check_planes(settings, mlp)
@@ -48,9 +63,11 @@ def native_only(settings: EngineSettings) -> str | None:
 
 def with_dtype(settings: EngineSettings, dtype: str) -> EngineSettings:
     """The same settings for weights of `dtype`, without those that only integers have where there would
-    be none."""
+    be none; with "auto" as `compress` says, with others of what it would compress."""
     update: dict[str, object] = {"dtype": dtype}
     fields = type(settings).model_fields
+    if dtype != "auto":
+        update |= {name: fields[name].default for name in ("compress", "compress_text")}
     if dtype in ("float32", "float16"):
         update |= {part: fields[part].default for part in PARTS}
     changed = settings.model_copy(update=update)

@@ -134,8 +134,8 @@ class BackendInfo:
     )
     mlp_bytes: int  # of these, by the feed-forward layers
     # Bytes of a neuron for each of NeuronReads' counts, by the kind of choice (None: a core); together they are
-    # all of it.
-    neuron_bytes: Mapping[ChoiceKind | None, tuple[float, float, float, float]]
+    # all of it. [num_layers, 4] float64.
+    layer_neuron_bytes: Mapping[ChoiceKind | None, torch.Tensor]
     packed_bytes: int  # all weights as they lie in memory, padding included
     kv_dtype: str
     kv_bytes_per_token: int  # K and V of one position in all layers
@@ -145,10 +145,19 @@ class BackendInfo:
     def title(self) -> str:
         return f"{self.name} ({self.isa})" if self.isa else self.name
 
-    def read_bytes(self, kind: ChoiceKind | None, counts: Sequence[float]) -> float:
-        """Of feed-forward weights, by so many neurons of each of NeuronReads' counts."""
-        parts = zip(counts, self.neuron_bytes[kind], strict=True)
-        return float(sum(count * each for count, each in parts))
+    @property
+    def neuron_bytes(self) -> Mapping[ChoiceKind | None, tuple[float, ...]]:
+        """See `mean_neuron_bytes`."""
+        return {kind: mean_neuron_bytes(own) for kind, own in self.layer_neuron_bytes.items()}
+
+    def read_bytes(self, kind: ChoiceKind | None, counts: torch.Tensor) -> float:
+        """Of feed-forward weights, by NeuronReads' counts [num_layers, 4]."""
+        return float((counts * self.layer_neuron_bytes[kind]).sum())
+
+
+def mean_neuron_bytes(layers: torch.Tensor) -> tuple[float, ...]:
+    """Of the mean layer, to plan with; [num_layers, 4] as in BackendInfo."""
+    return tuple(layers.mean(dim=0).tolist())
 
 
 class Backend(Protocol):

@@ -15,10 +15,9 @@ import torch
 
 from sparse_kernels._abi import SK_CHOICE_TOKENS, SK_SCAN_NEEDED
 from sparse_kernels.arena import huge_pages
-from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.decoder import Decoder, Rows, Wanted
-from sparse_kernels.formats import SCAN, DecoderFormats
-from sparse_kernels.pack import PackedDecoder, pack, scan_columns, with_choice, with_scan
+from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.pack import PackedDecoder, pack, with_choice, with_scan
 from sparse_kernels.weights import (
     ChoiceTensors,
     DecoderConfig,
@@ -44,9 +43,11 @@ from sparserve.model.backend import (
     TargetScores,
 )
 from sparserve.model.candidates import concatenate_scores, target_scores
+from sparserve.model.compressed_checkpoint import CompressedWeights
 from sparserve.model.config import ModelConfig
 from sparserve.model.merge import Call, kept, merged
-from sparserve.model.weights import LayerWeights, ModelWeights, layer_shapes
+from sparserve.model.weight_bytes import bytes_of_a_step, layer_neuron_bytes
+from sparserve.model.weights import LayerWeights, ModelWeights
 from sparserve.sparsity.statistics import NeuronStatistics
 
 DTYPE = torch.bfloat16
@@ -72,6 +73,7 @@ def make_decoder(
     kv_bits: int = 16,
     calibration: Sequence[int] = (),
     choice: ChoiceTensors | None = None,
+    compressed: CompressedWeights | None = None,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> Decoder:
     """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
@@ -84,6 +86,7 @@ def make_decoder(
         threads=threads,
         calibration=calibration,
         choice=choice,
+        compressed=compressed,
         on_layer=on_layer,
     )
     return Decoder(packed, threads=threads, kv_bits=kv_bits)
@@ -97,12 +100,14 @@ def pack_model(
     threads: int = 1,
     calibration: Sequence[int] = (),
     choice: ChoiceTensors | None = None,
+    compressed: CompressedWeights | None = None,
     on_layer: QuantizeProgress = lambda done, total: None,
 ) -> PackedDecoder:
     """The library's own copy of `weights`, which are in DTYPE in main memory; each layer is asked for
     once, quantized as `formats` says (then `on_layer` is told) and packed before the next is. A scan of the
     LM head is made for what the model computes of the tokens `calibration`, on so many `threads`. With
-    `choice` sequences can choose neurons by importance.
+    `choice` sequences can choose neurons by importance. Of a `compressed` model, whose own formats are `formats`,
+    layers and ends are packed as they are stored.
 
     Raises NativeCallError of what the library refuses, CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
     quantized, and MemoryError.
@@ -124,8 +129,13 @@ def pack_model(
         layers=shapes,
         rope_scale=config.rope.attention_factor,
     )
-    with _told_as_model_errors():
-        ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
+    with told_as_model_errors():
+        if compressed is None:
+            ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
+        else:
+            # By index: a sequence's iterator would hold one layer while it reads the next.
+            ends = compressed.ends
+            layers = map(compressed.layers.__getitem__, range(config.num_layers))
         packed = pack(decoder_config, ends, layers, formats)
         if choice is not None:
             packed = with_choice(packed, choice)
@@ -136,7 +146,7 @@ def pack_model(
 
 
 @contextmanager
-def _told_as_model_errors() -> Iterator[None]:
+def told_as_model_errors() -> Iterator[None]:
     try:
         yield
     except NonFiniteWeights as error:
@@ -173,7 +183,8 @@ def _layers(
     total = len(weights.layers)
 
     def layer(index: int) -> LayerTensors:
-        made = quantize_layer(layer_tensors(weights.layers[index]), formats, f"layer {index}: ")
+        tensors = layer_tensors(weights.layers[index])
+        made = quantize_layer(tensors, formats.layer(index), f"layer {index}: ")
         if formats.quantized:
             on_layer(index + 1, total)
         return made
@@ -202,42 +213,6 @@ def layer_tensors(layer: LayerWeights) -> LayerTensors:
     )
 
 
-def _bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int, int]:
-    """Bytes of weights that a dense decode step reads, and of these the feed-forward layers': codes,
-    scales and zeros without padding, vectors in float32, and all but the embedding, of which a step takes
-    one row.
-    """
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    shapes = layer_shapes(config)
-    attention = sum(formats.attention.bytes(*shapes[name]) for name in ("wq", "wk", "wv", "wo"))
-    vectors = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
-    mlp = 2 * formats.gate_up.bytes(neurons, hidden) + formats.down.bytes(neurons, hidden)
-    head = formats.lm_head.bytes(config.vocab_size, hidden)
-    if (
-        formats.lm_head_scan
-    ):  # with two bounds of each row's error; a few rows of the LM head are beside it
-        head = SCAN.bytes(config.vocab_size, scan_columns(hidden)) + 8 * config.vocab_size
-    ends = head + 4 * hidden
-    return config.num_layers * (attention + mlp + vectors) + ends, config.num_layers * mlp
-
-
-def neuron_bytes(
-    config: ModelConfig, formats: DecoderFormats
-) -> dict[ChoiceKind | None, tuple[float, float, float, float]]:
-    """See BackendInfo."""
-    hidden, gate = config.hidden_size, formats.gate_up
-    row = gate.bytes(1, hidden)
-    low = hidden * gate.low_bits / 8
-    down_low = hidden * formats.down.low_bits / 8
-    down = formats.down.bytes(1, hidden)
-    kinds: dict[ChoiceKind | None, tuple[float, float, float, float]] = dict.fromkeys(
-        (None, ChoiceKind.GATE), (row, row + down, 0, 0)
-    )
-    if gate.low_bits:
-        kinds[ChoiceKind.PLANES] = (2 * (row - low), down - down_low, 2 * low, down_low)
-    return kinds
-
-
 class CpuBackend:
     """See `sparserve.model.backend.Backend`."""
 
@@ -252,14 +227,14 @@ class CpuBackend:
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
         torch.set_num_threads(1)
-        weight_bytes, mlp_bytes = _bytes_of_a_step(config, decoder.formats)
+        weight_bytes, mlp_bytes = bytes_of_a_step(config, decoder.formats)
         self.info = BackendInfo(
             "cpu",
             "cpu",
             str(decoder.formats),
             decoder.threads,
             choices=decoder.choices,
-            neuron_bytes=neuron_bytes(config, decoder.formats),
+            layer_neuron_bytes=layer_neuron_bytes(config, decoder.formats),
             weight_bytes=weight_bytes,
             mlp_bytes=mlp_bytes,
             packed_bytes=decoder.packed_bytes,

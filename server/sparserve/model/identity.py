@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparserve.model.compressed_checkpoint import INFO, LAYERS, Source, is_compressed
 from sparserve.model.loader import LoadedModel
 from sparserve.sparsity.index import IndexKey
 
@@ -17,7 +18,7 @@ def index_key(model: LoadedModel, format: str) -> IndexKey:
     tokenizer = hashlib.blake2b(model.tokenizer.to_str().encode(), digest_size=32).hexdigest()
     return IndexKey(
         model.name,
-        _hash_of_files(model.path),
+        hash_of_files(model.path),
         tokenizer,
         format,
         config.num_layers,
@@ -26,11 +27,12 @@ def index_key(model: LoadedModel, format: str) -> IndexKey:
     )
 
 
-def _hash_of_files(path: Path) -> str:
-    """BLAKE2b over the names and contents of what a checkpoint's weights are read from."""
+def hash_of_files(path: Path) -> str:
+    """BLAKE2b over the names and contents of what a checkpoint's weights are read from. Raises OSError."""
     digest = hashlib.blake2b(digest_size=32)
     for file in _files(path):
-        name = file.name.encode() if path.is_dir() else b""  # a single file may be renamed
+        # A single file may be renamed.
+        name = file.relative_to(path).as_posix().encode() if path.is_dir() else b""
         digest.update(len(name).to_bytes(8, "little") + name)
         with file.open("rb") as content:
             inner = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=32))
@@ -38,9 +40,26 @@ def _hash_of_files(path: Path) -> str:
     return digest.hexdigest()
 
 
+def source_has_changed(folder: Path, source: Source) -> bool:
+    """Whether what the compressed model in `folder` was made of is there, and another model by now.
+
+    Reads it only where a file of it is younger than the folder, for that takes a second for a GB or so.
+    """
+    origin = Path(source.path)
+    try:
+        made = (folder / INFO).stat().st_mtime
+        younger = any(file.stat().st_mtime > made for file in _files(origin))
+        return younger and hash_of_files(origin) != source.hash
+    except OSError:  # it is gone, which changes nothing
+        return False
+
+
 def _files(path: Path) -> Iterator[Path]:
     if path.is_dir():
         yield path / "config.json"
         yield from sorted(path.glob("*.safetensors"))
+        if is_compressed(path):
+            yield path / INFO
+            yield from sorted(path.glob(f"{LAYERS}/*.safetensors"))
     else:
         yield path

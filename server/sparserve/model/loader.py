@@ -14,12 +14,25 @@ from tokenizers import Tokenizer
 
 from sparserve.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from sparserve.model import catalog
+from sparserve.model.compressed_checkpoint import (
+    CompressedCheckpoint,
+    CompressedWeights,
+    is_compressed,
+)
 from sparserve.model.config import ModelConfig
+from sparserve.model.effective import effective, effective_head
 from sparserve.model.gguf_checkpoint import GGUFCheckpoint
 from sparserve.model.hub import cached_model
 from sparserve.model.placement import PlacedLayers, Placement, plan
 from sparserve.model.safetensors_checkpoint import SafetensorsCheckpoint
-from sparserve.model.weights import ModelWeights, TensorNames, assemble, layer_shapes, read_layer
+from sparserve.model.weights import (
+    LayerWeights,
+    ModelWeights,
+    TensorNames,
+    assemble,
+    layer_shapes,
+    read_layer,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,6 +65,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: str | None
     path: Path  # of the checkpoint
+    # Of a folder that `sparserve compress` made: what `weights` are worked out of at each use.
+    compressed: CompressedWeights | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -116,18 +131,20 @@ def load_model(
     on_tensor: LoadProgress = lambda done, total: None,
     on_download: catalog.DownloadProgress = lambda what, done, total: None,
 ) -> LoadedModel:
-    """Load `model`: a name of the catalog, a Hugging Face folder, a GGUF file or the hub id of a
-    model in the Hugging Face cache.
+    """Load `model`: a name of the catalog, a Hugging Face folder, one that `sparserve compress` made, a GGUF
+    file or the hub id of a model in the Hugging Face cache.
 
-    `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF) or a key of DTYPES. Tensors
-    already in that dtype stay memory-mapped; others are converted one at a time. Layers go straight
-    to the devices of `placement`; with `layers_at_use` each is read when it is asked for and not
-    kept, for a backend that makes a copy of its own.
+    `dtype` is "auto" (the checkpoint's own; float32 for quantized GGUF, bfloat16 for what is
+    compressed) or a key of DTYPES. Tensors already in that dtype stay memory-mapped; others are
+    converted one at a time. Layers go straight to the devices of `placement`; with `layers_at_use`
+    each is read when it is asked for and not kept, for a backend that makes a copy of its own.
 
     Raises ModelNotFound, DownloadFailed, UnsupportedModel, CorruptCheckpoint or, of a placement that
     cannot be, ConfigError.
     """
     name, path = find_model(model, on_download)
+    if is_compressed(path):
+        return _load_compressed(name, path, dtype, placement, layers_at_use, on_tensor)
     checkpoint = open_checkpoint(path)
     target = checkpoint.native_dtype if dtype == "auto" else DTYPES[dtype]
     total = len(checkpoint.tensor_names)
@@ -154,13 +171,65 @@ def load_model(
         checkpoint.rope_factors,
     )
     _refuse_unread(path, checkpoint)
-    tokenizer = checkpoint.tokenizer()
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= checkpoint.config.vocab_size:
-        raise CorruptCheckpoint(
-            f"the tokenizer of {path} has token ids up to {highest}, the embedding only "
-            f"{checkpoint.config.vocab_size} rows"
-        )
     return LoadedModel(
-        name, checkpoint.config, weights, tokenizer, checkpoint.chat_template(), path
+        name,
+        config,
+        weights,
+        _tokenizer(path, checkpoint),
+        checkpoint.chat_template(),
+        path,
     )
+
+
+def _load_compressed(
+    name: str,
+    path: Path,
+    dtype: str,
+    placement: Placement,
+    layers_at_use: bool,
+    on_tensor: LoadProgress,
+) -> LoadedModel:
+    """As `load_model`; `on_tensor` counts files."""
+    checkpoint = CompressedCheckpoint(path)
+    config, target = checkpoint.config, DTYPES["bfloat16" if dtype == "auto" else dtype]
+    read: set[Path] = set()
+
+    def on_read(file: Path) -> None:
+        if file not in read:  # layers may be read again
+            read.add(file)
+            on_tensor(len(read), config.num_layers + 1)
+
+    devices = plan(placement, config, target)
+    compressed = checkpoint.weights(on_read)
+
+    def layer(index: int) -> LayerWeights:
+        return effective(compressed.layers[index], target)
+
+    ends = compressed.ends
+    embedding = ends.embedding.to(devices.execution, target)
+    head = None if ends.lm_head is None else effective_head(ends.lm_head, target)
+    weights = ModelWeights(
+        embedding,
+        PlacedLayers(layer, devices, at_use=layers_at_use),
+        ends.norm.to(devices.execution),
+        embedding if head is None else head.to(devices.execution),
+    )
+    return LoadedModel(
+        name,
+        config,
+        weights,
+        _tokenizer(path, checkpoint),
+        checkpoint.chat_template(),
+        path,
+        compressed,
+    )
+
+
+def _tokenizer(path: Path, checkpoint: Checkpoint | CompressedCheckpoint) -> Tokenizer:
+    tokenizer, vocab_size = checkpoint.tokenizer(), checkpoint.config.vocab_size
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocab_size:
+        raise CorruptCheckpoint(
+            f"the tokenizer of {path} has token ids up to {highest}, the embedding only {vocab_size} rows"
+        )
+    return tokenizer

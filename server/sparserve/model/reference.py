@@ -96,6 +96,7 @@ class ReferenceBackend:
         )
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
         row = config.hidden_size * weights.dtype.itemsize
+        neurons = torch.tensor([(row, 2 * row, 0, 0)] * config.num_layers).double()
         dtype, device = str(weights.dtype).removeprefix("torch."), str(weights.embedding.device)
         self.info = BackendInfo(
             "reference",
@@ -103,7 +104,7 @@ class ReferenceBackend:
             dtype,
             threads,
             choices=frozenset() if choice.gate_factors is None else frozenset({ChoiceKind.GATE}),
-            neuron_bytes=dict.fromkeys((None, ChoiceKind.GATE), (row, 2 * row, 0, 0)),
+            layer_neuron_bytes=dict.fromkeys((None, ChoiceKind.GATE), neurons),
             weight_bytes=step_weight_bytes(config, weights.dtype),
             packed_bytes=step_weight_bytes(config, weights.dtype)
             + (0 if config.tie_word_embeddings else weights.embedding.nbytes),

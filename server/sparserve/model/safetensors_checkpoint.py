@@ -23,11 +23,8 @@ INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class SafetensorsCheckpoint:
-    """One folder, opened lazily; tensors come memory-mapped, without a copy."""
-
-    names = HF_NAMES
-    rope_factors: torch.Tensor | None = None
+class HuggingFaceFolder:
+    """What stands beside the weights: config, tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ModelNotFound, UnsupportedModel or CorruptCheckpoint."""
@@ -40,6 +37,40 @@ class SafetensorsCheckpoint:
         generation = read_json(folder / "generation_config.json") or {}
         with naming(folder / "config.json"):
             self.config = ModelConfig.from_hf(raw, generation)
+
+    def tokenizer(self) -> Tokenizer:
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelNotFound(f"{path} is missing; the tokenizer is read from tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CorruptCheckpoint(f"{path} is not a tokenizer: {error}") from error
+        # Left over from training in some files; a prompt is neither cut nor padded here.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def chat_template(self) -> str | None:
+        jinja = self.folder / "chat_template.jinja"
+        if jinja.is_file():
+            return _read_text(jinja)
+        template = (read_json(self.folder / "tokenizer_config.json") or {}).get("chat_template")
+        if isinstance(template, list):  # several named templates
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+
+class SafetensorsCheckpoint(HuggingFaceFolder):
+    """One folder, opened lazily; tensors come memory-mapped, without a copy."""
+
+    names = HF_NAMES
+    rope_factors: torch.Tensor | None = None
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelNotFound, UnsupportedModel or CorruptCheckpoint."""
+        super().__init__(folder)
         self._where = self._index()
 
     def _index(self) -> dict[str, Any]:
@@ -94,29 +125,6 @@ class SafetensorsCheckpoint:
                 f"tensor {name} is {tensor.dtype}; supported: {', '.join(map(str, FLOAT_DTYPES))}"
             )
         return tensor
-
-    def tokenizer(self) -> Tokenizer:
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelNotFound(f"{path} is missing; the tokenizer is read from tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CorruptCheckpoint(f"{path} is not a tokenizer: {error}") from error
-        # Left over from training in some files; a prompt is neither cut nor padded here.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    def chat_template(self) -> str | None:
-        jinja = self.folder / "chat_template.jinja"
-        if jinja.is_file():
-            return _read_text(jinja)
-        template = (read_json(self.folder / "tokenizer_config.json") or {}).get("chat_template")
-        if isinstance(template, list):  # several named templates
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
 
 
 def _read_text(path: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
-from sparserve.bench.peers.gguf_files import gguf_file, step_weight_bytes
+from sparserve.bench.peers.gguf_files import bits_per_weight, gguf_file, step_weight_bytes
 from sparserve.model.loader import load_model
 from sparserve.model.weights import step_weight_bytes as ours
 
@@ -45,4 +45,9 @@ def test_quantized_files_are_llama_cpps(write_mergeable, tmp_path, cache):
     assert kinds["blk.1.ffn_down.weight"] == GGMLQuantizationType.Q8_0
     assert kinds["blk.1.ffn_norm.weight"] == GGMLQuantizationType.F32
     assert step_weight_bytes(file) < 0.3 * ours(model.config, torch.float32)
+    # Blocks of 32 weights with a scale in 16 bits; norms in 32. The vocabulary is no weight.
+    decoder, whole = bits_per_weight(file)
+    assert decoder == 8.5
+    norms = (2 * model.config.num_layers + 1) * model.config.hidden_size
+    assert whole == pytest.approx(8.5 + (32 - 8.5) * norms / model.config.num_parameters)
     assert [*(cache / "peers").iterdir()] == [file]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFReader
@@ -46,21 +47,43 @@ def step_weight_bytes(path: Path) -> int:
     """Bytes of a file's weights that a decode step reads: all but the embedding, of which it takes one
     row; a tied one is read as LM head.
     """
-    sizes = _tensor_bytes(path)
-    embedding = sizes[GGUF_NAMES.embedding] if GGUF_NAMES.lm_head in sizes else 0
-    return sum(sizes.values()) - embedding
+    tensors = _tensors(path)
+    embedding = tensors[GGUF_NAMES.embedding].bytes if GGUF_NAMES.lm_head in tensors else 0
+    return sum(tensor.bytes for tensor in tensors.values()) - embedding
 
 
 def mlp_weight_bytes(path: Path) -> int:
     """Those of the feed-forward layers among them."""
     matrices = tuple(GGUF_NAMES.layer[name].format(i="") for name in ("w_gate", "w_up", "w_down"))
     ends = tuple(name.removeprefix("blk.") for name in matrices)
-    return sum(size for name, size in _tensor_bytes(path).items() if name.endswith(ends))
+    return sum(tensor.bytes for name, tensor in _tensors(path).items() if name.endswith(ends))
+
+
+def bits_per_weight(path: Path) -> tuple[float, float]:
+    """(of the layers' matrices, of all tensors), as `compressed_tensors.bits_per_weight` counts ours: without
+    vocabulary and other metadata."""
+    tensors = _tensors(path)
+    matrices = [t for name, t in tensors.items() if name.startswith("blk.") and t.is_matrix]
+    decoder, whole = (
+        8 * sum(tensor.bytes for tensor in some) / sum(tensor.weights for tensor in some)
+        for some in (matrices, tensors.values())
+    )
+    return decoder, whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    bytes: int
+    weights: int
+    is_matrix: bool
 
 
 @functools.cache  # reading the vocabulary takes seconds
-def _tensor_bytes(path: Path) -> dict[str, int]:
-    return {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
+def _tensors(path: Path) -> dict[str, _Tensor]:
+    return {
+        tensor.name: _Tensor(int(tensor.n_bytes), int(tensor.n_elements), len(tensor.shape) == 2)
+        for tensor in GGUFReader(path).tensors
+    }
 
 
 def _quantize(source: Path, target: Path, format: str) -> None:

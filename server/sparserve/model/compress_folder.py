@@ -1,0 +1,140 @@
+"""A model compressed into a folder: what `sparserve compress` does, and serving with `--compress`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from sparse_kernels.weights import EndTensors
+from sparserve.compression.matrix import MatrixReport
+from sparserve.compression.recipe import Recipe
+from sparserve.errors import ConfigError
+from sparserve.model.catalog import DownloadProgress
+from sparserve.model.compressed_checkpoint import CompressionInfo
+from sparserve.model.compressed_writer import UNFINISHED, CheckpointWriter, source_of
+from sparserve.model.compressing import check_recipe, compress_layers, compress_lm_head
+from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.mixed import OnStep, allocate
+from sparserve.model.text import TokenWindows, read_windows
+
+# Beside the layers: the errors of their matrices, for whoever wants to know. A layer is a list of MatrixReport.
+REPORTS = "reports.json"
+
+# (layers finished, layers in all); first with those that an interrupted run has left
+CompressProgress = Callable[[int, int], None]
+LayerReports = Sequence[MatrixReport]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedFolder:
+    """What was written."""
+
+    info: CompressionInfo
+    reports: Sequence[LayerReports]  # of each layer
+    seconds: float  # of this run
+    predicted_kl: float | None = None  # where the recipe lets formats be chosen; see `model.mixed`
+
+
+def compress_folder(
+    model: str,
+    recipe: Recipe,
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    on_layer: CompressProgress = lambda done, total: None,
+    on_choice: OnStep = lambda done, total: None,
+    on_download: DownloadProgress = lambda what, done, total: None,
+) -> CompressedFolder:
+    """Write `model`, what `load_model` takes, as a folder `out` that it takes as well.
+
+    `texts` are what inputs are measured on; a recipe that needs none does not read them. A run that was
+    interrupted goes on where it stopped, to the same bytes: see `CheckpointWriter` and `compress_layers`.
+    `on_choice` is told of steps before that, of a recipe that is `mixed`: its formats are chosen in each run anew.
+
+    Raises ModelError of a model that cannot be compressed, ConfigError of a recipe or texts that do not fit
+    it, and where `out` cannot be written or is there already.
+    """
+    begun = time.monotonic()
+    require_text(recipe, texts)
+    source = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
+    origin = source_of(source)
+    check_recipe(source.config, recipe)
+    windows = _windows(source, recipe, texts)
+    followed, kl = recipe, None
+    if recipe.mixed is not None:
+        assert windows is not None
+        chosen = allocate(source, recipe, windows.token_ids, on_choice)
+        followed, kl = chosen.recipe, chosen.kl
+    info = CompressionInfo(
+        recipe.model_dump(mode="json"),
+        followed.formats(),
+        origin,
+        texts=() if windows is None else tuple(windows.files),
+    )
+    writer = CheckpointWriter(out, info)
+    reports = _write_layers(source, followed, windows, writer, on_layer)
+    weights = source.weights
+    writer.finish(EndTensors(weights.embedding, weights.norm, compress_lm_head(source, followed)))
+    return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl)
+
+
+def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:
+    """Raises ConfigError where `recipe` needs one and there is none."""
+    if recipe.needs_text and not texts:
+        raise ConfigError(
+            f"the recipe {recipe.name} needs a text to measure inputs on: give one like what will be served, "
+            "--text of `sparserve compress`, --compress-text where a model is compressed when it is loaded; "
+            "or take a recipe with quantizer rtn and compensate none or lorc"
+        )
+
+
+def _windows(source: LoadedModel, recipe: Recipe, texts: Sequence[Path]) -> TokenWindows | None:
+    if not recipe.needs_text:
+        return None
+    return read_windows(source, texts, recipe.calibration.windows, recipe.calibration.tokens)
+
+
+def _write_layers(
+    source: LoadedModel,
+    recipe: Recipe,
+    windows: TokenWindows | None,
+    writer: CheckpointWriter,
+    on_layer: CompressProgress,
+) -> list[LayerReports]:
+    """-> The reports of all layers, those of an interrupted run included."""
+    path, total = writer.folder / REPORTS, source.config.num_layers
+    reports = _read_reports(path)
+    # A layer without its report is made again, to the same bytes.
+    done = writer.finished_layers()[: len(reports)]
+    del reports[len(done) :]
+    on_layer(len(done), total)
+    ids = None if windows is None else windows.token_ids
+    for layer in compress_layers(source, recipe, ids, map(writer.read_layer, done)):
+        reports.append(layer.reports)
+        _write_reports(path, reports)  # before the layer, which is finished once it is there
+        writer.write_layer(layer.index, layer.tensors)
+        on_layer(layer.index + 1, total)
+    return reports
+
+
+def _read_reports(path: Path) -> list[LayerReports]:
+    """Of an interrupted run; none where the file is missing or damaged."""
+    try:
+        return TypeAdapter(list[LayerReports]).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return []
+
+
+def _write_reports(path: Path, reports: Sequence[LayerReports]) -> None:
+    unfinished = path.with_name(path.name + UNFINISHED)
+    content = [[asdict(report) for report in layer] for layer in reports]
+    try:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error

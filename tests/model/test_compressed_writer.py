@@ -1,0 +1,200 @@
+"""Writing folders of compressed models: whole or not at all, and on from where a run stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.weights import EndTensors
+from sparserve.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from sparserve.model.compressed_checkpoint import Source
+from sparserve.model.compressed_writer import CheckpointWriter, source_of
+from sparserve.model.loader import load_model
+
+INT4 = MatrixFormat(4, 32)
+FORMATS = DecoderFormats(INT4, INT4, MatrixFormat(8, 64), MatrixFormat(8, 64))
+
+
+@pytest.fixture(scope="module")
+def source(write_tiny_checkpoint, tmp_path_factory) -> Path:
+    folder = write_tiny_checkpoint(
+        tmp_path_factory.mktemp("source"), dtype=torch.bfloat16, num_hidden_layers=4
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "README.md").write_text("not copied")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(source, write_compressed, tmp_path_factory):
+    """(a folder that was written in one go, what is in it)"""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, write_compressed(source, FORMATS, out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_folder_has_what_serving_needs(whole):
+    assert sorted(contents(whole[0])) == [
+        "chat_template.jinja", "compression.json", "config.json", "ends.safetensors",
+        *(f"layers/0000{i}.safetensors" for i in range(4)), "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3, 4])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    source, whole, write_compressed, tmp_path, layers
+):
+    out = tmp_path / "out"
+    write_compressed(source, FORMATS, out, layers=layers)
+    assert not out.exists()
+    writer = CheckpointWriter(out, whole[1].info)
+    assert writer.finished_layers() == list(range(layers))
+    for index in range(layers):
+        assert torch.equal(writer.read_layer(index).up.codes, whole[1].layers[index].up.codes)
+    kept = {path: path.stat().st_ino for path in (tmp_path / "out.partial/layers").iterdir()}
+    write_compressed(source, FORMATS, out)
+    assert contents(out) == contents(whole[0])
+    for path, number in kept.items():  # not written again
+        assert (out / "layers" / path.name).stat().st_ino == number
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_was_cut_off_is_written_again(source, whole, write_compressed, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    write_compressed(source, FORMATS, out, layers=3)
+    torn = partial / "layers/00001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    (partial / "layers/00003.safetensors.77.unfinished").write_bytes(b"torn")
+    (partial / "config.json.unfinished").write_bytes(b"torn")
+    assert CheckpointWriter(out, whole[1].info).finished_layers() == [0]
+    write_compressed(source, FORMATS, out)
+    assert contents(out) == contents(whole[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": {"name": "another"}},
+        {"formats": replace(FORMATS, activation_bits=8)},
+        {"texts": ("a hash", "another")},
+        {"texts": ()},
+        {"sparserve_version": "0.0.1"},
+        {"source": "another hash"},
+    ],
+    ids=str,
+)
+def test_another_run_begins_anew(source, whole, write_compressed, tmp_path, changes):
+    out = tmp_path / "out"
+    write_compressed(source, FORMATS, out, layers=2)
+    info = whole[1].info
+    if "source" in changes:
+        changes = {"source": replace(info.source, hash=changes["source"])}
+    assert CheckpointWriter(out, info).finished_layers() == [0, 1]
+    assert CheckpointWriter(out, replace(info, **changes)).finished_layers() == []
+    assert CheckpointWriter(out, info).finished_layers() == []
+
+
+def test_a_run_goes_on_wherever_its_source_is(source, whole, write_compressed, tmp_path):
+    out = tmp_path / "out"
+    write_compressed(source, FORMATS, out, layers=2)
+    moved = tmp_path / "moved"
+    source_at = whole[1].info.source
+    moved.symlink_to(source)
+    info = replace(whole[1].info, source=Source("moved", str(moved), source_at.hash))
+    assert CheckpointWriter(out, info).finished_layers() == [0, 1]
+
+
+@pytest.mark.parametrize("damage", ["{", '{"format_version": 9}'])
+def test_an_unreadable_info_begins_anew(source, whole, write_compressed, tmp_path, damage):
+    write_compressed(source, FORMATS, tmp_path / "out", layers=2)
+    (tmp_path / "out.partial/compression.json").write_text(damage)
+    assert CheckpointWriter(tmp_path / "out", whole[1].info).finished_layers() == []
+
+
+def test_what_is_there_is_not_touched(whole, tmp_path):
+    info = whole[1].info
+    for out in (whole[0], tmp_path, Path("."), Path(__file__)):
+        with pytest.raises(ConfigError, match=f"{out} is there already; remove it, or take"):
+            CheckpointWriter(out, info)
+    other = tmp_path / "out.partial"
+    other.mkdir()
+    (other / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match=f"{other} is there and no unfinished checkpoint"):
+        CheckpointWriter(tmp_path / "out", info)
+    assert contents(other) == {"mine": b"mine"}
+
+
+def test_a_folder_that_comes_in_between_is_not_touched(source, whole, write_compressed, tmp_path):
+    out = tmp_path / "out"
+    write_compressed(source, FORMATS, out, layers=4)
+    writer = CheckpointWriter(out, whole[1].info)
+    out.mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        writer.finish(whole[1].ends)
+    assert list(out.iterdir()) == []
+
+
+def test_a_missing_layer_ends_nothing(source, whole, write_compressed, tmp_path):
+    out = tmp_path / "out"
+    write_compressed(source, FORMATS, out, layers=3)
+    with pytest.raises(ValueError, match="layer 3 is not written yet"):
+        CheckpointWriter(out, whole[1].info).finish(whole[1].ends)
+    assert not out.exists()
+    with pytest.raises(CorruptCheckpoint, match="the files of 3 layers"):
+        load_model(str(tmp_path / "out.partial"))
+
+
+def test_a_place_that_cannot_be_written_is_told(whole, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/out.partial cannot be written"):
+        CheckpointWriter(tmp_path / "file" / "out", whole[1].info)
+
+
+def test_an_info_that_could_not_be_read_again_is_told_at_once(whole, tmp_path):
+    info = replace(whole[1].info, recipe={"path": "\udcff"})
+    with pytest.raises(CorruptCheckpoint, match=r"compression\.json"):
+        CheckpointWriter(tmp_path / "out", info)
+    info = replace(info, recipe={"bits": (4, 8), "name": None})
+    assert CheckpointWriter(tmp_path / "out", info).info.recipe == {"bits": [4, 8], "name": None}
+
+
+def test_layers_in_other_formats_are_refused(whole, tmp_path):
+    made = whole[1]
+    writer, layer = CheckpointWriter(tmp_path / "out", made.info), made.layers[0]
+    oversized = layer.up.codes.clone()
+    oversized[0, 1] = 16
+    wrong = {
+        "a code is 16, and 4 bits hold 15": {"up": replace(layer.up, codes=oversized)},
+        "00000: tensor q.codes is missing": {"q": torch.zeros(64, 64).bfloat16()},
+        r"00000: tensor down.codes is .* \[64, 96\]; expected .* \[96, 64\]": {
+            "down": replace(layer.down, codes=layer.down.codes.T.contiguous())
+        },
+        "00000: tensor mlp_norm has values that are not finite": {"mlp_norm": layer.mlp_norm / 0},
+        "nothing reads its tensors .*'q_bias'": {"q_bias": torch.zeros(64)},
+    }
+    for told, change in wrong.items():
+        with pytest.raises(ValueError, match=told):
+            writer.write_layer(0, replace(layer, **change))
+    assert writer.finished_layers() == []
+    with pytest.raises(ValueError, match=r"ends: tensor lm_head\.codes is missing"):
+        writer.finish(EndTensors(made.ends.embedding, made.ends.norm))
+
+
+def test_only_hugging_face_folders_can_be_compressed(whole, write_gguf, tmp_path):
+    from gguf import GGMLQuantizationType
+
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, GGMLQuantizationType.F32)
+    with pytest.raises(UnsupportedModel, match=f"{path} is a GGUF file, .* Hugging Face folder"):
+        source_of(load_model(str(path)))
+    with pytest.raises(UnsupportedModel, match=f"{whole[0]} is compressed already, from .*source"):
+        source_of(load_model(str(whole[0])))
+    info = replace(whole[1].info, source=Source("tiny", str(tmp_path), ""))
+    with pytest.raises(ModelNotFound, match=r"has no config.json"):
+        CheckpointWriter(tmp_path / "out", info)
