@@ -98,6 +98,13 @@ def test_only_data_free_recipes_need_no_text(recipe_of, settings, needs_text):
             "{name: a, overrides: [{layers: 1-2, down: {bits: 8}}, {layers: 0-2, down: {group_size: 32}}]}",
             "overrides.0 has no effect: later ones replace all of it",
         ),
+        ("{name: a, down: {bits: 4}, down: {bits: 8}}", "is no YAML: down is given twice in"),
+        ("{name: a, down: {bits: 4, bits: 8}}", "is no YAML: bits is given twice in"),
+        ("{name: 2001-99-99}", "is no YAML: month must be in 1..12"),
+        ("{name: a, down: {group_size: " + "9" * 5000 + "}}", "is no YAML: Exceeds the limit"),
+        ("name: " + "[" * 5000, "is no YAML: maximum recursion depth"),
+        ("{name: a, ? [b] : 1}", "is no YAML: while constructing a mapping"),
+        ("{name: &a [*a]}", "name is [[[[[[[...]]]]]]]: Input should be a valid string"),
         ("{name: a, mixed: {}}", "mixed: give one of target_bits and target_kl"),
         ("{name: a, mixed: {target_bits: 5, target_kl: 1}}", "mixed: give one of target_bits and target_kl"),
         ("{name: a, mixed: {target_bits: 17}}", "mixed.target_bits is 17: Input should be less than or equal to 16"),
@@ -125,6 +132,17 @@ def test_a_recipe_that_cannot_be_followed_is_told(recipe_of, text, told):
         recipe_of(text)
     assert told in str(caught.value)
     assert "own.yaml" in str(caught.value)
+
+
+def test_what_is_wrong_with_much_is_told_briefly(recipe_of):
+    """Anchors make much of a few lines, and a list can have a problem in each of its members."""
+    tens = [f"l{level}: &l{level} [{', '.join(10 * [f'*l{level - 1}'])}]" for level in range(1, 6)]
+    with pytest.raises(ConfigError, match="l5 is no setting") as caught:
+        recipe_of("\n".join(["l0: &l0 words", *tens, "name: *l5"]))
+    assert len(str(caught.value)) < 3000
+    layers = ", ".join(map(str, range(4096, 8192)))
+    with pytest.raises(ConfigError, match=r"layers\.9 is 4105.*\nand 4086 more$") as caught:
+        recipe_of(f"{{name: a, overrides: [{{layers: [{layers}], down: {{bits: 8}}}}]}}")
 
 
 def test_overrides_are_of_some_layers_and_later_ones_win(recipe_of):

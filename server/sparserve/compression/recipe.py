@@ -14,7 +14,8 @@ Or formats that are chosen by part and layer:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -37,6 +38,7 @@ from sparserve.errors import ConfigError
 SHIPPED = ("quality", "balanced", "fast")
 PARTS = ("attention", "gate_up", "down")  # of a layer
 MOST_LAYERS = _abi.SK_MAX_LAYERS
+MOST_PROBLEMS = 10  # that are told of a recipe
 
 
 class Part(BaseModel):
@@ -180,12 +182,12 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"the recipe {self.name} is mixed; it has formats once it is allocated"
             )
-        usual = self._layer_formats(())
-        indices = sorted({index for own in self.overrides for index in own.layers})
-        layers = (
-            (index, self._layer_formats([own for own in self.overrides if index in own.layers]))
-            for index in indices
-        )
+        usual = self._layer_formats({})
+        changed: dict[int, dict[str, Part]] = {}
+        for own in self.overrides:
+            for index in own.layers:
+                changed.setdefault(index, {}).update(own.parts)
+        layers = ((index, self._layer_formats(changed[index])) for index in sorted(changed))
         return DecoderFormats(
             *usual.matrices,
             lm_head=self.lm_head.format(),
@@ -193,10 +195,8 @@ class Recipe(BaseModel):
             overrides=tuple((index, own) for index, own in layers if own != usual),
         )
 
-    def _layer_formats(self, overrides: Iterable[Override]) -> LayerFormats:
-        parts: dict[str, Part] = {name: getattr(self, name) for name in PARTS}
-        for own in overrides:
-            parts |= own.parts
+    def _layer_formats(self, changed: Mapping[str, Part]) -> LayerFormats:
+        parts: dict[str, Part] = {name: getattr(self, name) for name in PARTS} | changed
         return LayerFormats(**{name: part.format() for name, part in parts.items()})
 
     def _all_parts(self) -> dict[str, Part]:
@@ -247,15 +247,12 @@ class Recipe(BaseModel):
 
     def _refuse_hidden(self) -> None:
         """Raises ValueError of an override that later ones leave nothing of."""
-        for index, own in enumerate(self.overrides):
-            later = {
-                (name, layer)
-                for other in self.overrides[index + 1 :]
-                for name in other.parts
-                for layer in other.layers
-            }
-            if all((name, layer) in later for name in own.parts for layer in own.layers):
+        later: set[tuple[str, int]] = set()
+        for index, own in reversed(list(enumerate(self.overrides))):
+            changed = {(name, layer) for name in own.parts for layer in own.layers}
+            if changed <= later:
                 raise ValueError(f"overrides.{index} has no effect: later ones replace all of it")
+            later |= changed
 
 
 CHOICES = (Part(bits=4, group_size=64), Part(bits=4, group_size=32), Part(bits=8, group_size=64))
@@ -290,11 +287,32 @@ def read_recipe(recipe: str) -> Recipe:
     return parse_recipe(text, recipe)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which others take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            names.add(key.value)
+        return node
+
+
 def parse_recipe(text: str, where: str) -> Recipe:
     """`where` names the recipe in errors. Raises ConfigError."""
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _Loader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: of a date or a number
         reason = " ".join(str(error).split())
         raise ConfigError(f"the recipe {where} is no YAML: {reason}") from error
     if not isinstance(content, dict):
@@ -302,8 +320,12 @@ def parse_recipe(text: str, where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = "\n".join(_explain(problem) for problem in error.errors())
-        raise ConfigError(f"the recipe {where} cannot be followed:\n{problems}") from error
+        found = error.errors()
+        problems = [_explain(problem) for problem in found[:MOST_PROBLEMS]]
+        if len(found) > MOST_PROBLEMS:
+            problems.append(f"and {len(found) - MOST_PROBLEMS} more")
+        told = "\n".join(problems)
+        raise ConfigError(f"the recipe {where} cannot be followed:\n{told}") from error
 
 
 def _explain(problem: ErrorDetails) -> str:
@@ -318,4 +340,5 @@ def _explain(problem: ErrorDetails) -> str:
             return f"{name} is missing"
         case "value_error":
             return f"{name}: {reason}"
-    return f"{name} is {problem['input']!r}: {reason}"
+    # Of anchors a value can be endless.
+    return f"{name} is {reprlib.repr(problem['input']):.200}: {reason}"
