@@ -1,5 +1,6 @@
 """Models compressed when they are loaded: as the folder would be, made once, and anew for whatever is new."""
 
+import json
 import logging
 import os
 import time
@@ -10,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparserve.compression.recipe import read_recipe
+from sparserve.compression.recipe import Recipe, read_recipe
 from sparserve.config import EngineSettings
 from sparserve.engine import compressed_cache
 from sparserve.engine.factory import build_engine, load_by_settings
 from sparserve.engine.formats import with_dtype
 from sparserve.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UnsupportedModel
+from sparserve.model import identity
 from sparserve.model.compress_folder import compress_folder
 
 RECIPE = "name: tested\nattention: {bits: 8}\ncalibration: {windows: 4, tokens: 64}\n"
@@ -239,3 +241,20 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(settings, monke
     monkeypatch.setenv("SPARSERVE_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"set SPARSERVE_CACHE_DIR .* --no-compress-cache"):
         load_by_settings(settings)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "pipe", 5000 * "x"])
+def test_a_source_that_is_no_file_any_more_is_not_read(
+    settings, source, tmp_path, monkeypatch, path
+):
+    """What a folder says of its source comes from outside: reading a pipe would never end."""
+    out = tmp_path / "out"
+    compress_folder(str(source), Recipe(name="rounded", quantizer="rtn"), [], out)
+    os.mkfifo(tmp_path / "pipe")
+    future = time.time() + 60
+    os.utime(tmp_path / "pipe", (future, future))
+    info = json.loads((out / "compression.json").read_text())
+    info["source"]["path"] = str(tmp_path / path) if path == "pipe" else path
+    (out / "compression.json").write_text(json.dumps(info))
+    monkeypatch.setattr(identity, "hash_of_files", lambda path: pytest.fail(f"{path} is read"))
+    assert load_by_settings(EngineSettings(model=str(out))).compressed is not None

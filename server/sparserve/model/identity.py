@@ -45,8 +45,10 @@ def source_has_changed(folder: Path, source: Source) -> bool:
 
     Reads it only where a file of it is younger than the folder, for that takes a second for a GB or so.
     """
-    origin = Path(source.path)
+    origin = Path(source.path)  # from outside: it may be a pipe, or no path at all
     try:
+        if not (origin.is_dir() or origin.is_file()):
+            return False
         made = (folder / INFO).stat().st_mtime
         younger = any(file.stat().st_mtime > made for file in _files(origin))
         return younger and hash_of_files(origin) != source.hash
