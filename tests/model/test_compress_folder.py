@@ -190,6 +190,43 @@ def test_what_cannot_be_compressed_is_told_before_anything_is_written(
     assert f"compressed already, from {source}" in refused(tmp_path, str(whole[0]), RECIPE, [text])
 
 
+def test_a_second_run_to_the_same_folder_is_refused_and_mixes_nothing(
+    source, text, whole, tmp_path
+):
+    refusals = []
+
+    def on_layer(done: int, total: int) -> None:
+        if done == 2:
+            with pytest.raises(ConfigError) as error:
+                compress_folder(str(source), ROUNDED, [], tmp_path / "out")
+            refusals.append(str(error.value))
+
+    compress_folder(str(source), RECIPE, [text], tmp_path / "out", on_layer=on_layer)
+    assert len(refusals) == 1
+    assert "another process compresses to" in refusals[0]
+    assert contents(tmp_path / "out") == contents(whole[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "is there already; remove it"),
+        ("x" * 250, "cannot be written"),
+        ("file/out", "cannot be written"),
+        ("link", "is there already; remove it"),
+    ],
+)
+def test_what_can_be_no_new_folder_is_told_before_anything_is_written(
+    source, tmp_path, monkeypatch, name, told
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        compress_folder(str(source), ROUNDED, [], Path(name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_a_folder_that_is_there_is_not_written_over(source, whole):
     before = contents(whole[0])
     with pytest.raises(ConfigError, match="is there already"):

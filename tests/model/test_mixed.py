@@ -187,6 +187,16 @@ def test_bfloat16_is_a_choice_without_loss(model):
     assert head.kl < found.kl
 
 
+def test_bfloat16_for_all_is_told(model):
+    recipe = recipe_of(
+        {"lm_head": {"bits": 16}}, target_bits=16, choices=[{"bits": 4}, {"bits": 16}]
+    )
+    with pytest.raises(
+        ConfigError, match=r"chooses 16 bits for all matrices, .* give less target_bits"
+    ):
+        allocate(model, recipe, TEXT)
+
+
 def test_adjacent_layers_share_formats_where_there_are_many(model, monkeypatch):
     monkeypatch.setattr(mixed, "MOST_BLOCKS", 2)
     formats = allocate(model, recipe_of(target_bits=6), TEXT).recipe.formats()

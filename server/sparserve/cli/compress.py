@@ -84,11 +84,13 @@ def compress(
     """
     from sparserve.compression.recipe import read_recipe
     from sparserve.model.compress_folder import compress_folder
+    from sparserve.model.compressed_writer import partial_of, refuse_existing
 
     followed, texts = read_recipe(recipe), text or []
     if texts and not followed.needs_text:
         warn(f"the recipe {followed.name} needs no text: --text is not read")
-    left = any(out_folder.with_name(f"{out_folder.name}.partial").glob("layers/*.safetensors"))
+    refuse_existing(out_folder)
+    left = any(partial_of(out_folder).glob("layers/*.safetensors"))
     with counting_bar() as show:
         begun = False
 

@@ -290,7 +290,7 @@ def read_recipe(recipe: str) -> Recipe:
 class _Loader(yaml.SafeLoader):
     """Refuses a name that is given twice, of which others take the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names: set[str] = set()
         for key, _ in node.value:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +19,13 @@ from sparserve.compression.recipe import Recipe
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.compressed_checkpoint import CompressionInfo
-from sparserve.model.compressed_writer import UNFINISHED, CheckpointWriter, source_of
+from sparserve.model.compressed_writer import (
+    UNFINISHED,
+    CheckpointWriter,
+    partial_of,
+    refuse_existing,
+    source_of,
+)
 from sparserve.model.compressing import check_recipe, compress_layers, compress_lm_head
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.mixed import OnStep, allocate
@@ -60,6 +69,7 @@ def compress_folder(
     it, and where `out` cannot be written or is there already.
     """
     begun = time.monotonic()
+    refuse_existing(out)  # told now, not after formats are chosen
     require_text(recipe, texts)
     source = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
     origin = source_of(source)
@@ -76,10 +86,11 @@ def compress_folder(
         origin,
         texts=() if windows is None else tuple(windows.files),
     )
-    writer = CheckpointWriter(out, info)
-    reports = _write_layers(source, followed, windows, writer, on_layer)
-    weights = source.weights
-    writer.finish(EndTensors(weights.embedding, weights.norm, compress_lm_head(source, followed)))
+    with _alone_with(out):
+        writer = CheckpointWriter(out, info)
+        reports = _write_layers(source, followed, windows, writer, on_layer)
+        weights, head = source.weights, compress_lm_head(source, followed)
+        writer.finish(EndTensors(weights.embedding, weights.norm, head))
     return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl)
 
 
@@ -91,6 +102,29 @@ def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:
             "--text of `sparserve compress`, --compress-text where a model is compressed when it is loaded; "
             "or take a recipe with quantizer rtn and compensate none or lorc"
         )
+
+
+@contextmanager
+def _alone_with(out: Path) -> Iterator[None]:
+    """No other process compresses to `out` meanwhile: layers of two runs would mix. Raises ConfigError where one
+    does, or where nothing can be written."""
+    partial = partial_of(out)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"{partial} cannot be written: {error}; take another --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another process compresses to {out}; wait for it, or take another --out"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.rmdir()  # if nothing is in it
+        os.close(lock)  # which gives it up, as the process's end does
 
 
 def _windows(source: LoadedModel, recipe: Recipe, texts: Sequence[Path]) -> TokenWindows | None:

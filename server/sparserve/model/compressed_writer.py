@@ -7,6 +7,7 @@ at OUT is whole. An interrupted run goes on with the layers that are in `OUT.par
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,21 @@ def check_source(path: Path) -> None:
         )
 
 
+def partial_of(out: Path) -> Path:
+    """Where `out`, which is not there yet, is written until it is whole. Raises ConfigError of a path that
+    cannot be looked at."""
+    partial = out.with_name(f"{out.name}.partial")
+    with _told_as_config_error(partial):
+        partial.exists()  # raises of a name that is too long, or beyond our rights
+    return partial
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises ConfigError where there is something at `out`, be it a link to nowhere."""
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} is there already; remove it, or take another --out")
+
+
 class CheckpointWriter:
     """One folder on its way to `out`. All methods raise ConfigError where a file cannot be written."""
 
@@ -92,8 +108,8 @@ class CheckpointWriter:
         ModelError of a source without a config, or of an `info` that cannot be read again.
         """
         self.out = out
-        self._refuse_existing()
-        self.folder = out.with_name(f"{out.name}.partial")
+        refuse_existing(out)
+        self.folder = partial_of(out)
         source = Path(info.source.path)
         self.config = HuggingFaceFolder(source).config
         self.info = info.with_bits(self.config)
@@ -131,16 +147,12 @@ class CheckpointWriter:
         self._save(self.folder / ENDS, tensors_of_ends(ends), specs)
         if (finished := len(self.finished_layers())) < self.config.num_layers:
             raise ValueError(f"layer {finished} is not written yet")
-        self._refuse_existing()
+        refuse_existing(self.out)
         with _told_as_config_error(self.out):
             self.folder.rename(self.out)
 
     def _specs(self, index: int) -> dict[str, Spec]:
         return layer_specs(self.config, self.info.formats.layer(index))
-
-    def _refuse_existing(self) -> None:
-        if self.out.exists():
-            raise ConfigError(f"{self.out} is there already; remove it, or take another --out")
 
     def _goes_on(self) -> bool:
         try:
@@ -152,7 +164,8 @@ class CheckpointWriter:
         """Remove what another run left. Raises ConfigError of what no run did."""
         left = list(self.folder.iterdir()) if self.folder.exists() else []
         if any(path.name == INFO for path in left):
-            shutil.rmtree(self.folder)
+            for path in left:  # not the folder: whoever writes to it may have locked it
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif any(path.name != LAYERS and not path.name.endswith(UNFINISHED) for path in left):
             raise ConfigError(
                 f"{self.folder} is there and no unfinished checkpoint; remove it, or take another --out"

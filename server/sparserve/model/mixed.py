@@ -67,7 +67,7 @@ def allocate(
     """What `mixed` of the recipe comes to for this model, with the calibration's text token_ids [windows,
     tokens]. Of as many torch threads it is the same each time.
 
-    Raises ConfigError of a target beyond what the choices reach; as `compress_layers` of the rest.
+    Raises ConfigError of a target beyond what the choices reach, or that nothing is compressed for; as `compress_layers` of the rest.
     """
     check_recipe(model.config, recipe)
     measured = _measure(model, recipe, token_ids, on_step)
@@ -79,6 +79,11 @@ def allocate(
     chosen = {
         key: recipe.choices[place] for key, place in zip(measured.options, places, strict=True)
     }
+    if all(own.bits == 16 for own in (*chosen.values(), recipe.lm_head)):
+        raise ConfigError(
+            f"mixed of the recipe {recipe.name} chooses 16 bits for all matrices, and the LM head has as many, so "
+            "nothing is compressed; give less target_bits or more target_kl, or the LM head 4 or 8 bits"
+        )
     made = _filled_in(recipe, chosen, model.config)
     return Allocation(made, measured.head + loss, 8 * size / weights)
 
