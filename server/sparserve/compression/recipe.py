@@ -15,7 +15,6 @@ Or formats that are chosen by part and layer:
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -195,7 +194,7 @@ class Recipe(BaseModel):
             overrides=tuple((index, own) for index, own in layers if own != usual),
         )
 
-    def _layer_formats(self, changed: Mapping[str, Part]) -> LayerFormats:
+    def _layer_formats(self, changed: dict[str, Part]) -> LayerFormats:
         parts: dict[str, Part] = {name: getattr(self, name) for name in PARTS} | changed
         return LayerFormats(**{name: part.format() for name, part in parts.items()})
 
