@@ -18,7 +18,8 @@ from sparserve.compression.statistics import InputMoments
 @dataclass(frozen=True, slots=True)
 class MatrixReport:
     """Errors are E|(W - W') x|^2 / E|W x|^2 over the calibration's inputs x of W; without any, for inputs
-    that are all alike and do not correlate."""
+    that are all alike and do not correlate. W and x are what was rounded and its inputs: with columns scaled,
+    W S and S^-1 x."""
 
     name: str
     bits: float  # read of a weight, low-rank term included

@@ -21,7 +21,7 @@ class ScaleOverflow(ValueError):
 def quantize(
     weight: torch.Tensor, format: MatrixFormat, name: str, value_bits: int | None = None
 ) -> QuantizedMatrix:
-    """Round `weight` [rows, columns], bfloat16 with any strides, to integers of `format`.
+    """Round `weight` [rows, columns], bfloat16 or float32 with any strides, to integers of `format`.
 
     For each group of columns of a row, with 0 in the range of its values:
 
@@ -30,8 +30,8 @@ def quantize(
         code  = round(value / scale) + zero, at most 2^bits - 1
 
     So a value is at most half a scale off, and not at all where it is 0. A group of zeros has scale 0.
-    Quotients in float32 are rounded as exact ones would be: an 8-bit number divided by an 11-bit one, below
-    2^8, is a half or at least 2^-12 from it.
+    Quotients of bfloat16 in float32 are rounded as exact ones would be: an 8-bit number divided by an 11-bit
+    one, below 2^8, is a half or at least 2^-12 from it. Those of float32 may go the other way near a half.
 
     `value_bits` stands for `bits` in these formulas if given: codes of that many bits in the storage of
     `format`, to study what fewer would lose.

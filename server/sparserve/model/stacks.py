@@ -54,7 +54,8 @@ def with_inputs_divided(
         return replace(layer, **{stack.scaled: getattr(layer, stack.scaled) / scales})
     v, bias, rows = layer.v, layer.v_bias, scales.view(alike)[:, 0].flatten()
     assert isinstance(v, QuantizedMatrix)  # in the format of the output
-    # In float16 as they were: off by as much as 2^-12, far below what rounding to integers costs.
+    # In float16 as they were: off by as much as 2^-12 (subnormal ones by more), far below what rounding to
+    # integers costs.
     factors = v.factors and replace(v.factors, scales=(v.factors.scales / rows).half())
     v = replace(v, scales=(v.scales / rows[:, None]).half(), factors=factors)
     return replace(layer, v=v, v_bias=None if bias is None else bias / rows)
