@@ -11,6 +11,7 @@ import yaml
 from sparserve.client import AsyncClient
 from sparserve.compression.recipe import read_recipe
 from sparserve.model import compress_folder as module
+from sparserve.model.catalog import DEMO_MODEL
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.loader import load_model
 
@@ -129,6 +130,20 @@ def test_a_text_that_nothing_needs_is_told(compress, recipe):
     assert "warning: the recipe rounded needs no text" in words(err)
 
 
+def test_the_model_may_come_from_the_environment_and_is_the_demo_model_else(
+    run_main, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, shown, _ = run_main("compress", "--help")
+    assert f"default: {DEMO_MODEL}" in words(shown)
+    monkeypatch.setenv("SPARSERVE_MODEL", str(tiny))
+    (tmp_path / "rounded.yaml").write_text("name: rounded\nquantizer: rtn\n")
+    flags = ("--recipe", tmp_path / "rounded.yaml", "--out", tmp_path / "out")
+    status, shown, _ = run_main("compress", *flags)
+    assert status == 0
+    assert "tiny by rounded" in shown
+
+
 def test_errors_are_one_line_and_nothing_is_left(run_main, compress, tiny, text, tmp_path):
     (tmp_path / "wrong.yaml").write_text("name: wrong\nbits: 4\n")
     (tmp_path / "model.gguf").write_text("")
@@ -141,6 +156,8 @@ def test_errors_are_one_line_and_nothing_is_left(run_main, compress, tiny, text,
         (compress("--out", "."), ". is there already; remove it, or take another --out"),
         (compress("--out", tmp_path / (250 * "x")), "xxx.partial cannot be written"),
         (run_main("compress", tiny, "--out", tmp_path / "out"), "the recipe balanced needs a text"),
+        (run_main("compress", tmp_path / "model.gguf", "--text", text, "--out", tmp_path / "out"),
+         "does not start with the GGUF magic"),
         (run_main("compress", "/nowhere", "--text", text, "--out", tmp_path / "out"), "no model at"),
         (run_main("compress", "--show-recipe", "best"), "there are: quality, balanced, fast"),
     ]  # fmt: skip

@@ -21,27 +21,23 @@ def plain(inputs: torch.Tensor, like: InputMoments) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None)
 @given(data=st.data())
-def test_any_batches_add_up_and_merge(kind, data):
+def test_any_batches_add_up(kind, data):
     width = data.draw(st.integers(1, 20))
     batches = data.draw(st.lists(st.integers(0, 30), max_size=5))
-    cut = data.draw(st.integers(0, len(batches)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     scale = 10.0 ** data.draw(st.integers(-20, 20))
     inputs = [(torch.randn(n, width, generator=generator) * scale).to(dtype) for n in batches]
-    one, other, whole = kind(width), kind(width), kind(width)
-    for number, batch in enumerate(inputs):
-        whole.add(batch, "x")
-        (one if number < cut else other).add(batch, "x")
-    one.merge(other)
+    moments = kind(width)
+    for batch in inputs:
+        moments.add(batch, "x")
     joined = torch.cat([torch.empty(0, width), *inputs])
-    for moments in (one, whole):
-        assert moments.tokens == sum(batches)
-        assert moments.sums.dtype == torch.float64
-        expected = plain(joined, moments)
-        limit = 1e-5 * np.abs(expected).max(initial=0)
-        np.testing.assert_allclose(moments.sums, expected, rtol=0, atol=limit)
-        np.testing.assert_allclose(moments.squares, (joined.double() ** 2).sum(0), rtol=1e-5)
+    assert moments.tokens == sum(batches)
+    assert moments.sums.dtype == torch.float64
+    expected = plain(joined, moments)
+    limit = 1e-5 * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(moments.sums, expected, rtol=0, atol=limit)
+    np.testing.assert_allclose(moments.squares, (joined.double() ** 2).sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,12 +72,6 @@ def test_inputs_that_are_not_finite_are_refused_and_not_counted(kind, value):
         moments.add(bad, "layer 3: gate")
     assert moments.tokens == 3
     assert torch.equal(moments.sums, before)
-
-
-@pytest.mark.parametrize("other", [InputMoments.full(5), InputMoments.diagonal(4)])
-def test_moments_of_another_kind_do_not_merge(other):
-    with pytest.raises(ValueError, match=r"do not merge into \[4, 4\]"):
-        InputMoments.full(4).merge(other)
 
 
 def test_weights_nearest_to_outputs_are_those_of_ridge_regression(inputs_like, moments_of):

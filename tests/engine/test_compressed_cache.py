@@ -79,6 +79,22 @@ def test_the_second_load_finds_what_the_first_one_made(settings, runs, cache, tm
     assert weights(first.path) == weights(tmp_path / "out")
 
 
+def test_a_gguf_file_has_its_folder_too(settings, cache, demo_bfloat16, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        compressed_cache,
+        "compress_folder",
+        lambda model, recipe, texts, out, **told: made.append((model, out)),
+    )
+    path = demo_bfloat16.path
+    own = settings.model_copy(update={"model": str(path)})
+    name, folder = compressed_cache.compressed_folder(own, lambda *step: None)
+    assert made == [(str(path), folder)]
+    assert name == path.stem
+    assert folder.name.startswith(f"{name}-tested-")
+    assert folder.parent == cache
+
+
 def test_it_is_served_in_the_formats_of_the_recipe(settings):
     built = build_engine(settings)
     assert built.model_name == "tiny"
@@ -218,13 +234,6 @@ def test_a_damaged_folder_of_the_cache_is_named(settings):
 def test_what_cannot_be_is_told_with_the_way_out(settings, changes, kind, told):
     with pytest.raises(kind, match=told):
         load_by_settings(settings.model_copy(update=changes))
-
-
-def test_a_gguf_file_is_refused(settings, tmp_path):
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    own = {"model": str(tmp_path / "tiny.gguf")}
-    with pytest.raises(UnsupportedModel, match=r"is a GGUF file, .* give the Hugging Face folder"):
-        load_by_settings(settings.model_copy(update=own))
 
 
 def test_a_folder_that_is_compressed_is_not_compressed_again(settings, source, tmp_path):

@@ -3,15 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import EndTensors
 from sparserve.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from sparserve.model.compressed_checkpoint import Source
+from sparserve.model.compressed_checkpoint import CompressionInfo, Source
 from sparserve.model.compressed_writer import CheckpointWriter, source_of
 from sparserve.model.loader import load_model
+from sparserve.model.safetensors_checkpoint import HuggingFaceFolder
 
 INT4 = MatrixFormat(4, 32)
 FORMATS = DecoderFormats(INT4, INT4, MatrixFormat(8, 64), MatrixFormat(8, 64))
@@ -186,13 +188,64 @@ def test_layers_in_other_formats_are_refused(whole, tmp_path):
         writer.finish(EndTensors(made.ends.embedding, made.ends.norm))
 
 
-def test_only_hugging_face_folders_can_be_compressed(whole, write_gguf, tmp_path):
-    from gguf import GGMLQuantizationType
-
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_becomes_a_folder_in_the_terms_of_hugging_face(
+    write_gguf, write_compressed, tmp_path, architecture
+):
+    template = "{{ messages[0].content }}\r\n{# as it is #}"
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, GGMLQuantizationType.F32)
-    with pytest.raises(UnsupportedModel, match=f"{path} is a GGUF file, .* Hugging Face folder"):
-        source_of(load_model(str(path)))
+    write_gguf(
+        path,
+        architecture=architecture,
+        attention_bias=architecture == "qwen2",
+        fields={"tokenizer.chat_template": template, "tokenizer.ggml.add_bos_token": True},
+    )
+    made = write_compressed(path, FORMATS, tmp_path / "out")
+    source, model = load_model(str(path)), load_model(str(tmp_path / "out"))
+    assert model.config == source.config
+    assert model.chat_template == template
+    assert model.tokenizer.to_str() == source.tokenizer.to_str()
+    assert model.compressed.info.source.path == str(path)
+    for stored, layer in zip(model.compressed.layers, made.layers, strict=True):
+        assert torch.equal(stored.q.codes, layer.q.codes)
+    for ours, theirs in zip(model.weights.layers, source.weights.layers, strict=True):
+        torch.testing.assert_close(ours.wq.float(), theirs.wq, atol=0.05, rtol=0)
+
+
+def test_the_demo_model_keeps_its_tokenizer_and_chats(demo_bfloat16, tmp_path):
+    info = CompressionInfo({"name": "test"}, FORMATS, source_of(demo_bfloat16))
+    folder = HuggingFaceFolder(CheckpointWriter(tmp_path / "out", info).folder)
+    assert folder.config == demo_bfloat16.config
+    assert folder.chat_template() == demo_bfloat16.chat_template
+    ours, theirs = folder.tokenizer(), demo_bfloat16.tokenizer
+    text = "<|im_start|>user\r\n  Größe 12345, naïve 日本語 🦀 isn't\t<|im_end|>\n\n\n end "
+    for special in (True, False):
+        ids = theirs.encode(text, add_special_tokens=special).ids
+        assert ours.encode(text, add_special_tokens=special).ids == ids
+        for skip in (True, False):
+            told = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == told
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_a_run_on_a_gguf_file_goes_on(write_gguf, write_compressed, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    write_compressed(path, FORMATS, tmp_path / "whole")
+    made = write_compressed(path, FORMATS, tmp_path / "out", layers=1)
+    assert CheckpointWriter(tmp_path / "out", made.info).finished_layers() == [0]
+    write_compressed(path, FORMATS, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_a_folder_cannot_hold_is_refused(whole, write_gguf, tmp_path):
+    factors, biased = tmp_path / "factors.gguf", tmp_path / "biased.gguf"
+    write_gguf(factors, extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
+    with pytest.raises(UnsupportedModel, match=f"{factors} has .*rope_freqs.* Hugging Face folder"):
+        source_of(load_model(str(factors)))
+    write_gguf(biased, attention_bias=True)
+    with pytest.raises(UnsupportedModel, match=f"{biased}: .* no words for qkv_bias True"):
+        source_of(load_model(str(biased)))
     with pytest.raises(UnsupportedModel, match=f"{whole[0]} is compressed already, from .*source"):
         source_of(load_model(str(whole[0])))
     info = replace(whole[1].info, source=Source("tiny", str(tmp_path), ""))

@@ -405,3 +405,131 @@ def test_any_json_gives_a_config_or_a_model_error_of_bounded_length(changes, fam
         assert len(str(error)) < 500, "names the value, however long it is"  # noqa: PT017
     else:
         assert config.num_parameters > 0
+
+
+SIZES = st.integers(1, 64)
+SCALES = st.floats(1.0, 1e6)
+TOKEN_IDS = st.integers(0, 299)
+LLAMA3_ROPE = st.fixed_dictionaries(
+    {
+        "rope_type": st.just("llama3"),
+        "factor": SCALES,
+        "low_freq_factor": st.floats(0.5, 2.0),
+        "high_freq_factor": st.floats(2.5, 8.0),
+        "original_max_position_embeddings": SIZES,
+    }
+)
+YARN_ROPE = st.fixed_dictionaries(
+    {"rope_type": st.just("yarn"), "factor": SCALES},
+    optional={
+        "original_max_position_embeddings": SIZES,
+        "beta_fast": SCALES,
+        "beta_slow": SCALES,
+        "attention_factor": SCALES,
+        "mscale": SCALES,
+        "mscale_all_dim": SCALES,
+        "truncate": st.booleans(),
+    },
+)
+OTHER_ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "dynamic"]), "factor": SCALES}
+)
+HF_CONFIGS = st.fixed_dictionaries(
+    {
+        "architectures": st.sampled_from(list(FAMILIES)).map(lambda name: [name]),
+        "vocab_size": st.just(300),
+        "hidden_size": SIZES,
+        "intermediate_size": SIZES,
+        "num_hidden_layers": st.just(3),
+        "num_attention_heads": st.sampled_from([4, 8]),
+        "num_key_value_heads": st.sampled_from([1, 4]),
+        "head_dim": SIZES.map(lambda half: 2 * half + 2),
+        "rms_norm_eps": st.floats(1e-12, 1e-2),
+    },
+    optional={
+        "max_position_embeddings": SIZES,
+        "rope_theta": st.floats(2.0, 1e9),
+        "rope_scaling": st.one_of(LLAMA3_ROPE, YARN_ROPE, OTHER_ROPE),
+        "tie_word_embeddings": st.booleans(),
+        "attention_bias": st.booleans(),
+        "bos_token_id": TOKEN_IDS,
+        "eos_token_id": st.one_of(TOKEN_IDS, st.lists(TOKEN_IDS, max_size=3)),
+        "use_sliding_window": st.booleans(),
+        "sliding_window": st.one_of(st.none(), SIZES),
+        "max_window_layers": st.integers(0, 4),
+        "layer_types": st.lists(
+            st.sampled_from(["sliding_attention", "full_attention"]), min_size=3, max_size=3
+        ),
+    },
+)
+
+
+@given(raw=HF_CONFIGS)
+@settings(max_examples=300, deadline=None)
+def test_a_config_is_written_as_it_was_read(raw):
+    try:
+        config = ModelConfig.from_hf(raw, {})
+    except CorruptCheckpoint as error:
+        assert "no window is in use" in str(error)  # noqa: PT017
+        return
+    written = json.loads(json.dumps(config.to_hf()))
+    assert ModelConfig.from_hf(written, {}) == config
+
+
+@given(
+    architecture=st.sampled_from(sorted({family.gguf for family in FAMILIES.values()})),
+    kind=st.sampled_from(["none", "linear", "yarn"]),
+    numbers=st.fixed_dictionaries(
+        {
+            "context_length": SIZES,
+            "attention.layer_norm_rms_epsilon": st.floats(2.0**-40, 2.0**-7, width=32),
+            "rope.freq_base": st.floats(2.0, 1e9, width=32),
+            "rope.scaling.factor": st.floats(1.0, 2.0**20, width=32),
+        },
+        optional={
+            "attention.key_length": SIZES.map(lambda half: 2 * half),
+            "rope.scaling.original_context_length": SIZES,
+            "rope.scaling.yarn_attn_factor": st.floats(0.5, 8.0, width=32),
+            "rope.scaling.yarn_beta_fast": st.floats(1.0, 64.0, width=32),
+        },
+    ),
+    ids=st.dictionaries(st.sampled_from(["bos", "eos", "eot", "eom"]), TOKEN_IDS),
+    tied=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_gguf_config_is_written_in_the_terms_of_hugging_face(
+    architecture, kind, numbers, ids, tied
+):
+    fields = {
+        key.replace("llama.", f"{architecture}."): value
+        for key, value in GGUF.items()
+        if not key.endswith("_token_id")
+    }
+    fields |= {"general.architecture": architecture, f"{architecture}.rope.scaling.type": kind}
+    fields |= {f"{architecture}.{key}": value for key, value in numbers.items()}
+    fields |= {f"tokenizer.ggml.{name}_token_id": own for name, own in ids.items()}
+    config = ModelConfig.from_gguf(fields, frozenset() if tied else frozenset(["output.weight"]))
+    written = json.loads(json.dumps(config.to_hf()))
+    assert ModelConfig.from_hf(written, {}) == config
+
+
+def test_traits_that_no_architecture_has_together_cannot_be_written():
+    bias = frozenset(["blk.0.attn_q.bias"])
+    config = ModelConfig.from_gguf(GGUF, bias)
+    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM has no words for qkv_bias True$"):
+        config.to_hf()
+    assert ModelConfig.from_gguf(GGUF, bias | {"blk.0.attn_output.bias"}).to_hf()["attention_bias"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_transformers_reads_what_is_written(architecture, tmp_path):
+    from transformers import AutoConfig
+
+    config = from_hf(architectures=[architecture], rope_scaling=YARN, eos_token_id=[2, 5])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.__class__.__name__ == architecture.replace("ForCausalLM", "Config")
+    assert theirs.head_dim == config.head_dim
+    assert theirs.max_position_embeddings == config.max_position_embeddings
+    assert theirs.rope_parameters["attention_factor"] == config.rope.attention_factor
+    assert theirs.eos_token_id == [2, 5]

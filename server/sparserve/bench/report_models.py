@@ -79,7 +79,7 @@ def check_models(
         if own.folder.exists():
             _check_folder(own, source, source_hash, texts)
         elif own.recipe is not None:
-            check_source(source.path)
+            check_source(source)
             check_recipe(source.config, own.recipe)
             if own.recipe.needs_text:
                 size = own.recipe.calibration

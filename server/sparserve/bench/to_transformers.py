@@ -6,12 +6,14 @@ from typing import Any
 
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
-from sparserve.model.rope import RopeConfig
 from sparserve.model.weights import HF_NAMES, layer_shapes
 
 
 def to_transformers(model: LoadedModel) -> Any:
-    """The same weights (shared, not copied) in transformers' own module. Raises ConfigError."""
+    """The same weights (shared, not copied) in transformers' own module.
+
+    Raises ConfigError, or UnsupportedModel as `ModelConfig.to_hf`.
+    """
     import transformers  # seconds, which only this needs
 
     transformers.utils.logging.set_verbosity_error()
@@ -25,24 +27,7 @@ def to_transformers(model: LoadedModel) -> Any:
             "models with a sliding window or dynamic RoPE are not compared; --peers none"
         )
     kind = getattr(transformers, config.architecture)
-    hf_config = kind.config_class(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=_rope_parameters(config.rope),
-        attention_bias=config.output_bias,
-        sliding_window=None,
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=list(config.eos_token_ids) or None,
-        dtype=weights.dtype,
-    )
+    hf_config = kind.config_class.from_dict(config.to_hf() | {"dtype": weights.dtype})
     module = kind(hf_config).eval()
     tensors = {HF_NAMES.embedding: weights.embedding, HF_NAMES.norm: weights.norm}
     tensors[HF_NAMES.lm_head] = weights.lm_head
@@ -53,24 +38,3 @@ def to_transformers(model: LoadedModel) -> Any:
         }
     module.load_state_dict({k: v.to(weights.dtype) for k, v in tensors.items()}, assign=True)
     return module
-
-
-def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind == "llama3":
-        parameters |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }
-    if rope.kind == "yarn":
-        parameters |= {
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "attention_factor": rope.attention_factor,
-            "truncate": rope.truncate,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }
-    return parameters

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sparserve.cli.output import counting_bar, err, out, warn
 from sparserve.errors import ConfigError
+from sparserve.model.catalog import DEMO_MODEL
 
 if TYPE_CHECKING:
     from sparserve.compression.matrix import MatrixReport
@@ -33,13 +34,6 @@ def _show_recipe(name: str | None) -> None:
 
 
 def compress(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A Hugging Face folder, or the id org/name[@revision] of a model in the Hugging Face cache.",
-            metavar="MODEL",
-        ),
-    ],
     out_folder: Annotated[
         Path,
         typer.Option(
@@ -48,6 +42,15 @@ def compress(
             metavar="<folder>",
         ),
     ],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `sparserve models`, a Hugging Face folder, a .gguf file, or the id org/name[@revision] of "
+            "a model in the Hugging Face cache.",
+            metavar="MODEL",
+            envvar="SPARSERVE_MODEL",
+        ),
+    ] = DEMO_MODEL,
     recipe: Annotated[
         str,
         typer.Option(

@@ -69,15 +69,6 @@ class InputMoments:
         divisors = exact if self.is_diagonal else exact[:, None]
         return InputMoments(self.sums / divisors / exact, self.tokens)
 
-    def merge(self, other: InputMoments) -> None:
-        """Count the tokens of `other` too: of the same width and kind, else ValueError."""
-        if self.sums.shape != other.sums.shape:
-            raise ValueError(
-                f"moments of shape {list(other.sums.shape)} do not merge into {list(self.sums.shape)}"
-            )
-        self.sums += other.sums
-        self.tokens += other.tokens
-
 
 def nearest_to_outputs(
     weight: torch.Tensor, moments: InputMoments, drift: torch.Tensor, damping: float

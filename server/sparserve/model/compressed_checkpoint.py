@@ -1,6 +1,7 @@
 """Folders that `sparserve compress` makes: what they are, and how they are read.
 
-    config.json, generation_config.json, tokenizer files, chat template   of the source, as they were
+    config.json, generation_config.json, tokenizer files, chat template   of the source, as they were; of a
+                                GGUF file the same in these terms
     compression.json            CompressionInfo
     layers/00000.safetensors    a layer; `compressed_tensors` says which tensors
     ends.safetensors            embedding, norm, and the LM head unless it is the embedding

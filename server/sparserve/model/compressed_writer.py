@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,9 @@ from sparserve.model.compressed_tensors import (
     tensors_of_ends,
     tensors_of_layer,
 )
+from sparserve.model.config import ModelConfig
+from sparserve.model.fields import naming
+from sparserve.model.gguf_checkpoint import GGUFCheckpoint
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import LoadedModel
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder
@@ -62,24 +66,48 @@ def source_of(model: LoadedModel) -> Source:
 
     Raises UnsupportedModel as `check_source`, ConfigError where it cannot be read.
     """
-    check_source(model.path)
-    try:
+    check_source(model)
+    with _told_as_config_error(model.path, "read"):
         return Source(model.name, str(model.path.resolve()), hash_of_files(model.path))
-    except OSError as error:
-        raise ConfigError(f"the files of {model.path} cannot be read: {error}") from error
 
 
-def check_source(path: Path) -> None:
-    """Raises UnsupportedModel of what is there and no Hugging Face folder, or compressed already."""
+def check_source(model: LoadedModel) -> None:
+    """Raises UnsupportedModel of what is compressed already, and of GGUF files whose config a folder cannot
+    hold."""
+    refuse_compressed(model.path)
+    if model.weights.rope_factors is not None:
+        raise UnsupportedModel(
+            f"{model.path} has RoPE factors as a tensor, rope_freqs.weight, and folders of compressed models have "
+            "no place for one; give the Hugging Face folder of the model"
+        )
+    if model.path.is_file():
+        with naming(model.path):
+            model.config.to_hf()
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises UnsupportedModel of a folder that is compressed already."""
     if is_compressed(path):
         raise UnsupportedModel(
             f"{path} is compressed already, from {read_info(path).source.path}; compress that"
         )
-    if path.is_file():
-        raise UnsupportedModel(
-            f"{path} is a GGUF file, whose config and tokenizer cannot be kept as they are; give the "
-            "Hugging Face folder of the model"
-        )
+
+
+def _beside_weights(source: Path) -> tuple[ModelConfig, dict[str, bytes]]:
+    """(the config, the files by name) of a folder, as they are, or of a GGUF file, in their terms.
+
+    Raises ModelError.
+    """
+    if source.is_file():
+        gguf = GGUFCheckpoint(source)
+        made = {"config.json": _as_json(gguf.config.to_hf())}
+        made["tokenizer.json"] = gguf.tokenizer().to_str().encode()
+        # As JSON: a file of its own would be read with other ends of lines.
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": gguf.chat_template()}
+        return gguf.config, made | {"tokenizer_config.json": _as_json(told)}
+    files = {name: source / name for name in COPIED}
+    there = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    return HuggingFaceFolder(source).config, there
 
 
 def partial_of(out: Path) -> Path:
@@ -98,7 +126,7 @@ def refuse_existing(out: Path) -> None:
 
 
 class CheckpointWriter:
-    """One folder on its way to `out`. All methods raise ConfigError where a file cannot be written."""
+    """One folder on its way to `out`. All methods raise ConfigError where a file cannot be written or read."""
 
     def __init__(self, out: Path, info: CompressionInfo) -> None:
         """Goes on where a run for the same recipe, formats, source and texts, of the same sparserve, stopped;
@@ -111,7 +139,8 @@ class CheckpointWriter:
         refuse_existing(out)
         self.folder = partial_of(out)
         source = Path(info.source.path)
-        self.config = HuggingFaceFolder(source).config
+        with _told_as_config_error(source, "read"):
+            self.config, files = _beside_weights(source)
         self.info = info.with_bits(self.config)
         with _told_as_config_error(self.folder):
             if not self._goes_on():
@@ -119,10 +148,9 @@ class CheckpointWriter:
             (self.folder / LAYERS).mkdir(parents=True, exist_ok=True)
             for file in self.folder.rglob(f"*{UNFINISHED}"):
                 file.unlink()
-            _write_whole(self.folder / INFO, _as_json(self.info))
-            for name in COPIED:
-                if (source / name).is_file():
-                    _write_whole(self.folder / name, (source / name).read_bytes())
+            _write_whole(self.folder / INFO, _as_json(asdict(self.info)))
+            for name, content in files.items():
+                _write_whole(self.folder / name, content)
         # Told now, not after hours: a recipe or a path that JSON cannot hold.
         self.info = read_info(self.folder)
 
@@ -187,22 +215,24 @@ class CheckpointWriter:
             save_whole(path, tensors, {"format": "pt"})
 
 
-def _as_json(info: CompressionInfo) -> bytes:
-    return (json.dumps(asdict(info), indent=2, sort_keys=True) + "\n").encode()
+def _as_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _same_run(one: CompressionInfo, other: CompressionInfo) -> bool:
     """Whether layers of one are those of the other: wherever the source is, and whatever it is called."""
     same_source = one.source.hash == other.source.hash
-    return same_source and _as_json(one) == _as_json(replace(other, source=one.source))
+    return same_source and _as_json(asdict(one)) == _as_json(
+        asdict(replace(other, source=one.source))
+    )
 
 
 @contextmanager
-def _told_as_config_error(path: Path) -> Iterator[None]:
+def _told_as_config_error(path: Path, done: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+        raise ConfigError(f"{path} cannot be {done}: {error}") from error
 
 
 def _write_whole(path: Path, content: bytes) -> None:

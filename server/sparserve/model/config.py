@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
@@ -193,6 +193,53 @@ class ModelConfig:
             sliding_window=window,
             sliding_layers=sliding_layers,
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """As `config.json`, which `from_hf` reads to the same again. Raises UnsupportedModel where it has
+        no words: a GGUF file may mix traits that no Hugging Face architecture has together.
+        """
+        family, rope = FAMILIES[self.architecture], self.rope
+        raw = {
+            "architectures": [self.architecture],
+            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            # Of dynamic RoPE it is the context that is extended.
+            "max_position_embeddings": rope.original_max_position_embeddings
+            if rope.kind == "dynamic"
+            else self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": rope.to_hf(),
+            "attention_bias": self.output_bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids) or None,
+        }
+        if family.sliding_window:
+            raw |= self._windows_to_hf()
+        own, again = asdict(self), asdict(ModelConfig.from_hf(raw, {}))
+        lost = [f"{name} {reprlib.repr(own[name])}" for name in own if own[name] != again[name]]
+        if lost:
+            raise UnsupportedModel(
+                f"config.json of {self.architecture} has no words for {', '.join(lost)}"
+            )
+        return raw
+
+    def _windows_to_hf(self) -> dict[str, Any]:
+        if not self.sliding_window:
+            return {"use_sliding_window": False, "sliding_window": None}
+        raw: dict[str, Any] = {"use_sliding_window": True, "sliding_window": self.sliding_window}
+        if isinstance(self.sliding_layers, range):
+            return raw | {"max_window_layers": self.sliding_layers.start}
+        kinds = ("full_attention", "sliding_attention")
+        sliding = [i in self.sliding_layers for i in range(self.num_layers)]
+        return raw | {"layer_types": [kinds[own] for own in sliding]}
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], tensor_names: Set[str]) -> ModelConfig:

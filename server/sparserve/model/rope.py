@@ -122,6 +122,21 @@ class RopeConfig:
                 )
         return cls(theta, kind)
 
+    def to_hf(self) -> dict[str, Any]:
+        """`rope_parameters` of `config.json`."""
+        named: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
+        if self.kind != "default":
+            named["factor"] = self.factor
+        keys: tuple[str, ...] = ()
+        if self.kind == "llama3":
+            keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if self.kind == "yarn":
+            keys = (
+                "beta_fast", "beta_slow", "attention_factor", "truncate",
+                "original_max_position_embeddings",
+            )  # fmt: skip
+        return named | {key: getattr(self, key) for key in keys}
+
     @classmethod
     def from_gguf(
         cls, name: str, fields: Mapping[str, Any], max_position_embeddings: int
@@ -130,9 +145,11 @@ class RopeConfig:
         kind = str(fields.get(f"{name}.rope.scaling.type", "none"))
         read, scaling = Fields(fields), f"{name}.rope.scaling"
         theta = read.number(f"{name}.rope.freq_base", 10000.0)
+        if kind == "none":  # whatever factor stands beside it
+            return cls(theta)
         factor = read.number(f"{scaling}.factor", 1.0)
         if kind != "yarn":
-            return cls(theta, "default" if kind == "none" else kind, factor)
+            return cls(theta, kind, factor)
         extrapolated = read.number(f"{scaling}.yarn_ext_factor", 1.0)
         if extrapolated != 1:
             raise UnsupportedModel(
