@@ -150,7 +150,7 @@ def test_errors_are_one_line_and_nothing_is_left(run_main, compress, tiny, text,
     cases = [
         (compress("--recipe", "best"), "there is no recipe 'best': expected quality, balanced, fast"),
         (compress("--recipe", tmp_path / "wrong.yaml"), "bits is no setting; there are name"),
-        (compress("--recipe", "balanced"), "560 tokens, enough for 1 windows of 512; 32 were asked"),
+        (compress("--recipe", "balanced"), "560 tokens, enough for 1 windows of 512; 24 were asked"),
         (compress("--text", "/nowhere"), "/nowhere cannot be read as UTF-8 text"),
         (compress("--out", tiny), f"{tiny} is there already"),
         (compress("--out", "."), ". is there already; remove it, or take another --out"),

@@ -209,7 +209,7 @@ def test_each_weights_take_the_index_that_fits_them(report, index_file, caplog):
         (["--baseline", "int4"], "--baseline 'int4' is not measured; there are: bfloat16"),
         (["--tiers", "0.1,0"], "--tiers is '0.1,0': '0' is no KL"),
         (["--compress", "fast", "--compress-text", "seen.txt"], "here give --recipes"),
-        (["--recipes", "fast", "--compress-text", "seen.txt"], "16 were asked for"),
+        (["--recipes", "fast", "--compress-text", "seen.txt"], "24 were asked for"),
         (["--recipes", "plain.yaml,high.yaml"], "and q, k, v of this model have rank 64 at most"),
         (["--recipes", "plain.yaml", "--weight-planes", "4+4", "--formats", "int4"], "take --weight-planes whole"),
         (["--windows", "400"], "400 were asked for"),

@@ -21,7 +21,7 @@ def recipe_of(tmp_path):
 def test_shipped_recipes_are_found_by_name(name):
     recipe = read_recipe(name)
     assert recipe.name == name
-    assert recipe.formats().layers_quantized
+    assert all(own.quantized for own in recipe.formats_of("down"))
 
 
 def test_formats_are_those_of_each_kind_of_matrix(recipe_of):
