@@ -170,18 +170,22 @@ def open_scored(
     Raises ConfigError where it has no such format or its package is missing, UnsupportedModel where
     it cannot run the model.
     """
-    check_scored(name, format)
+    _check_named(name, format)
     file = peer_file(name, format, load)
     return SCORED[name](file, format, source_model(format, load).config, windows, threads)
 
 
 def check_scored(name: str, format: str) -> None:
     """Raises ConfigError where the peer has no such format, is not scored, or its package is missing."""
+    _check_named(name, format)
+    for package in PACKAGES[name]:
+        require(package)
+
+
+def _check_named(name: str, format: str) -> None:
     if name not in SCORED:
         raise ConfigError(f"{name} is not scored; there are: {', '.join(SCORED)}")
     check_format(name, format)
-    for package in PACKAGES[name]:
-        require(package)
 
 
 def peer_file(name: str, format: str, load: Load) -> Path:
