@@ -113,6 +113,17 @@ class LayerFormats:
         """Bits of gate and up, and of down, that are in a plane of their own."""
         return self.gate_up.low_bits, self.down.low_bits
 
+    def basis_shapes(self, hidden: int, heads: int) -> dict[str, tuple[int, int]]:
+        """Of the bases of low-rank terms that there are, by field of LayerTensors: [rank, inputs], of down its
+        outputs. heads: num_heads * head_dim."""
+        shapes = {
+            "qkv_basis": (self.attention.rank, hidden),
+            "output_basis": (self.attention.rank, heads),
+            "gate_up_basis": (self.gate_up.rank, hidden),
+            "down_basis": (self.down.rank, hidden),
+        }
+        return {name: shape for name, shape in shapes.items() if shape[0]}
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderFormats:

@@ -209,15 +209,7 @@ def _up_planes(hidden: int, formats: LayerFormats) -> tuple[list[PlaneShape], li
 def _bases(
     config: DecoderConfig, shape: LayerShape, formats: LayerFormats
 ) -> dict[str, tuple[int, int]]:
-    """Of a layer's low-rank terms, the shapes by the names of their tensors."""
-    hidden, attention = config.hidden_size, formats.attention.rank
-    shapes = {
-        "qkv_basis": (attention, hidden),
-        "output_basis": (attention, shape.num_heads * config.head_dim),
-        "gate_up_basis": (formats.gate_up.rank, hidden),
-        "down_basis": (formats.down.rank, hidden),
-    }
-    return {name: basis for name, basis in shapes.items() if basis[0]}
+    return formats.basis_shapes(config.hidden_size, shape.num_heads * config.head_dim)
 
 
 def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: LayerFormats) -> int:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.weights import FACTOR_ZERO, Factors
 from sparserve.compression.quantize import divisors, group_scales
 from sparserve.compression.statistics import InputMoments
 
-FACTOR_ZERO = 136  # zero of every row of B: 8 in each of the two nibbles that a code is stored as
 FACTOR_CODES = 256
 
 
@@ -123,10 +123,14 @@ class QuantizedLowRank:
     scales: torch.Tensor  # float16 [out]; 0 for a row of zeros
     inputs: torch.Tensor  # bfloat16 [rank, in]
 
+    @property
+    def factors(self) -> Factors:
+        """B as matrices have it."""
+        return Factors(self.codes, self.scales)
+
     def dequantize(self) -> LowRank:
         """Exact."""
-        outputs = self.scales.float()[:, None] * (self.codes.float() - FACTOR_ZERO)
-        return LowRank(outputs, self.inputs.float())
+        return LowRank(self.factors.dequantize(), self.inputs.float())
 
 
 def quantize_factors(factors: LowRank, largest_scale: float = 1.0) -> QuantizedLowRank:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparse_kernels.formats import MatrixFormat
-from sparse_kernels.weights import Factors, QuantizedMatrix
+from sparse_kernels.weights import QuantizedMatrix
 from sparserve.compression.gptq import gptq, gptq_transposed
 from sparserve.compression.low_rank import Decomposition, lorc, qera, quantize_factors
 from sparserve.compression.quantize import quantize
@@ -67,7 +67,7 @@ def compress(
         # Of down, a row's activations become integers for the matrix and for B together.
         scale = float(matrix.scales.max()) if transposed else 1.0
         made = quantize_factors(factors.transposed if transposed else factors, scale or 1.0)
-        matrix, basis = replace(matrix, factors=Factors(made.codes, made.scales)), made.inputs
+        matrix, basis = replace(matrix, factors=made.factors), made.inputs
         term = made.dequantize()
         product = term.outputs @ term.inputs
         rest = error - (product.T if transposed else product)

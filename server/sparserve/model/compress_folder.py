@@ -20,7 +20,6 @@ from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
 from sparserve.model.compressed_checkpoint import CompressionInfo
 from sparserve.model.compressed_writer import (
-    UNFINISHED,
     CheckpointWriter,
     partial_of,
     refuse_existing,
@@ -141,8 +140,8 @@ def _write_layers(
     on_layer: CompressProgress,
 ) -> list[LayerReports]:
     """-> The reports of all layers, those of an interrupted run included."""
-    path, total = writer.folder / REPORTS, source.config.num_layers
-    reports = _read_reports(path)
+    total = source.config.num_layers
+    reports = _read_reports(writer.folder / REPORTS)
     # A layer without its report is made again, to the same bytes.
     done = writer.finished_layers()[: len(reports)]
     del reports[len(done) :]
@@ -150,7 +149,7 @@ def _write_layers(
     ids = None if windows is None else windows.token_ids
     for layer in compress_layers(source, recipe, ids, map(writer.read_layer, done)):
         reports.append(layer.reports)
-        _write_reports(path, reports)  # before the layer, which is finished once it is there
+        _write_reports(writer, reports)  # before the layer, which is finished once it is there
         writer.write_layer(layer.index, layer.tensors)
         on_layer(layer.index + 1, total)
     return reports
@@ -164,11 +163,6 @@ def _read_reports(path: Path) -> list[LayerReports]:
         return []
 
 
-def _write_reports(path: Path, reports: Sequence[LayerReports]) -> None:
-    unfinished = path.with_name(path.name + UNFINISHED)
+def _write_reports(writer: CheckpointWriter, reports: Sequence[LayerReports]) -> None:
     content = [[asdict(report) for report in layer] for layer in reports]
-    try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+    writer.write_file(REPORTS, (json.dumps(content, indent=1) + "\n").encode())

@@ -21,18 +21,15 @@ from sparse_kernels.formats import DecoderFormats, LayerFormats, MatrixFormat
 from sparse_kernels.weights import EndTensors, Factors, LayerTensors, Matrix, QuantizedMatrix
 from sparserve.errors import CorruptCheckpoint
 from sparserve.model.config import ModelConfig
+from sparserve.model.stacks import STACKS
 from sparserve.model.weights import layer_shapes
 
 # Fields of LayerTensors -> those of LayerWeights.
 MATRICES = {
-    "q": "wq", "k": "wk", "v": "wv", "output": "wo", "gate": "w_gate", "up": "w_up", "down": "w_down",
-}  # fmt: skip
-# Names of tensors up to the first dot -> fields of LayerFormats.
-PART_OF = {
-    **dict.fromkeys(("q", "k", "v", "output", "qkv_basis", "output_basis"), "attention"),
-    **dict.fromkeys(("gate", "up", "gate_up_basis"), "gate_up"),
-    **dict.fromkeys(("down", "down_basis"), "down"),
+    name: field for own in STACKS for name, field in zip(own.names, own.fields, strict=True)
 }
+# Names of tensors up to the first dot -> fields of LayerFormats.
+PART_OF = {name: own.part for own in STACKS for name in (*own.names, own.basis)}
 VECTORS = {
     "attention_norm": "attn_norm", "mlp_norm": "mlp_norm", "q_bias": "bq", "k_bias": "bk", "v_bias": "bv",
     "output_bias": "bo", "q_norm": "q_norm", "k_norm": "k_norm",
@@ -58,7 +55,9 @@ def layer_specs(config: ModelConfig, formats: LayerFormats) -> dict[str, Spec]:
     specs: dict[str, Spec] = {}
     for name, (shape, format) in _matrices(config, formats).items():
         specs |= _matrix_specs(name, shape, format)
-    for name, shape in _bases(config, formats).items():
+    for name, shape in formats.basis_shapes(
+        config.hidden_size, config.num_heads * config.head_dim
+    ).items():
         specs[name] = Spec(shape, torch.bfloat16)
     for name, field in VECTORS.items():
         if field in shapes:
@@ -205,17 +204,6 @@ def _matrices(
             format,
         )
     return stored
-
-
-def _bases(config: ModelConfig, formats: LayerFormats) -> dict[str, tuple[int, int]]:
-    hidden, attention = config.hidden_size, formats.attention.rank
-    shapes = {
-        "qkv_basis": (attention, hidden),
-        "output_basis": (attention, config.num_heads * config.head_dim),
-        "gate_up_basis": (formats.gate_up.rank, hidden),
-        "down_basis": (formats.down.rank, hidden),
-    }
-    return {name: shape for name, shape in shapes.items() if shape[0]}
 
 
 def _matrix_specs(name: str, shape: tuple[int, int], format: MatrixFormat) -> dict[str, Spec]:

@@ -163,6 +163,11 @@ class CheckpointWriter:
         plan = self.info.formats.layer(index)
         return read_layer_file(layer_file(self.folder, index), self.config, plan)
 
+    def write_file(self, name: str, content: bytes) -> None:
+        """One beside the layers, in the place of what had this name; it appears whole or not at all."""
+        with _told_as_config_error(self.folder / name):
+            _write_whole(self.folder / name, content)
+
     def write_layer(self, index: int, layer: LayerTensors) -> None:
         """Raises ValueError of tensors that are not in the formats of `info`, or not finite."""
         path = layer_file(self.folder, index)
