@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 5
+SK_ABI_VERSION = 6
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -46,6 +46,7 @@ class sk_status(enum.IntEnum):
     SK_STATUS_OUT_OF_MEMORY = 5
     SK_STATUS_UNSUPPORTED = 6
     SK_STATUS_INTERNAL = 7
+    SK_STATUS_DEVICE = 8
 
 
 class sk_isa(enum.IntEnum):
@@ -54,6 +55,7 @@ class sk_isa(enum.IntEnum):
     SK_ISA_AVX2 = 2
     SK_ISA_AVX512 = 3
     SK_ISA_AMX = 4
+    SK_ISA_CUDA = 5
 
 
 class sk_cpu_flag(enum.IntEnum):
@@ -306,6 +308,9 @@ class sk_model_args(ctypes.Structure):
     scan_basis: sk_matrix
     scan_errors: "ctypes._Pointer[ctypes.c_float]"
     corrections: "ctypes._Pointer[sk_correction]"
+    device: int
+    reserved: int
+    stream: int
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -332,6 +337,9 @@ class sk_model_args(ctypes.Structure):
         ("scan_basis", sk_matrix),
         ("scan_errors", ctypes.POINTER(ctypes.c_float)),
         ("corrections", ctypes.POINTER(sk_correction)),
+        ("device", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("stream", ctypes.c_uint64),
     )
 
 
@@ -340,6 +348,7 @@ class sk_model_info(ctypes.Structure):
     struct_size: int
     model: int
     kv_block_bytes: int
+    device_bytes: int
     isa: int
     threads: int
 
@@ -348,6 +357,7 @@ class sk_model_info(ctypes.Structure):
         ("struct_size", ctypes.c_uint32),
         ("model", ctypes.c_uint64),
         ("kv_block_bytes", ctypes.c_uint64),
+        ("device_bytes", ctypes.c_uint64),
         ("isa", ctypes.c_int32),
         ("threads", ctypes.c_uint32),
     )
@@ -510,6 +520,30 @@ class sk_logits_args(ctypes.Structure):
     )
 
 
+class sk_device_info(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    total_bytes: int
+    free_bytes: int
+    capability: int
+    multiprocessors: int
+    driver: int
+    coded: int
+    name: ctypes.Array[ctypes.c_uint8]
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("total_bytes", ctypes.c_uint64),
+        ("free_bytes", ctypes.c_uint64),
+        ("capability", ctypes.c_uint32),
+        ("multiprocessors", ctypes.c_uint32),
+        ("driver", ctypes.c_uint32),
+        ("coded", ctypes.c_uint32),
+        ("name", ctypes.c_uint8 * 64),
+    )
+
+
 def declare_functions(library: ctypes.CDLL) -> None:
     """Give the functions of a loaded library their argument and result types."""
     library.sk_abi_version.restype = ctypes.c_uint32
@@ -551,3 +585,50 @@ def declare_functions(library: ctypes.CDLL) -> None:
         ctypes.c_uint64,
         ctypes.POINTER(sk_logits_args),
     ]
+    if hasattr(library, "sk_device_count"):
+        library.sk_device_count.restype = ctypes.c_int32
+        library.sk_device_count.argtypes = [
+            ctypes.POINTER(ctypes.c_uint32),
+        ]
+    if hasattr(library, "sk_device_describe"):
+        library.sk_device_describe.restype = ctypes.c_int32
+        library.sk_device_describe.argtypes = [
+            ctypes.c_uint32,
+            ctypes.POINTER(sk_device_info),
+        ]
+    if hasattr(library, "sk_device_load"):
+        library.sk_device_load.restype = ctypes.c_int32
+        library.sk_device_load.argtypes = [
+            ctypes.c_uint32,
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+        ]
+    if hasattr(library, "sk_device_allocate"):
+        library.sk_device_allocate.restype = ctypes.c_int32
+        library.sk_device_allocate.argtypes = [
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+            ctypes.POINTER(ctypes.c_uint64),
+        ]
+    if hasattr(library, "sk_device_free"):
+        library.sk_device_free.restype = ctypes.c_int32
+        library.sk_device_free.argtypes = [
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+        ]
+    if hasattr(library, "sk_device_read"):
+        library.sk_device_read.restype = ctypes.c_int32
+        library.sk_device_read.argtypes = [
+            ctypes.c_uint32,
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+        ]
+    if hasattr(library, "sk_device_write"):
+        library.sk_device_write.restype = ctypes.c_int32
+        library.sk_device_write.argtypes = [
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+        ]

@@ -8,9 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace sk {
+#include "matrix_data.hpp"
 
-struct Products;
+namespace sk {
 
 // Rows that will be read soon, which a product fetches bit by bit while it computes: some rows side
 // by side, a line of each at a time, so that each row is a stream to the CPU's own prefetching.
@@ -23,25 +23,6 @@ struct Fetch {
   uint32_t count, next;  // of `rows`
   uint32_t byte;         // to be fetched next of each of them
   uint32_t step;         // lines of all rows side by side to fetch at a time
-};
-
-// A weight matrix: bfloat16, or codes with a scale and a zero for each group of columns.
-struct Matrix {
-  const Products* products;   // what computes with it
-  const Products* prompts;    // and with the tokens of prompts
-  const uint8_t* codes;       // all bits of its elements, or the upper ones
-  const uint8_t* low;         // the lower bits, or null
-  size_t stride, low_stride;  // bytes from a row to the next
-  uint32_t bits, low_bits;    // of `codes` and of `low`
-  uint32_t columns;           // multiple of 64
-  uint32_t rank, factors;     // of a low-rank term, and the column where its factors begin
-  uint32_t group,
-      groups;  // columns with one scale (the last group may have fewer); groups of a row
-  const uint16_t* scales;  // float16 [rows / 16][groups][16]
-  const uint8_t* zeros;    // the same shape
-  // What a code stands for: element = scale * (unit * code + middle - zero). Where `codes` are only
-  // the upper bits, `unit` is 2^bits of the others and `middle` the mean of these.
-  float unit, middle;
 };
 
 // The neurons of a block of 64, one bit each.

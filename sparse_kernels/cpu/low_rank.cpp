@@ -14,11 +14,6 @@ bool in_halves(const Matrix& matrix) { return matrix.bits + matrix.low_bits == 4
 
 }  // namespace
 
-uint32_t factor_columns(uint32_t bits, uint32_t rank) {
-  const uint32_t columns = bits == 4 ? 2 * rank : rank;
-  return (columns + SK_COLUMN_TILE - 1) / SK_COLUMN_TILE * SK_COLUMN_TILE;
-}
-
 void put_factor_inputs(const Matrix& matrix, const float* u, size_t n, float* inputs) {
   std::fill(inputs + n, inputs + matrix.factors, 0.0f);
   float* to = inputs + matrix.factors;

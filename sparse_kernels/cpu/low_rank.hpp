@@ -9,9 +9,6 @@
 
 namespace sk {
 
-// Columns that hold `rank` factors in codes of so many bits, whole tiles.
-uint32_t factor_columns(uint32_t bits, uint32_t rank);
-
 // With u = A x [rank]: the rest of a row of inputs [matrix.columns], beyond its n numbers.
 void put_factor_inputs(const Matrix& matrix, const float* u, size_t n, float* inputs);
 

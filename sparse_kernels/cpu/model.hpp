@@ -9,13 +9,12 @@
 #include <mutex>
 #include <vector>
 
+#include "description.hpp"
 #include "kernels.hpp"
 #include "sparse_kernels.h"
 #include "thread_pool.hpp"
 
 namespace sk {
-
-constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Memory that only grows, aligned and zeroed when it does.
 class Scratch {
@@ -36,31 +35,6 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-struct Layer {
-  uint32_t heads, kv_heads, neurons, blocks, partitions, window;
-  Matrix qkv, output, gate, up, down;
-  Matrix qkv_basis, output_basis, gate_up_basis, down_basis;  // of their low-rank terms
-  const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
-  // For choices by planes, if planes_factors is not empty: gate and up by their upper bits.
-  Matrix gate_high, up_high;
-  // And down with one number for all lower bits, in `middle`, if it is in two planes.
-  Matrix down_coarse;
-  std::vector<uint8_t> middle;
-  std::vector<float> planes_factors, gate_factors;  // [neurons in whole blocks], zeros at the end
-  size_t kv_offset;  // bytes from the beginning of KV, for each of its blocks
-
-  // Blocks of neurons in a partition: [begin(p), begin(p + 1)).
-  uint32_t partition_begin(uint32_t partition) const {
-    return static_cast<uint32_t>(uint64_t{partition} * blocks / partitions);
-  }
-};
-
-// What stands in for neurons that a choice leaves out of a layer.
-struct Correction {
-  uint32_t rank = 0;
-  Matrix inputs, outputs;
-};
-
 // A coarse copy of the LM head, and how far off its products can be. See sk_model_args.
 struct ScanHead {
   bool used = false;
@@ -71,27 +45,13 @@ struct ScanHead {
       across;  // [vocab] a row's error per |z| + basis_error |x|, per |x - U^T z|
 };
 
-struct Model {
+struct Model : Description {
   Model(uint32_t thread_count) : pool(thread_count), barrier(thread_count), scratch(thread_count) {}
 
-  uint32_t hidden, columns /* hidden rounded up */, vocab, head_dim, dim /* rounded up */;
-  uint32_t widest = 0, most_heads = 0;
-  float eps, rope_scale;
-  std::vector<float> rope_frequencies;
-  uint32_t rope_rows;
-  std::vector<Layer> layers;
-  std::vector<Correction> corrections;  // [number - 1][layer]
-  uint32_t words;                       // of 64 neurons of the widest layer
-  const float* norm;
-  Matrix embedding, lm_head;
   ScanHead scan;
-  sk_reduce reduce;
   const Kernels* kernels;
   sk_isa isa;
-  uint32_t activation_bits;
   const KvFormat* kv;
-  size_t kv_bytes;       // of one KV block in all layers
-  size_t kv_head_bytes;  // of one head in it
 
   std::mutex mutex;                // one forward at a time
   bool ended = false;              // by sk_model_destroy; read and written under `mutex`

@@ -129,7 +129,8 @@ int32_t take_scan(const sk_model_args& args, const MatrixKinds& kinds, Model* mo
                 model->lm_head.bits);
   }
   // 8 bits would make the errors of the inputs as large as those of the weights.
-  const MatrixKinds exact_inputs = {kinds.kernels, 16};
+  const MatrixKinds exact_inputs = {kinds.bfloat16, &model->kernels->integer16,
+                                    &model->kernels->integer16, kinds.all_finite};
   const uint64_t columns = uint64_t{model->columns} + SK_SCAN_DIRECTIONS;
   SK_TRY(take_matrix("scan", args.scan, args.vocab_size, columns, exact_inputs, &scan.matrix));
   if (scan.matrix.bits != 4 || scan.matrix.low != nullptr || scan.matrix.group != kGroup) {

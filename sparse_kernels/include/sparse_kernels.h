@@ -1,4 +1,5 @@
-/* The C ABI of the native libraries of sparse_kernels.
+/* The C ABI of the native libraries of sparse_kernels: one that computes on the CPU, one that
+ * computes on an NVIDIA GPU. Functions of the name sk_device_ are of the second alone.
  *
  * Conventions, for every function and struct:
  *
@@ -13,8 +14,9 @@
  * - SK_ABI_VERSION grows with every change that a caller compiled earlier would notice.
  *
  * tools/generate_abi.py reads this file and writes the ctypes mirror (sparse_kernels/_abi.py) and
- * the layout table (cpu/struct_layout.inc). It understands integer #defines, named enums, structs
- * of fixed-width numbers, arrays and pointers, and SK_API functions; it refuses everything else.
+ * the layout table (common/struct_layout.inc). It understands integer #defines, named enums,
+ * structs of fixed-width numbers, arrays and pointers, and SK_API functions; it refuses everything
+ * else.
  */
 #ifndef SPARSE_KERNELS_H_
 #define SPARSE_KERNELS_H_
@@ -23,7 +25,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 5
+#define SK_ABI_VERSION 6
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -68,7 +70,8 @@ enum sk_status {
   SK_STATUS_NULL_POINTER = 4,
   SK_STATUS_OUT_OF_MEMORY = 5, /* memory, or threads */
   SK_STATUS_UNSUPPORTED = 6,   /* this CPU or this build cannot do it */
-  SK_STATUS_INTERNAL = 7       /* a defect of the library */
+  SK_STATUS_INTERNAL = 7,      /* a defect of the library */
+  SK_STATUS_DEVICE = 8         /* the device failed: nothing on it can be used any more */
 };
 
 /* Levels of the instruction set that kernels exist for, in ascending order. */
@@ -78,7 +81,8 @@ enum sk_isa {
   SK_ISA_PORTABLE = 1,
   SK_ISA_AVX2 = 2,   /* with FMA and F16C */
   SK_ISA_AVX512 = 3, /* F, BW, DQ, VL, VNNI */
-  SK_ISA_AMX = 4     /* AVX-512 and the BF16 and INT8 tiles of AMX */
+  SK_ISA_AMX = 4,    /* AVX-512 and the BF16 and INT8 tiles of AMX */
+  SK_ISA_CUDA = 5    /* what a model on a GPU has; no level of a CPU */
 };
 
 /* What the CPU has and the operating system lets programs use.
@@ -253,8 +257,8 @@ struct sk_reduce {
   void* context;
 };
 
-/* A decoder. The matrices and vectors stay the caller's and must outlive the model; structs are
- * copied. */
+/* A decoder. The matrices and vectors stay the caller's; on the CPU they must outlive the model,
+ * for a GPU they are copied. Structs are copied. */
 struct sk_model_args {
   uint32_t abi_version;
   uint32_t struct_size;
@@ -290,6 +294,10 @@ struct sk_model_args {
   struct sk_matrix scan_basis; /* [SK_SCAN_DIRECTIONS, hidden_size] in bfloat16 */
   const float* scan_errors;    /* [2, vocab_size], >= 0 */
   const struct sk_correction* corrections; /* [num_corrections, num_layers] */
+  /* On a GPU, whose library takes no scan, no reduce, SK_ISA_AUTO and 1 thread; else 0. */
+  uint32_t device; /* its number */
+  uint32_t reserved;
+  uint64_t stream; /* the CUstream to compute on; 0: one of the model's own */
 };
 
 struct sk_model_info {
@@ -297,6 +305,7 @@ struct sk_model_info {
   uint32_t struct_size;
   uint64_t model;          /* the handle for the other calls; never 0 */
   uint64_t kv_block_bytes; /* of one KV block in all layers */
+  uint64_t device_bytes;   /* of a GPU's memory that the model takes; 0 on the CPU */
   int32_t isa;             /* the sk_isa used, never SK_ISA_AUTO */
   uint32_t threads;
 };
@@ -374,7 +383,7 @@ struct sk_forward_args {
   uint32_t struct_size;
   const struct sk_sequence* sequences; /* [num_sequences] */
   void* kv; /* [layer][kv_num_blocks] blocks, each [num_kv_heads] x (keys, values, with kv_bits 8
-               their scales); written */
+               their scales); written. On a GPU in its memory, all else in the caller's */
   uint64_t kv_bytes;
   uint32_t kv_num_blocks;
   uint32_t num_sequences;
@@ -429,6 +438,19 @@ struct sk_logits_args {
   uint32_t reserved; /* 0 */
 };
 
+/* A GPU. */
+struct sk_device_info {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint64_t total_bytes;
+  uint64_t free_bytes; /* now */
+  uint32_t capability; /* 90 for 9.0 */
+  uint32_t multiprocessors;
+  uint32_t driver; /* the newest CUDA that its driver knows, 13000 for 13.0 */
+  uint32_t coded;  /* 1: the library has code for it, its own or by sk_device_load */
+  uint8_t name[64];
+};
+
 /* The SK_ABI_VERSION that the library was built with. */
 SK_API uint32_t sk_abi_version(void);
 
@@ -466,6 +488,22 @@ SK_API int32_t sk_model_destroy(uint64_t model);
 SK_API int32_t sk_forward(uint64_t model, const struct sk_forward_args* args);
 
 SK_API int32_t sk_logits(uint64_t model, const struct sk_logits_args* args);
+
+/* How many GPUs there are; 0 where there is no driver, and sk_last_error() says why. */
+SK_API int32_t sk_device_count(uint32_t* count);
+
+SK_API int32_t sk_device_describe(uint32_t device, struct sk_device_info* info);
+
+/* Gives a GPU its code, a cubin or PTX of cuda/kernels.cu, where the library was built without. */
+SK_API int32_t sk_device_load(uint32_t device, const void* image, uint64_t bytes);
+
+/* Memory of a GPU, zeroed, for KV. */
+SK_API int32_t sk_device_allocate(uint32_t device, uint64_t bytes, uint64_t* address);
+SK_API int32_t sk_device_free(uint32_t device, uint64_t address);
+
+/* Copies to and from such memory, after all forwards on it. */
+SK_API int32_t sk_device_read(uint32_t device, void* to, uint64_t address, uint64_t bytes);
+SK_API int32_t sk_device_write(uint32_t device, uint64_t address, const void* from, uint64_t bytes);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -136,7 +136,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "value", "status", "text"),
         [
-            ("abi_version", 99, sk_status.SK_STATUS_ABI_MISMATCH, "99.*library has 5"),
+            ("abi_version", 99, sk_status.SK_STATUS_ABI_MISMATCH, "99.*library has 6"),
             ("struct_size", 8, sk_status.SK_STATUS_ABI_MISMATCH, "struct_size 8.*library has 48"),
             ("threads", 0, sk_status.SK_STATUS_BAD_SIZE, "threads is 0; it can be 1 to 1024"),
             ("threads", 1025, sk_status.SK_STATUS_BAD_SIZE, "threads is 1025.* 1024"),

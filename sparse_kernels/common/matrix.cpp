@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "low_rank.hpp"
-
 namespace sk {
 
 int32_t check_range(const char* name, uint64_t value, uint64_t low, uint64_t high) {
@@ -72,10 +70,10 @@ int32_t check_scales(const char* name, const sk_matrix& from, uint64_t row_tiles
 }
 
 int32_t check_finite(const char* name, const Matrix& matrix, uint64_t rows,
-                     const Kernels& kernels) {
+                     const MatrixKinds& kinds) {
   for (uint64_t row = 0; row < rows; ++row) {
     const auto* at = reinterpret_cast<const uint16_t*>(matrix.codes + row * matrix.stride);
-    if (!kernels.all_finite(at, matrix.columns)) {
+    if (!kinds.all_finite(at, matrix.columns)) {
       return fail(SK_STATUS_BAD_VALUE, "%s has a value that is not finite in row %" PRIu64, name,
                   row);
     }
@@ -104,6 +102,11 @@ int32_t check_rank(const char* name, const sk_matrix& from, uint32_t bits) {
 }
 
 }  // namespace
+
+uint32_t factor_columns(uint32_t bits, uint32_t rank) {
+  const uint32_t columns = bits == 4 ? 2 * rank : rank;
+  return (columns + SK_COLUMN_TILE - 1) / SK_COLUMN_TILE * SK_COLUMN_TILE;
+}
 
 Matrix upper_bits(const Matrix& matrix) {
   Matrix upper = matrix;
@@ -159,17 +162,16 @@ int32_t take_layer_matrix(const char* name, const sk_matrix& from, uint64_t rows
     matrix.low_bits = low_bits;
   }
   if (!integers) {
-    matrix.products = matrix.prompts = &kinds.kernels.bfloat16;
+    matrix.products = matrix.prompts = kinds.bfloat16;
     *out = matrix;
-    return check_finite(name, matrix, stored_rows, kinds.kernels);
+    return check_finite(name, matrix, stored_rows, kinds);
   }
   matrix.group = from.group_size;
   matrix.groups = (matrix.columns + matrix.group - 1) / matrix.group;
   matrix.scales = from.scales;
   matrix.zeros = from.zeros;
-  matrix.products =
-      &(kinds.activation_bits == 16 ? kinds.kernels.integer16 : kinds.kernels.integer8);
-  matrix.prompts = kinds.kernels.has_prompts ? &kinds.kernels.prompts : matrix.products;
+  matrix.products = kinds.integers;
+  matrix.prompts = kinds.prompts;
   *out = matrix;
   return check_scales(name, from, stored_rows / SK_ROW_TILE, matrix.groups, matrix.bits + low_bits);
 }

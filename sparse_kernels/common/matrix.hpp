@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "error.hpp"
-#include "kernels.hpp"
+#include "matrix_data.hpp"
 #include "sparse_kernels.h"
 
 // Runs check after check until one fails.
@@ -17,11 +17,14 @@ namespace sk {
 
 int32_t check_range(const char* name, uint64_t value, uint64_t low, uint64_t high);
 
-// What computes with matrices of a model.
+// What computes with matrices of a model on the CPU, null elsewhere, and what checks them.
 struct MatrixKinds {
-  const Kernels& kernels;
-  uint32_t activation_bits;
+  const Products *bfloat16, *integers, *prompts;
+  bool (*all_finite)(const uint16_t* row, size_t n);
 };
+
+// Columns that hold `rank` factors of a low-rank term in codes of so many bits, whole tiles.
+uint32_t factor_columns(uint32_t bits, uint32_t rank);
 
 // A matrix in two planes by its upper bits alone, the mean of all lower ones added.
 Matrix upper_bits(const Matrix& matrix);
