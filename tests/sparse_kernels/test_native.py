@@ -421,7 +421,7 @@ class TestPackaging:
     def test_library_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
         path = native._find_library()
         monkeypatch.setattr(_abi, "SK_ABI_VERSION", 99)
-        with pytest.raises(native.NativeLibraryError, match=r"ABI version 5, .* needs 99.*install"):
+        with pytest.raises(native.NativeLibraryError, match=r"ABI version 6, .* needs 99.*install"):
             native._load.__wrapped__(path)
 
     def test_wheel_binds_to_no_python(self) -> None:
