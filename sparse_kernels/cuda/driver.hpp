@@ -35,8 +35,11 @@ void end_stream(uint32_t device, uint64_t stream);
 // In the order of a stream, from and to pinned memory.
 int32_t copy_in(uint32_t device, uint64_t stream, void* to, const void* from, size_t bytes);
 int32_t copy_out(uint32_t device, uint64_t stream, void* to, const void* from, size_t bytes);
+// Between device and any host memory, whichever is which, after all work of the device.
+int32_t copy_now(uint32_t device, void* to, const void* from, size_t bytes);
 int32_t launch(uint32_t device, uint64_t stream, const char* kernel, Grid grid, const void* args,
                size_t args_bytes);
+int32_t clear(uint32_t device, uint64_t stream, void* memory, size_t bytes);
 int32_t wait(uint32_t device, uint64_t stream);
 
 }  // namespace cuda

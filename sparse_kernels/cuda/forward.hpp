@@ -1,0 +1,92 @@
+// A pass: some rows of a batch through all layers, as a sequence of launches.
+#pragma once
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "step.hpp"
+
+namespace sk {
+namespace cuda {
+
+// Rows [first, first + count) of the tokens of all sequences.
+struct PassRows {
+  uint32_t first, count;
+};
+
+class Pass {
+ public:
+  Pass(Model& model, const sk_forward_args& args, PassRows rows);
+  // Throws std::bad_alloc.
+  int32_t run();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void lay_out();
+  void lay_out_statistics(uint32_t sequence, uint32_t begin, uint32_t end);
+  int32_t send();
+  int32_t reserve_chunks();
+  int32_t reserve_results();
+
+  // Launches; the first failure ends the pass.
+  int32_t embed();
+  int32_t layer(uint32_t index);
+  int32_t attention(uint32_t index);
+  int32_t feed_forward(uint32_t index);
+  int32_t end();
+  int32_t head(uint32_t first, uint32_t count);
+  int32_t tell();
+
+  // The residual gets the sums of a layer's down product.
+  void with_parts(PrepareArgs* args, uint32_t layer) const;
+  uint8_t* kv_of(uint32_t layer) const;
+  int32_t tick(sk_phase phase);
+
+  template <typename Args>
+  int32_t start(const std::string& kernel, Grid grid, const Args& args) {
+    return launch(m_.device, m_.stream, kernel.c_str(), grid, &args, sizeof(args));
+  }
+
+  Model& m_;
+  const sk_forward_args& args_;
+  const Description& shape_;
+  const PassRows rows_;
+  Step step_;
+  Clock::time_point mark_;
+
+  std::vector<Token> tokens_;
+  std::vector<uint32_t> outputs_, output_places_, hidden_, hidden_places_;
+  std::vector<StatisticsUnit> units_;
+  std::vector<int64_t*> unit_sums_;  // on the host, of each unit
+  bool choosing_ = false, planes_ = false;
+  std::vector<CorrectionArgs> corrections_;  // [layers], where a sequence wants one
+  uint32_t most_chunks_ = 1, attention_rows_ = 1;
+
+  const Token* device_tokens_ = nullptr;
+  const int32_t* block_tables_ = nullptr;
+  const uint32_t* table_begin_ = nullptr;
+  const Choice* choices_ = nullptr;
+  const uint32_t *output_rows_ = nullptr, *hidden_rows_ = nullptr;
+  const float* temperatures_ = nullptr;
+  const StatisticsUnit* device_units_ = nullptr;
+  const CorrectionArgs* device_corrections_ = nullptr;
+
+  // Of one memory, `result_bytes_` long.
+  size_t result_bytes_ = 0;
+  int64_t* sums_ = nullptr;      // [units, layers, widest]
+  float* ranked_ = nullptr;      // [units, neurons]
+  uint64_t* reads_ = nullptr;    // [sequences + 1, layers, kReadKinds]
+  float* hidden_out_ = nullptr;  // [hidden rows, hidden]
+};
+
+// The kernel for so many rows of a batch, and blocks that they make.
+std::string kernel_for(const char* name, const Weights& weights, uint32_t rows, uint32_t* blocks);
+
+// Rows of x, normed by the last norm, through the LM head -> model.buffers.logits. At most
+// kHeadRows.
+int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows);
+
+}  // namespace cuda
+}  // namespace sk
