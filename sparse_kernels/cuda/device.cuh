@@ -76,6 +76,9 @@ __device__ inline float float_of_half(uint16_t v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
   return f;
 }
+__device__ inline float exponential(float v) { return expf(v); }
+// a b + c, rounded once. Results must not depend on which products a compiler joins with sums.
+__device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // To the nearest, ties to even.
 __device__ inline int32_t round_to_int(float v) { return __float2int_rn(v); }
 __device__ inline int32_t atomic_add_shared(int32_t* at, int32_t v) { return atomicAdd(at, v); }

@@ -1,0 +1,2 @@
+// All kernels, in one piece of code.
+#include "dot.cuh"
