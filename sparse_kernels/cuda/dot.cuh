@@ -11,10 +11,8 @@ __device__ inline void dot(const DotArgs& args) {
   const Tokens tokens = {blockIdx.y * kTokensOfTile * kTiles, args.rows};
   const Rows rows = {blockIdx.x * kRowsOfBlock, kAllRows};
   const Weights* const weights[1] = {&args.weights};
-  float sums[1][kTiles][Span<Format>::kSums] = {};
-  multiply<Format, kTiles, 1>(weights, rows, args.operand, tokens, sums);
-  float results[kPieces<kTiles>];
-  add_warps<Format, kTiles>(sums[0], results);
+  float results[1][kPieces<kTiles>];
+  multiply_rows<Format, kTiles, 1>(weights, rows, args.operand, tokens, results);
   const uint32_t row = rows.first + own_row();
   if (!owns_result<kTiles>() || row >= args.valid) return;
   const float bias = args.bias == nullptr ? 0.0f : read_shared(args.bias + row);
@@ -23,7 +21,7 @@ __device__ inline void dot(const DotArgs& args) {
     const uint32_t token = own_token(piece);
     if (!tokens.has(token)) continue;
     float* out = args.out + uint64_t{tokens.first + token} * args.out_stride + row;
-    *out = args.add != 0 ? *out + (results[piece] + bias) : results[piece];
+    *out = args.add != 0 ? *out + (results[0][piece] + bias) : results[0][piece];
   }
 }
 

@@ -1,2 +1,3 @@
 // All kernels, in one piece of code.
+#include "activate.cuh"
 #include "dot.cuh"

@@ -188,32 +188,31 @@ struct Span<Bfloat16> {
   }
 };
 
-// Adds this warp's columns of rows of `w` (matrices of one shape) to `sums`.
+// Adds this warp's columns of rows of `w`, matrices of one shape, to `sums`.
 template <class Format, int kTiles, int kMatrices>
 __device__ inline void multiply(const Weights* const (&w)[kMatrices], const Rows& rows,
                                 const Operand& operand, const Tokens& tokens,
                                 float (&sums)[kMatrices][kTiles][Span<Format>::kSums]) {
-  // With many tokens registers are short, and multiplying takes longer than reading.
-  constexpr bool kAhead = kTiles < 8;
+  // Weights are read a span ahead, where there are registers for it.
+  constexpr bool kAhead = kMatrices * kTiles < 8 && sizeof(Span<Format>) * kMatrices <= 128;
   const uint32_t columns = Span<Format>::kColumns;
   const uint32_t count = (w[0]->columns + columns - 1) / columns;
-  Span<Format> next[kMatrices];
-  uint32_t span = warp_index();
-  if (span >= count) return;
+  Span<Format> now[kMatrices], next[kMatrices];
+  const auto read = [&](uint32_t span, Span<Format>(&to)[kMatrices]) {
 #pragma unroll
-  for (int m = 0; m < kMatrices; ++m) next[m].read(*w[m], rows, span);
+    for (int m = 0; m < kMatrices; ++m) to[m].read(*w[m], rows, span);
+  };
+  if (kAhead && warp_index() < count) read(warp_index(), next);
 #pragma unroll 1
-  for (; span < count; span += kWarps) {
-    Span<Format> now[kMatrices];
+  for (uint32_t span = warp_index(); span < count; span += kWarps) {
+    if constexpr (kAhead) {
 #pragma unroll
-    for (int m = 0; m < kMatrices; ++m) {
-      now[m] = next[m];
-      if (kAhead && span + kWarps < count) next[m].read(*w[m], rows, span + kWarps);
+      for (int m = 0; m < kMatrices; ++m) now[m] = next[m];
+      if (span + kWarps < count) read(span + kWarps, next);
+    } else {
+      read(span, now);
     }
     Span<Format>::multiply(now, w, operand, tokens, span, sums);
-    if (kAhead || span + kWarps >= count) continue;
-#pragma unroll
-    for (int m = 0; m < kMatrices; ++m) next[m].read(*w[m], rows, span + kWarps);
   }
 }
 
@@ -261,6 +260,18 @@ __device__ inline void add_warps(const float (&sums)[kTiles][Span<Format>::kSums
     results[piece] = sum;
     sync_threads();
   }
+}
+
+// The products of rows of matrices of one shape with all tokens of a block -> this thread's
+// results. All threads come here.
+template <class Format, int kTiles, int kMatrices>
+__device__ inline void multiply_rows(const Weights* const (&w)[kMatrices], const Rows& rows,
+                                     const Operand& operand, const Tokens& tokens,
+                                     float (&results)[kMatrices][kPieces<kTiles>]) {
+  float sums[kMatrices][kTiles][Span<Format>::kSums] = {};
+  multiply<Format, kTiles, kMatrices>(w, rows, operand, tokens, sums);
+#pragma unroll
+  for (int m = 0; m < kMatrices; ++m) add_warps<Format, kTiles>(sums[m], results[m]);
 }
 
 }  // namespace cuda
