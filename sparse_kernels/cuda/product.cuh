@@ -71,21 +71,15 @@ struct Span {
     }
   }
 
-  template <int kTiles, int kMatrices>
-  __device__ static void multiply(const Span (&spans)[kMatrices],
-                                  const Weights* const (&w)[kMatrices], const Operand& operand,
-                                  const Tokens& tokens, uint32_t span,
-                                  float (&sums)[kMatrices][kTiles][kSums]) {
+  template <int kTiles>
+  __device__ void multiply(const Weights& w, const Operand& operand, const Tokens& tokens,
+                           uint32_t span, float (&sums)[kTiles][kSums]) const {
     const uint32_t g = lane_index() / 4, t = lane_index() % 4;
-    uint32_t a[kMatrices][kHalves][4];
+    uint32_t a[kHalves][4];
 #pragma unroll
-    for (int m = 0; m < kMatrices; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4 * kHalves; ++i) {
-        const int half = i / 4, r = i % 2;
-        a[m][half][i % 4] =
-            Format::codes(*w[m], spans[m].tiles[half / 2][r], half % 2, 2 * t, i % 4 / 2, true);
-      }
+    for (int i = 0; i < 4 * kHalves; ++i) {
+      const int half = i / 4, r = i % 2, quad = i % 4 / 2;
+      a[half][i % 4] = Format::codes(w, tiles[half / 2][r], half % 2, 2 * t, quad, true);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -97,29 +91,26 @@ struct Span {
       for (int half = 0; half < kHalves; ++half) {
         const uint32_t column = span * kColumns + 32 * half;
         uint2 v = {0, 0};
-        if (tokens.has(4 * tile + g / 2) && column < w[0]->columns) {
+        if (tokens.has(4 * tile + g / 2) && column < w.columns) {
           v = read_shared(reinterpret_cast<const uint2*>(row + column + 8 * t));
         }
         b[half][0] = v.x;
         b[half][1] = v.y;
-        const uint32_t group = group_ending(w[0]->group, w[0]->groups, span, half);
-        const bool there = group != w[0]->groups && tokens.has(4 * tile + t);
+        const uint32_t group = group_ending(w.group, w.groups, span, half);
+        const bool there = group != w.groups && tokens.has(4 * tile + t);
         scale[half] = there ? read_shared(operand.scales + groups_at + group) : 0.0f;
         offset[half] = there ? read_shared(operand.offsets + groups_at + group) : 0.0f;
       }
+      int32_t c[4] = {};
 #pragma unroll
-      for (int m = 0; m < kMatrices; ++m) {
-        int32_t c[4] = {};
+      for (int half = 0; half < kHalves; ++half) {
+        mma_bytes(c, a[half], b[half]);
+        if ((32 * half + 32) % w.group != 0) continue;
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          mma_bytes(c, a[m][half], b[half]);
-          if ((32 * half + 32) % w[m]->group != 0) continue;
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            add_group(*w[m], spans[m].scales[r][half], 256 * c[2 * r] + c[2 * r + 1], scale[half],
-                      offset[half], &sums[m][tile][r]);
-            c[2 * r] = c[2 * r + 1] = 0;
-          }
+        for (int r = 0; r < 2; ++r) {
+          add_group(w, scales[r][half], 256 * c[2 * r] + c[2 * r + 1], scale[half], offset[half],
+                    &sums[tile][r]);
+          c[2 * r] = c[2 * r + 1] = 0;
         }
       }
     }
@@ -155,11 +146,9 @@ struct Span<Bfloat16> {
     }
   }
 
-  template <int kTiles, int kMatrices>
-  __device__ static void multiply(const Span (&spans)[kMatrices],
-                                  const Weights* const (&)[kMatrices], const Operand& operand,
-                                  const Tokens& tokens, uint32_t span,
-                                  float (&sums)[kMatrices][kTiles][kSums]) {
+  template <int kTiles>
+  __device__ void multiply(const Weights&, const Operand& operand, const Tokens& tokens,
+                           uint32_t span, float (&sums)[kTiles][kSums]) const {
     const uint32_t g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -171,14 +160,11 @@ struct Span<Bfloat16> {
         if (tokens.has(4 * tile + g / 2)) {
           v = read_shared(reinterpret_cast<const uint4*>(row + 64 * i));
         }
+        const uint4 &low = words[i][0], &high = words[i][1];
         const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
-#pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-          const uint4 &low = spans[m].words[i][0], &high = spans[m].words[i][1];
-          const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
-          mma_bfloat16(sums[m][tile], a[0], b[0]);
-          mma_bfloat16(sums[m][tile], a[1], b[1]);
-        }
+        const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+        mma_bfloat16(sums[tile], a[0], b[0]);
+        mma_bfloat16(sums[tile], a[1], b[1]);
       }
     }
   }
@@ -188,31 +174,31 @@ struct Span<Bfloat16> {
   }
 };
 
-// Adds this warp's columns of rows of `w`, matrices of one shape, to `sums`.
+// Adds this warp's columns of rows of `w`, matrices of one shape, to `sums`. A span of one matrix
+// comes after the same span of the other, whose inputs are still near. Weights are read one ahead
+// of what is multiplied, where there are registers for it.
 template <class Format, int kTiles, int kMatrices>
 __device__ inline void multiply(const Weights* const (&w)[kMatrices], const Rows& rows,
                                 const Operand& operand, const Tokens& tokens,
                                 float (&sums)[kMatrices][kTiles][Span<Format>::kSums]) {
-  // Weights are read a span ahead, where there are registers for it.
-  constexpr bool kAhead = kMatrices * kTiles < 8 && sizeof(Span<Format>) * kMatrices <= 128;
+  constexpr bool kAhead = kTiles < 8 && sizeof(Span<Format>) <= 96;
   const uint32_t columns = Span<Format>::kColumns;
   const uint32_t count = (w[0]->columns + columns - 1) / columns;
-  Span<Format> now[kMatrices], next[kMatrices];
-  const auto read = [&](uint32_t span, Span<Format>(&to)[kMatrices]) {
-#pragma unroll
-    for (int m = 0; m < kMatrices; ++m) to[m].read(*w[m], rows, span);
-  };
-  if (kAhead && warp_index() < count) read(warp_index(), next);
+  Span<Format> now, next;
+  if (kAhead && warp_index() < count) next.read(*w[0], rows, warp_index());
 #pragma unroll 1
   for (uint32_t span = warp_index(); span < count; span += kWarps) {
-    if constexpr (kAhead) {
 #pragma unroll
-      for (int m = 0; m < kMatrices; ++m) now[m] = next[m];
-      if (span + kWarps < count) read(span + kWarps, next);
-    } else {
-      read(span, now);
+    for (int m = 0; m < kMatrices; ++m) {
+      if constexpr (kAhead) {
+        now = next;
+        const uint32_t later = m + 1 < kMatrices ? span : span + kWarps;
+        if (later < count) next.read(*w[(m + 1) % kMatrices], rows, later);
+      } else {
+        now.read(*w[m], rows, span);
+      }
+      now.multiply(*w[m], operand, tokens, span, sums[m]);
     }
-    Span<Format>::multiply(now, w, operand, tokens, span, sums);
   }
 }
 
