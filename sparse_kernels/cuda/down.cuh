@@ -38,10 +38,11 @@ struct Part {
   bool whole, split;
 };
 
-// Where the neurons of a mask stand in instructions, at most 64 side by side: byte i of word r of
+// The neurons of a mask side by side, at most 64, as instructions have them: byte i of word r of
 // step s is lane (g, t)'s neuron number 32 s + 16 r + 4 t + i.
 struct Places {
   uint32_t words[2][2];
+  uint32_t own[2];  // number 2 lane and 2 lane + 1
   uint32_t steps;
 
   __device__ uint32_t neuron(int step, int r, int i) const {
@@ -63,7 +64,9 @@ __device__ inline Places places_of(const uint2& mask) {
     at[first + count_bits(mask.y & before)] = static_cast<uint8_t>(32 + lane);
   }
   sync_warp();
-  return {{{list[t], list[4 + t]}, {list[8 + t], list[12 + t]}}, (count + 31) / 32};
+  return {{{list[t], list[4 + t]}, {list[8 + t], list[12 + t]}},
+          {at[2 * lane], at[2 * lane + 1]},
+          (count + 31) / 32};
 }
 
 // Four words of four bytes, the other way round.
@@ -128,106 +131,121 @@ __device__ inline Scale scale_for(float top, uint32_t activation_bits) {
   return {limit / top, top / limit};
 }
 
-// The activations of a lane's token (g / 2 of a tile) at its places, made integers but for the
-// scales of the neurons.
-struct Activations {
-  float values[2][2][4];  // [step][r], as in Places
-  float from;
+// Of a tile's four tokens what all lanes have of them, joined -> in lane (g, t) that of token g
+// / 2.
+template <class T, class Join>
+__device__ inline T join_lanes(const T (&v)[kTokensOfTile], Join join) {
+  const bool upper = (lane_index() & 16) != 0, odd = (lane_index() & 8) != 0;
+  const T a = join(upper ? v[2] : v[0], shuffle_xor(upper ? v[0] : v[2], 16));
+  const T b = join(upper ? v[3] : v[1], shuffle_xor(upper ? v[1] : v[3], 16));
+  T own = join(odd ? b : a, shuffle_xor(odd ? a : b, 8));
+  for (int lanes = 4; lanes > 0; lanes /= 2) own = join(own, shuffle_xor(own, lanes));
+  return own;
+}
 
-  __device__ void read(const DownArgs& args, const Part& part, const Places& places, uint32_t row) {
-    const uint32_t t = lane_index() % 4, block = kNeuronBlock * part.block;
-    const bool there = row < args.rows;
-    const float* const activations = args.activations + uint64_t{row} * args.stride + block;
+// -> what lane (g, t) has for token g / 2, [g / 2]; until the warp's next call.
+template <class T>
+__device__ inline const T* tell_lanes(T own) {
+  __shared__ T of_tokens[kWarps][kTokensOfTile];
+  sync_warp();
+  if (lane_index() % 8 == 0) of_tokens[warp_index()][lane_index() / 8] = own;
+  sync_warp();
+  return of_tokens[warp_index()];
+}
+
+// The activations of a tile's tokens, made integers but for the scales of the neurons: each lane
+// has those of its own places.
+struct Activations {
+  float values[kTokensOfTile][2];
+  float from;  // of token t
+
+  __device__ void read(const DownArgs& args, const Part& part, const Places& places,
+                       uint32_t first) {
+    const uint32_t begin = kNeuronBlock * part.block;
+    const float2 most =
+        read_shared(reinterpret_cast<const float2*>(args.weights.most + begin + 2 * lane_index()));
     // A token's scale is of all neurons of the block, whichever part they are in.
-    float top = 0.0f;
+    float tops[kTokensOfTile];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float4 v = {0, 0, 0, 0};
-      if (there) v = read_shared(reinterpret_cast<const float4*>(activations + 16 * i + 4 * t));
-      const float4 most =
-          read_shared(reinterpret_cast<const float4*>(args.weights.most + block + 16 * i + 4 * t));
-      float (&to)[4] = values[i / 2][i % 2];
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-      top = largest(largest(top, v.x * most.x), v.y * most.y);
-      top = largest(largest(top, v.z * most.z), v.w * most.w);
+    for (uint32_t i = 0; i < kTokensOfTile; ++i) {
+      const float* const at = args.activations + uint64_t{first + i} * args.stride + begin;
+      const bool there = first + i < args.rows;
+      float2 v = {0, 0};
+      if (there) v = read_shared(reinterpret_cast<const float2*>(at + 2 * lane_index()));
+      tops[i] = fmaxf(size_of(v.x * most.x), size_of(v.y * most.y));
+      values[i][0] = v.x;
+      values[i][1] = v.y;
+      if (args.masks != nullptr && there) take_places(args, part, places, first + i, at, values[i]);
     }
-    top = fmaxf(top, shuffle_xor(top, 1));
-    top = fmaxf(top, shuffle_xor(top, 2));
+    const float top = join_lanes(tops, [](float a, float b) { return fmaxf(a, b); });
     const Scale scale = scale_for(top, args.activation_bits);
-    from = scale.from;
-    if (args.masks != nullptr) take_places(args, part, places, row, activations);
+    from = tell_lanes(scale.from)[lane_index() % 4];
+    const float* const to = tell_lanes(scale.to);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float& v = values[i / 8][i / 4 % 2][i % 4];
-      v = scale.to == 0.0f ? 0.0f : v * scale.to;
+    for (uint32_t i = 0; i < 2 * kTokensOfTile; ++i) {
+      float& v = values[i / 2][i % 2];
+      v = to[i / 2] == 0.0f ? 0.0f : v * to[i / 2];
     }
   }
 
-  __device__ void take_places(const DownArgs& args, const Part& part, const Places& places,
-                              uint32_t row, const float* activations) {
+  __device__ static void take_places(const DownArgs& args, const Part& part, const Places& places,
+                                     uint32_t row, const float* activations, float (&to)[2]) {
     uint2 own = {~0u, ~0u};
-    if (row >= args.rows) own = {0, 0};
-    if (part.split && row < args.rows) {
+    if (part.split) {
       own = coarse_mask(args, row, part.block);
       if (part.whole) own = {~own.x, ~own.y};
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const uint32_t neuron = places.neuron(i / 8, i / 4 % 2, i % 4);
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t neuron = places.own[i];
       const bool counts = neuron != kNobody && has_bit(own, neuron);
-      values[i / 8][i / 4 % 2][i % 4] = counts ? read_shared(activations + neuron) : 0.0f;
+      to[i] = counts ? read_shared(activations + neuron) : 0.0f;
     }
   }
 
-  // Infinity stays, and is what becomes of what is not a number.
-  __device__ static float largest(float top, float v) {
+  // What is not finite, or a number, counts as infinite.
+  __device__ static float size_of(float v) {
     const float size = fabsf(v);
-    return fmaxf(top, size <= 3.4e38f ? size : float_of_bits(0x7f800000u));
+    return size <= 3.4e38f ? size : float_of_bits(0x7f800000u);
   }
 
-  // As integers for a group of columns, of which this lane has the upper or the lower byte ->
-  // operands of instructions, and the sum of zeros times them.
+  // As integers for a group of columns -> operands of instructions, and the sum of zeros times the
+  // integers of token t.
   __device__ int32_t quantize(const Weights& w, const Part& part, const Places& places,
                               uint32_t group, uint32_t (&b)[2][2]) const {
-    const bool lower = lane_index() / 4 % 2 == 1;
-    int32_t offset = 0;
+    // [half of a token][place]; rows of 20 words are in different banks.
+    __shared__ uint32_t operands[kWarps][2 * kTokensOfTile][20];
+    uint32_t (*const operand)[20] = operands[warp_index()];
+    const uint32_t lane = lane_index(), g = lane / 4, t = lane % 4;
+    float scales[2] = {0, 0};
+    int32_t zeros[2] = {0, 0};
 #pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      uint32_t bytes[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t neuron = places.neuron(word / 2, word % 2, i);
-        bytes[i] = 0;
-        if (neuron == kNobody) continue;
-        const uint64_t at = uint64_t{kNeuronBlock * part.block + neuron} * w.groups + group;
-        const float scale = float_of_half(read_shared(w.scales + at));
-        const int32_t v = round_to_int(values[word / 2][word % 2][i] * scale);
-        offset += v * read_shared(w.zeros + at);
-        // v = 256 upper + lower, both signed.
-        bytes[i] = static_cast<uint32_t>(lower ? v : (v + 128) >> 8);
-      }
-      b[word / 2][word % 2] = byte_perm(byte_perm(bytes[0], bytes[1], 0x0040),
-                                        byte_perm(bytes[2], bytes[3], 0x0040), 0x5410);
+    for (int i = 0; i < 2; ++i) {
+      if (places.own[i] == kNobody) continue;
+      const uint64_t at = uint64_t{kNeuronBlock * part.block + places.own[i]} * w.groups + group;
+      scales[i] = float_of_half(read_shared(w.scales + at));
+      zeros[i] = read_shared(w.zeros + at);
     }
-    offset += shuffle_xor(offset, 1);
-    return offset + shuffle_xor(offset, 2);
+    int32_t offsets[kTokensOfTile];
+    sync_warp();
+#pragma unroll
+    for (uint32_t i = 0; i < kTokensOfTile; ++i) {
+      const int32_t one = round_to_int(values[i][0] * scales[0]);
+      const int32_t two = round_to_int(values[i][1] * scales[1]);
+      offsets[i] = one * zeros[0] + two * zeros[1];
+      // v = 256 upper + lower, both signed.
+      const uint32_t lower = byte_perm(one, two, 0x0040);
+      const uint32_t upper = byte_perm(one + 128, two + 128, 0x0051);
+      reinterpret_cast<uint16_t*>(operand[2 * i])[lane] = static_cast<uint16_t>(upper);
+      reinterpret_cast<uint16_t*>(operand[2 * i + 1])[lane] = static_cast<uint16_t>(lower);
+    }
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = operand[g][4 * i + t];
+    const int32_t offset = join_lanes(offsets, [](int32_t x, int32_t y) { return x + y; });
+    return tell_lanes(offset)[t];
   }
 };
-
-// Of lane (g, t): token g / 2's become token t's.
-__device__ inline void exchange(float* from, int32_t* offset) {
-  __shared__ float factors[kWarps][kTokensOfTile];
-  __shared__ int32_t offsets[kWarps][kTokensOfTile];
-  const uint32_t warp = warp_index(), lane = lane_index();
-  sync_warp();
-  if (lane % 8 == 0) {
-    factors[warp][lane / 8] = *from;
-    offsets[warp][lane / 8] = *offset;
-  }
-  sync_warp();
-  *from = factors[warp][lane % 4];
-  *offset = offsets[warp][lane % 4];
-}
 
 constexpr int kDownSums = 8;  // columns of a lane
 
@@ -256,17 +274,14 @@ struct DownOf {
                                   const PartCodes& codes, uint32_t first,
                                   float (&sums)[kDownSums]) {
     Activations activations;
-    activations.read(args, part, places, first + lane_index() / 8);
+    activations.read(args, part, places, first);
     uint32_t b[2][2];
-    float from = 0.0f;
     int32_t offset = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 0 || args.weights.group == 32) {
         const uint32_t group = (kNeuronBlock * blockIdx.x + 32 * half) / args.weights.group;
-        from = activations.from;
         offset = activations.quantize(args.weights, part, places, group, b);
-        exchange(&from, &offset);
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -277,7 +292,7 @@ struct DownOf {
         for (int r = 0; r < 2; ++r) {
           float& sum = sums[4 * half + 2 * j + r];
           const int32_t exact = 256 * c[2 * r] + c[2 * r + 1] - offset;
-          sum = multiply_add(from, static_cast<float>(exact), sum);
+          sum = multiply_add(activations.from, static_cast<float>(exact), sum);
         }
       }
     }

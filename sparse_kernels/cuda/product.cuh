@@ -83,6 +83,7 @@ struct Span {
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+      if (!tokens.has(kTokensOfTile * tile)) continue;
       uint32_t b[kHalves][2];
       float scale[kHalves], offset[kHalves];
       const uint8_t* row = operand.halves + (2 * tokens.first + 8 * tile + g) * operand.stride;
@@ -152,6 +153,7 @@ struct Span<Bfloat16> {
     const uint32_t g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+      if (!tokens.has(kTokensOfTile * tile)) continue;
       const uint8_t* row =
           operand.halves + (2 * tokens.first + 8 * tile + g) * operand.stride + 128 * span + 16 * t;
 #pragma unroll
