@@ -206,7 +206,7 @@ SK_KERNEL(activate_int4_1, ActivateArgs) { activate<Int4, 1>(args); }
 SK_KERNEL(activate_int4_4, ActivateArgs) { activate<Int4, 4>(args); }
 SK_KERNEL(activate_int4_8, ActivateArgs) { activate<Int4, 8>(args); }
 SK_KERNEL(activate_planes_1, ActivateArgs) { activate<Planes, 1>(args); }
-SK_KERNEL(activate_planes_4, ActivateArgs) { activate<Planes, 4>(args); }
+SK_LARGE_KERNEL(activate_planes_4, ActivateArgs) { activate<Planes, 4>(args); }
 SK_KERNEL(activate_planes_8, ActivateArgs) { activate<Planes, 8>(args); }
 
 }  // namespace cuda

@@ -298,15 +298,12 @@ struct DownOf {
     }
   }
 
-  template <int kTiles>
-  __device__ static void add_block(const DownArgs& args, const Tokens& tokens, uint32_t block,
-                                   float (&sums)[kTiles][kDownSums]) {
-    if (args.masks == nullptr) {
-      return add_part(args, tokens, {block, {~0u, ~0u}, true, false}, sums);
-    }
-    if (args.weights.low == nullptr) {
-      return add_part(args, tokens, {block, mask_of(args, kUsed, args.rows, block), true, false},
-                      sums);
+  // The part of a block that is read whole, or the one that is read coarsely.
+  __device__ static Part part_of(const DownArgs& args, uint32_t block, bool whole) {
+    if (args.masks == nullptr) return {block, {~0u, ~0u}, true, false};
+    const bool split = args.weights.low != nullptr;
+    if (whole) {
+      return {block, mask_of(args, split ? kDownWhole : kUsed, args.rows, block), true, split};
     }
     uint2 coarse = {0, 0};
     for (uint32_t row = lane_index(); row < args.rows; row += 32) {
@@ -317,10 +314,16 @@ struct DownOf {
       coarse.x |= shuffle_xor(coarse.x, lanes);
       coarse.y |= shuffle_xor(coarse.y, lanes);
     }
+    return {block, coarse, false, true};
+  }
+
+  template <int kTiles>
+  __device__ static void add_block(const DownArgs& args, const Tokens& tokens, uint32_t block,
+                                   float (&sums)[kTiles][kDownSums]) {
+    const int parts = args.masks != nullptr && args.weights.low != nullptr ? 2 : 1;
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const uint2 whole = mask_of(args, kDownWhole, args.rows, block);
-      add_part(args, tokens, {block, i == 0 ? whole : coarse, i == 0, true}, sums);
+    for (int i = 0; i < parts; ++i) {
+      add_part(args, tokens, part_of(args, block, i == 0), sums);
     }
   }
 };
@@ -457,13 +460,13 @@ SK_KERNEL(down_bfloat16_4, DownArgs) { down<Bfloat16, 4>(args); }
 SK_KERNEL(down_bfloat16_8, DownArgs) { down<Bfloat16, 8>(args); }
 SK_KERNEL(down_int8_1, DownArgs) { down<Int8, 1>(args); }
 SK_KERNEL(down_int8_4, DownArgs) { down<Int8, 4>(args); }
-SK_KERNEL(down_int8_8, DownArgs) { down<Int8, 8>(args); }
+SK_LARGE_KERNEL(down_int8_8, DownArgs) { down<Int8, 8>(args); }
 SK_KERNEL(down_int4_1, DownArgs) { down<Int4, 1>(args); }
 SK_KERNEL(down_int4_4, DownArgs) { down<Int4, 4>(args); }
-SK_KERNEL(down_int4_8, DownArgs) { down<Int4, 8>(args); }
+SK_LARGE_KERNEL(down_int4_8, DownArgs) { down<Int4, 8>(args); }
 SK_KERNEL(down_planes_1, DownArgs) { down<Planes, 1>(args); }
 SK_KERNEL(down_planes_4, DownArgs) { down<Planes, 4>(args); }
-SK_KERNEL(down_planes_8, DownArgs) { down<Planes, 8>(args); }
+SK_LARGE_KERNEL(down_planes_8, DownArgs) { down<Planes, 8>(args); }
 
 }  // namespace cuda
 }  // namespace sk

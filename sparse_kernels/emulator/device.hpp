@@ -21,6 +21,7 @@
   static const ::sk::emulator::Registration registration_##name(                             \
       #name, [](const void* args) { name(*static_cast<const Args*>(args)); }, sizeof(Args)); \
   void name(const Args args)
+#define SK_LARGE_KERNEL SK_KERNEL
 
 using sk::emulator::blockDim;
 using sk::emulator::blockIdx;
