@@ -200,7 +200,7 @@ SK_KERNEL(activate_bfloat16_1, ActivateArgs) { activate<Bfloat16, 1>(args); }
 SK_KERNEL(activate_bfloat16_4, ActivateArgs) { activate<Bfloat16, 4>(args); }
 SK_KERNEL(activate_bfloat16_8, ActivateArgs) { activate<Bfloat16, 8>(args); }
 SK_KERNEL(activate_int8_1, ActivateArgs) { activate<Int8, 1>(args); }
-SK_KERNEL(activate_int8_4, ActivateArgs) { activate<Int8, 4>(args); }
+SK_LARGE_KERNEL(activate_int8_4, ActivateArgs) { activate<Int8, 4>(args); }
 SK_KERNEL(activate_int8_8, ActivateArgs) { activate<Int8, 8>(args); }
 SK_KERNEL(activate_int4_1, ActivateArgs) { activate<Int4, 1>(args); }
 SK_KERNEL(activate_int4_4, ActivateArgs) { activate<Int4, 4>(args); }

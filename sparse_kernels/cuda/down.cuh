@@ -465,7 +465,7 @@ SK_KERNEL(down_int4_1, DownArgs) { down<Int4, 1>(args); }
 SK_KERNEL(down_int4_4, DownArgs) { down<Int4, 4>(args); }
 SK_LARGE_KERNEL(down_int4_8, DownArgs) { down<Int4, 8>(args); }
 SK_KERNEL(down_planes_1, DownArgs) { down<Planes, 1>(args); }
-SK_KERNEL(down_planes_4, DownArgs) { down<Planes, 4>(args); }
+SK_LARGE_KERNEL(down_planes_4, DownArgs) { down<Planes, 4>(args); }
 SK_LARGE_KERNEL(down_planes_8, DownArgs) { down<Planes, 8>(args); }
 
 }  // namespace cuda
