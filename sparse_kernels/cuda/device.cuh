@@ -2,7 +2,8 @@
 // g++ the emulator defines the same names (emulator/device.hpp), so that the same kernels run in
 // its tests. No header of the host is included: NVRTC has none.
 //
-// - SK_KERNEL(name, Args): a kernel `name` that is given a struct Args by value, `args`.
+// - SK_KERNEL(name, Args): a kernel `name` that is given a struct Args by value, `args`. Two of its
+//   blocks fit on a multiprocessor, so a thread has 128 registers; SK_LARGE_KERNEL: one, and 255.
 // - threadIdx, blockIdx, gridDim, __shared__ (static sizes alone), __device__ as in CUDA.
 // - All lanes of a warp reach shuffle_xor, ballot, sync_warp, mma_* together; all threads of a
 // block
@@ -28,7 +29,9 @@ typedef unsigned long uint64_t;
 #endif
 
 #define SK_KERNEL(name, Args) \
-  extern "C" __global__ void __launch_bounds__(kThreads) name(const Args args)
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) name(const Args args)
+#define SK_LARGE_KERNEL(name, Args) \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const Args args)
 
 namespace sk {
 namespace cuda {
@@ -76,6 +79,9 @@ __device__ inline float float_of_half(uint16_t v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
   return f;
 }
+__device__ inline float exponential(float v) { return expf(v); }
+// a b + c, rounded once. Results must not depend on which products a compiler joins with sums.
+__device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // To the nearest, ties to even.
 __device__ inline int32_t round_to_int(float v) { return __float2int_rn(v); }
 __device__ inline int32_t atomic_add_shared(int32_t* at, int32_t v) { return atomicAdd(at, v); }

@@ -21,6 +21,7 @@
   static const ::sk::emulator::Registration registration_##name(                             \
       #name, [](const void* args) { name(*static_cast<const Args*>(args)); }, sizeof(Args)); \
   void name(const Args args)
+#define SK_LARGE_KERNEL SK_KERNEL
 
 using sk::emulator::blockDim;
 using sk::emulator::blockIdx;
@@ -90,6 +91,8 @@ inline float float_of_half(uint16_t v) {
                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return v >> 15 != 0 ? -size : size;
 }
+inline float exponential(float v) { return std::exp(v); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 // As the device: what is not a number becomes 0, what is too large the largest.
 inline int32_t round_to_int(float v) {
   if (std::isnan(v)) return 0;

@@ -1,0 +1,472 @@
+// down_FORMAT_TILES, see DownArgs: sums over neurons, of 64 columns.
+//
+// A block's warps share the neuron blocks of a slice: warp w takes the w-th, the (w + kWarps)-th, …
+// in order, and what warps have is added up in their order. In an instruction columns of weights
+// stand where product.cuh has rows, and neurons where it has columns; lane (g, t) gets the results
+// of token t of each tile.
+#pragma once
+
+#include "product.cuh"
+
+namespace sk {
+namespace cuda {
+
+constexpr uint32_t kNobody = 0xff;  // in a list of neurons
+// Kinds of masks.
+constexpr uint32_t kUsed = 1, kDownWhole = 3;
+
+// 64 neurons, a bit each, the first 32 in x.
+__device__ inline uint2 mask_of(const DownArgs& args, uint32_t kind, uint32_t row, uint32_t block) {
+  const uint64_t words = args.stride / 16, at = (uint64_t{kind} * (args.rows + 1) + row) * words;
+  return read_shared(reinterpret_cast<const uint2*>(args.masks + at + 4 * block));
+}
+__device__ inline bool has_bit(const uint2& mask, uint32_t neuron) {
+  return ((neuron < 32 ? mask.x : mask.y) >> neuron % 32 & 1) != 0;
+}
+// What a row uses and does not read whole.
+__device__ inline uint2 coarse_mask(const DownArgs& args, uint32_t row, uint32_t block) {
+  const uint2 used = mask_of(args, kUsed, row, block);
+  const uint2 whole = mask_of(args, kDownWhole, row, block);
+  return {used.x & ~whole.x, used.y & ~whole.y};
+}
+
+// Some neurons of a block, which are read whole or coarsely. Where `split`, each token's other
+// neurons do not count.
+struct Part {
+  uint32_t block;
+  uint2 mask;
+  bool whole, split;
+};
+
+// The neurons of a mask side by side, at most 64, as instructions have them: byte i of word r of
+// step s is lane (g, t)'s neuron number 32 s + 16 r + 4 t + i.
+struct Places {
+  uint32_t words[2][2];
+  uint32_t own[2];  // number 2 lane and 2 lane + 1
+  uint32_t steps;
+
+  __device__ uint32_t neuron(int step, int r, int i) const {
+    return words[step][r] >> (8 * i) & 0xff;
+  }
+};
+
+__device__ inline Places places_of(const uint2& mask) {
+  __shared__ uint32_t lists[kWarps][16];
+  uint32_t* const list = lists[warp_index()];
+  const uint32_t lane = lane_index(), t = lane % 4, before = (1u << lane) - 1;
+  const uint32_t first = count_bits(mask.x), count = first + count_bits(mask.y);
+  sync_warp();
+  if (lane < 16) list[lane] = ~0u;
+  sync_warp();
+  uint8_t* const at = reinterpret_cast<uint8_t*>(list);
+  if ((mask.x >> lane & 1) != 0) at[count_bits(mask.x & before)] = static_cast<uint8_t>(lane);
+  if ((mask.y >> lane & 1) != 0) {
+    at[first + count_bits(mask.y & before)] = static_cast<uint8_t>(32 + lane);
+  }
+  sync_warp();
+  return {{{list[t], list[4 + t]}, {list[8 + t], list[12 + t]}},
+          {at[2 * lane], at[2 * lane + 1]},
+          (count + 31) / 32};
+}
+
+// Four words of four bytes, the other way round.
+__device__ inline void transpose(const uint32_t (&in)[4], uint32_t (&out)[4]) {
+  const uint32_t a = byte_perm(in[0], in[1], 0x5140), b = byte_perm(in[2], in[3], 0x5140);
+  const uint32_t c = byte_perm(in[0], in[1], 0x7362), d = byte_perm(in[2], in[3], 0x7362);
+  out[0] = byte_perm(a, b, 0x5410);
+  out[1] = byte_perm(a, b, 0x7632);
+  out[2] = byte_perm(c, d, 0x5410);
+  out[3] = byte_perm(c, d, 0x7632);
+}
+
+// The codes of a part for a lane's columns, 4 g … 4 g + 3 of each half of the tile: columns 2 j and
+// 2 j + 1 of these are rows g and g + 8 of instruction j.
+struct PartCodes {
+  uint32_t a[2][2][2][4];  // [step][half][j]
+};
+
+template <class Format>
+__device__ inline void read_codes(const Weights& w, const Part& part, const Places& places,
+                                  PartCodes* out) {
+  using Tile = typename Format::template Tile<1>;
+  // How many steps' bytes there are registers for.
+  constexpr int kAtOnce = sizeof(Tile) <= 8 ? 2 : 1;
+  const uint32_t quad = lane_index() / 4;
+#pragma unroll
+  for (int first = 0; first < 2; first += kAtOnce) {
+    Tile tiles[kAtOnce][2][4];
+#pragma unroll
+    for (int i = 0; i < 8 * kAtOnce; ++i) {
+      Tile& tile = tiles[i / 8][i / 4 % 2][i % 4];
+      const uint32_t neuron = places.neuron(first + i / 8, i / 4 % 2, i % 4);
+      tile = {};
+      if (neuron == kNobody) continue;
+      Format::read(w, kNeuronBlock * part.block + neuron, blockIdx.x, quad, part.whole, tile);
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kAtOnce; ++i) {
+      const int step = i / 4, half = i / 2 % 2, r = i % 2;
+      uint32_t rows[4], columns[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        rows[n] = Format::codes(w, tiles[step][r][n], half, quad, 0, part.whole);
+      }
+      transpose(rows, columns);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        out->a[first + step][half][n / 2][2 * r + n % 2] = columns[n];
+      }
+    }
+  }
+}
+
+// What makes integers of numbers, and numbers of integers; see scale_for in integer.inl of the CPU.
+struct Scale {
+  float to, from;
+};
+__device__ inline Scale scale_for(float top, uint32_t activation_bits) {
+  const float limit = activation_bits == 16 ? 32512.0f : 127.0f;
+  if (!(top <= 3.4e38f)) return {0.0f, float_of_bits(0x7fc00000u)};
+  if (top < 1e-30f) return {0.0f, 0.0f};
+  return {limit / top, top / limit};
+}
+
+// Of a tile's four tokens what all lanes have of them, joined -> in lane (g, t) that of token g
+// / 2.
+template <class T, class Join>
+__device__ inline T join_lanes(const T (&v)[kTokensOfTile], Join join) {
+  const bool upper = (lane_index() & 16) != 0, odd = (lane_index() & 8) != 0;
+  const T a = join(upper ? v[2] : v[0], shuffle_xor(upper ? v[0] : v[2], 16));
+  const T b = join(upper ? v[3] : v[1], shuffle_xor(upper ? v[1] : v[3], 16));
+  T own = join(odd ? b : a, shuffle_xor(odd ? a : b, 8));
+  for (int lanes = 4; lanes > 0; lanes /= 2) own = join(own, shuffle_xor(own, lanes));
+  return own;
+}
+
+// -> what lane (g, t) has for token g / 2, [g / 2]; until the warp's next call.
+template <class T>
+__device__ inline const T* tell_lanes(T own) {
+  __shared__ T of_tokens[kWarps][kTokensOfTile];
+  sync_warp();
+  if (lane_index() % 8 == 0) of_tokens[warp_index()][lane_index() / 8] = own;
+  sync_warp();
+  return of_tokens[warp_index()];
+}
+
+// The activations of a tile's tokens, made integers but for the scales of the neurons: each lane
+// has those of its own places.
+struct Activations {
+  float values[kTokensOfTile][2];
+  float from;  // of token t
+
+  __device__ void read(const DownArgs& args, const Part& part, const Places& places,
+                       uint32_t first) {
+    const uint32_t begin = kNeuronBlock * part.block;
+    const float2 most =
+        read_shared(reinterpret_cast<const float2*>(args.weights.most + begin + 2 * lane_index()));
+    // A token's scale is of all neurons of the block, whichever part they are in.
+    float tops[kTokensOfTile];
+#pragma unroll
+    for (uint32_t i = 0; i < kTokensOfTile; ++i) {
+      const float* const at = args.activations + uint64_t{first + i} * args.stride + begin;
+      const bool there = first + i < args.rows;
+      float2 v = {0, 0};
+      if (there) v = read_shared(reinterpret_cast<const float2*>(at + 2 * lane_index()));
+      tops[i] = fmaxf(size_of(v.x * most.x), size_of(v.y * most.y));
+      values[i][0] = v.x;
+      values[i][1] = v.y;
+      if (args.masks != nullptr && there) take_places(args, part, places, first + i, at, values[i]);
+    }
+    const float top = join_lanes(tops, [](float a, float b) { return fmaxf(a, b); });
+    const Scale scale = scale_for(top, args.activation_bits);
+    from = tell_lanes(scale.from)[lane_index() % 4];
+    const float* const to = tell_lanes(scale.to);
+#pragma unroll
+    for (uint32_t i = 0; i < 2 * kTokensOfTile; ++i) {
+      float& v = values[i / 2][i % 2];
+      v = to[i / 2] == 0.0f ? 0.0f : v * to[i / 2];
+    }
+  }
+
+  __device__ static void take_places(const DownArgs& args, const Part& part, const Places& places,
+                                     uint32_t row, const float* activations, float (&to)[2]) {
+    uint2 own = {~0u, ~0u};
+    if (part.split) {
+      own = coarse_mask(args, row, part.block);
+      if (part.whole) own = {~own.x, ~own.y};
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t neuron = places.own[i];
+      const bool counts = neuron != kNobody && has_bit(own, neuron);
+      to[i] = counts ? read_shared(activations + neuron) : 0.0f;
+    }
+  }
+
+  // What is not finite, or a number, counts as infinite.
+  __device__ static float size_of(float v) {
+    const float size = fabsf(v);
+    return size <= 3.4e38f ? size : float_of_bits(0x7f800000u);
+  }
+
+  // As integers for a group of columns -> operands of instructions, and the sum of zeros times the
+  // integers of token t.
+  __device__ int32_t quantize(const Weights& w, const Part& part, const Places& places,
+                              uint32_t group, uint32_t (&b)[2][2]) const {
+    // [half of a token][place]; rows of 20 words are in different banks.
+    __shared__ uint32_t operands[kWarps][2 * kTokensOfTile][20];
+    uint32_t (*const operand)[20] = operands[warp_index()];
+    const uint32_t lane = lane_index(), g = lane / 4, t = lane % 4;
+    float scales[2] = {0, 0};
+    int32_t zeros[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (places.own[i] == kNobody) continue;
+      const uint64_t at = uint64_t{kNeuronBlock * part.block + places.own[i]} * w.groups + group;
+      scales[i] = float_of_half(read_shared(w.scales + at));
+      zeros[i] = read_shared(w.zeros + at);
+    }
+    int32_t offsets[kTokensOfTile];
+    sync_warp();
+#pragma unroll
+    for (uint32_t i = 0; i < kTokensOfTile; ++i) {
+      const int32_t one = round_to_int(values[i][0] * scales[0]);
+      const int32_t two = round_to_int(values[i][1] * scales[1]);
+      offsets[i] = one * zeros[0] + two * zeros[1];
+      // v = 256 upper + lower, both signed.
+      const uint32_t lower = byte_perm(one, two, 0x0040);
+      const uint32_t upper = byte_perm(one + 128, two + 128, 0x0051);
+      reinterpret_cast<uint16_t*>(operand[2 * i])[lane] = static_cast<uint16_t>(upper);
+      reinterpret_cast<uint16_t*>(operand[2 * i + 1])[lane] = static_cast<uint16_t>(lower);
+    }
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = operand[g][4 * i + t];
+    const int32_t offset = join_lanes(offsets, [](int32_t x, int32_t y) { return x + y; });
+    return tell_lanes(offset)[t];
+  }
+};
+
+constexpr int kDownSums = 8;  // columns of a lane
+
+template <class Format>
+struct DownOf {
+  // Sums are of columns 4 g … 4 g + 3 of the first half, then of the second.
+  __device__ static uint32_t column_of(int i) {
+    return 32 * (i / 4) + 4 * (lane_index() / 4) + i % 4;
+  }
+
+  template <int kTiles>
+  __device__ static void add_part(const DownArgs& args, const Tokens& tokens, const Part& part,
+                                  float (&sums)[kTiles][kDownSums]) {
+    const Places places = places_of(part.mask);
+    if (places.steps == 0) return;
+    PartCodes codes;
+    read_codes<Format>(args.weights, part, places, &codes);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (!tokens.has(kTokensOfTile * tile)) continue;
+      add_tile(args, part, places, codes, tokens.first + kTokensOfTile * tile, sums[tile]);
+    }
+  }
+
+  __device__ static void add_tile(const DownArgs& args, const Part& part, const Places& places,
+                                  const PartCodes& codes, uint32_t first,
+                                  float (&sums)[kDownSums]) {
+    Activations activations;
+    activations.read(args, part, places, first);
+    uint32_t b[2][2];
+    int32_t offset = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half == 0 || args.weights.group == 32) {
+        const uint32_t group = (kNeuronBlock * blockIdx.x + 32 * half) / args.weights.group;
+        offset = activations.quantize(args.weights, part, places, group, b);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        int32_t c[4] = {};
+        mma_bytes(c, codes.a[0][half][j], b[0]);
+        if (places.steps == 2) mma_bytes(c, codes.a[1][half][j], b[1]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& sum = sums[4 * half + 2 * j + r];
+          const int32_t exact = 256 * c[2 * r] + c[2 * r + 1] - offset;
+          sum = multiply_add(activations.from, static_cast<float>(exact), sum);
+        }
+      }
+    }
+  }
+
+  // The part of a block that is read whole, or the one that is read coarsely.
+  __device__ static Part part_of(const DownArgs& args, uint32_t block, bool whole) {
+    if (args.masks == nullptr) return {block, {~0u, ~0u}, true, false};
+    const bool split = args.weights.low != nullptr;
+    if (whole) {
+      return {block, mask_of(args, split ? kDownWhole : kUsed, args.rows, block), true, split};
+    }
+    uint2 coarse = {0, 0};
+    for (uint32_t row = lane_index(); row < args.rows; row += 32) {
+      const uint2 own = coarse_mask(args, row, block);
+      coarse = {coarse.x | own.x, coarse.y | own.y};
+    }
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      coarse.x |= shuffle_xor(coarse.x, lanes);
+      coarse.y |= shuffle_xor(coarse.y, lanes);
+    }
+    return {block, coarse, false, true};
+  }
+
+  template <int kTiles>
+  __device__ static void add_block(const DownArgs& args, const Tokens& tokens, uint32_t block,
+                                   float (&sums)[kTiles][kDownSums]) {
+    const int parts = args.masks != nullptr && args.weights.low != nullptr ? 2 : 1;
+#pragma unroll 1
+    for (int i = 0; i < parts; ++i) {
+      add_part(args, tokens, part_of(args, block, i == 0), sums);
+    }
+  }
+};
+
+__device__ inline uint16_t bfloat16_of(float v) {
+  const uint32_t bits = bits_of_float(v);
+  // A NaN whose payload is in the lower half would round to infinity.
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// Sums of floats depend on what stands where: a neuron's place is its own, and what is added for
+// neurons that a token does not use is zero.
+template <>
+struct DownOf<Bfloat16> {
+  static constexpr uint32_t kSlot = 16;  // neurons of an instruction
+
+  // Columns 8 g … 8 g + 7.
+  __device__ static uint32_t column_of(int i) { return 8 * (lane_index() / 4) + i; }
+
+  // Of lane (g, t) neurons 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of a slot.
+  __device__ static uint32_t place(int i) { return 2 * (lane_index() % 4) + i % 2 + i / 2 * 8; }
+
+  __device__ static void read_slot(const DownArgs& args, uint32_t first, uint32_t used,
+                                   uint4 (&rows)[4]) {
+    const uint8_t* at = args.weights.codes + 128 * blockIdx.x + 16 * (lane_index() / 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = {0, 0, 0, 0};
+      if ((used >> place(i) & 1) == 0) continue;
+      rows[i] =
+          read_once(reinterpret_cast<const uint4*>(at + (first + place(i)) * args.weights.stride));
+    }
+  }
+
+  template <int kTiles>
+  __device__ static void add_slot(const DownArgs& args, const Tokens& tokens, uint32_t first,
+                                  const uint4 (&rows)[4], float (&sums)[kTiles][kDownSums]) {
+    uint32_t a[4][4];  // [instruction]: columns 2 j and 2 j + 1 are its rows g and g + 8
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint4 &one = rows[2 * r], &two = rows[2 * r + 1];
+      const uint32_t pairs[4][2] = {{one.x, two.x}, {one.y, two.y}, {one.z, two.z}, {one.w, two.w}};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        a[j][2 * r] = byte_perm(pairs[j][0], pairs[j][1], 0x5410);
+        a[j][2 * r + 1] = byte_perm(pairs[j][0], pairs[j][1], 0x7632);
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (!tokens.has(kTokensOfTile * tile)) continue;
+      uint32_t b[2];
+      take_halves(args, tokens.first + kTokensOfTile * tile + lane_index() / 8, first, b);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float c[4] = {};
+        mma_bfloat16(c, a[j], b);
+        sums[tile][2 * j] += c[0] + c[1];
+        sums[tile][2 * j + 1] += c[2] + c[3];
+      }
+    }
+  }
+
+  // The high or the low half of a token's activations.
+  __device__ static void take_halves(const DownArgs& args, uint32_t row, uint32_t first,
+                                     uint32_t (&b)[2]) {
+    const bool low = lane_index() / 4 % 2 == 1;
+    const float* at = args.activations + uint64_t{row} * args.stride + first;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float2 v = {0, 0};
+      if (row < args.rows) v = read_shared(reinterpret_cast<const float2*>(at + place(2 * r)));
+      b[r] = half_of(v.x, low) | uint32_t{half_of(v.y, low)} << 16;
+    }
+  }
+  __device__ static uint16_t half_of(float v, bool low) {
+    const uint16_t high = bfloat16_of(v);
+    return low ? bfloat16_of(v - float_of_bits(uint32_t{high} << 16)) : high;
+  }
+
+  template <int kTiles>
+  __device__ static void add_block(const DownArgs& args, const Tokens& tokens, uint32_t block,
+                                   float (&sums)[kTiles][kDownSums]) {
+    uint2 mask = {~0u, ~0u};
+    if (args.masks != nullptr) mask = mask_of(args, kUsed, args.rows, block);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // two slots at once
+      const uint32_t used = half == 0 ? mask.x : mask.y;
+      const uint32_t first = kNeuronBlock * block + 2 * kSlot * half;
+      uint4 rows[2][4];
+      read_slot(args, first, used & 0xffff, rows[0]);
+      read_slot(args, first + kSlot, used >> 16, rows[1]);
+      if ((used & 0xffff) != 0) add_slot(args, tokens, first, rows[0], sums);
+      if (used >> 16 != 0) add_slot(args, tokens, first + kSlot, rows[1], sums);
+    }
+  }
+};
+
+template <class Format, int kTiles>
+__device__ inline void down(const DownArgs& args) {
+  using Own = DownOf<Format>;
+  const Tokens tokens = {blockIdx.z * kTokensOfTile * kTiles, args.rows};
+  const uint32_t slice = blockIdx.y;
+  const uint32_t begin = static_cast<uint32_t>(uint64_t{args.blocks} * slice / args.slices);
+  const uint32_t end = static_cast<uint32_t>(uint64_t{args.blocks} * (slice + 1) / args.slices);
+  float sums[kTiles][kDownSums] = {};
+#pragma unroll 1
+  for (uint32_t block = begin + warp_index(); block < end; block += kWarps) {
+    Own::add_block(args, tokens, block, sums);
+  }
+  float (*const of_warps)[kThreads] = warp_sums();
+  const uint32_t token = threadIdx.x / 64, column = threadIdx.x % 64;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (!tokens.has(kTokensOfTile * tile)) continue;
+#pragma unroll
+    for (int i = 0; i < kDownSums; ++i) {
+      of_warps[warp_index()][64 * (lane_index() % 4) + Own::column_of(i)] = sums[tile][i];
+    }
+    sync_threads();
+    float sum = 0.0f;
+    for (uint32_t warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][threadIdx.x];
+    sync_threads();
+    const uint32_t row = tokens.first + kTokensOfTile * tile + token;
+    if (row >= args.rows) continue;
+    args.parts[(uint64_t{slice} * args.rows + row) * args.parts_stride + 64 * blockIdx.x + column] =
+        sum;
+  }
+}
+
+SK_KERNEL(down_bfloat16_1, DownArgs) { down<Bfloat16, 1>(args); }
+SK_KERNEL(down_bfloat16_4, DownArgs) { down<Bfloat16, 4>(args); }
+SK_KERNEL(down_bfloat16_8, DownArgs) { down<Bfloat16, 8>(args); }
+SK_KERNEL(down_int8_1, DownArgs) { down<Int8, 1>(args); }
+SK_KERNEL(down_int8_4, DownArgs) { down<Int8, 4>(args); }
+SK_LARGE_KERNEL(down_int8_8, DownArgs) { down<Int8, 8>(args); }
+SK_KERNEL(down_int4_1, DownArgs) { down<Int4, 1>(args); }
+SK_KERNEL(down_int4_4, DownArgs) { down<Int4, 4>(args); }
+SK_LARGE_KERNEL(down_int4_8, DownArgs) { down<Int4, 8>(args); }
+SK_KERNEL(down_planes_1, DownArgs) { down<Planes, 1>(args); }
+SK_LARGE_KERNEL(down_planes_4, DownArgs) { down<Planes, 4>(args); }
+SK_LARGE_KERNEL(down_planes_8, DownArgs) { down<Planes, 8>(args); }
+
+}  // namespace cuda
+}  // namespace sk
