@@ -76,6 +76,12 @@ __device__ inline float float_of_half(uint16_t v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
   return f;
 }
+// As accurate as they are without fast-math.
+__device__ inline float square_root(float v) { return sqrtf(v); }
+__device__ inline float exponential(float v) { return expf(v); }
+__device__ inline float cosine(float v) { return cosf(v); }
+__device__ inline float sine(float v) { return sinf(v); }
+__device__ inline double logarithm(double v) { return log(v); }
 // To the nearest, ties to even.
 __device__ inline int32_t round_to_int(float v) { return __float2int_rn(v); }
 __device__ inline int32_t atomic_add_shared(int32_t* at, int32_t v) { return atomicAdd(at, v); }

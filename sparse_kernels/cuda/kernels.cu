@@ -1,0 +1,3 @@
+// All kernels.
+#include "attention.cuh"
+#include "rows.cuh"
