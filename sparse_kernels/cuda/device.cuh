@@ -79,7 +79,12 @@ __device__ inline float float_of_half(uint16_t v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
   return f;
 }
+// As accurate as they are without fast-math.
+__device__ inline float square_root(float v) { return sqrtf(v); }
 __device__ inline float exponential(float v) { return expf(v); }
+__device__ inline float cosine(float v) { return cosf(v); }
+__device__ inline float sine(float v) { return sinf(v); }
+__device__ inline double logarithm(double v) { return log(v); }
 // a b + c, rounded once. Results must not depend on which products a compiler joins with sums.
 __device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // To the nearest, ties to even.

@@ -1,4 +1,8 @@
 // All kernels, in one piece of code.
 #include "activate.cuh"
+#include "attention.cuh"
+#include "candidates.cuh"
 #include "dot.cuh"
 #include "down.cuh"
+#include "neurons.cuh"
+#include "rows.cuh"

@@ -91,7 +91,11 @@ inline float float_of_half(uint16_t v) {
                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return v >> 15 != 0 ? -size : size;
 }
+inline float square_root(float v) { return std::sqrt(v); }
 inline float exponential(float v) { return std::exp(v); }
+inline float cosine(float v) { return std::cos(v); }
+inline float sine(float v) { return std::sin(v); }
+inline double logarithm(double v) { return std::log(v); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 // As the device: what is not a number becomes 0, what is too large the largest.
 inline int32_t round_to_int(float v) {
