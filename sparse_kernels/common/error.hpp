@@ -6,6 +6,12 @@
 
 #include "sparse_kernels.h"
 
+// Runs check after check until one fails.
+#define SK_TRY(expression)                                  \
+  do {                                                      \
+    if (const int32_t failed = (expression)) return failed; \
+  } while (false)
+
 namespace sk {
 
 // Keeps the text for sk_last_error() and returns `status`, so that `return fail(...)` is enough.

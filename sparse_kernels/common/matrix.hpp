@@ -7,12 +7,6 @@
 #include "matrix_data.hpp"
 #include "sparse_kernels.h"
 
-// Runs check after check until one fails.
-#define SK_TRY(expression)                                  \
-  do {                                                      \
-    if (const int32_t failed = (expression)) return failed; \
-  } while (false)
-
 namespace sk {
 
 int32_t check_range(const char* name, uint64_t value, uint64_t low, uint64_t high);

@@ -65,6 +65,23 @@ std::map<uintptr_t, size_t>& memory() {
 }
 uintptr_t last_begin = 0, last_end = 0;  // the piece that was found last
 
+// Before and after each piece: what no kernel may change.
+constexpr size_t kFence = 256;
+constexpr uint8_t kFenceByte = 0xa5;
+
+void check_fences(const char* name) {
+  static const std::vector<uint8_t> whole(2 * kFence, kFenceByte);
+  for (const auto& piece : memory()) {
+    const auto* data = reinterpret_cast<const uint8_t*>(piece.first);
+    if (std::memcmp(data - kFence, whole.data(), kFence) == 0 &&
+        std::memcmp(data + piece.second, whole.data(), kFence) == 0) {
+      continue;
+    }
+    throw Fault(std::string(name) + ": writes beside a piece of memory of " +
+                std::to_string(piece.second) + " bytes");
+  }
+}
+
 void set_indices() { threadIdx.x = block.current; }
 
 void switch_out() { switch_context(&block.lanes[block.current].fiber.context, &scheduler); }
@@ -181,14 +198,16 @@ void launch(const Kernel& kernel, const char* name, Dim3 grid, uint32_t threads,
       }
     }
   }
+  check_fences(name);
 }
 
 void* allocate(size_t bytes) {
-  constexpr size_t kAlignment = 256;
-  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  void* data = std::aligned_alloc(kAlignment, rounded == 0 ? kAlignment : rounded);
-  if (data == nullptr) throw std::bad_alloc();
-  std::memset(data, 0, rounded);
+  const size_t whole = (bytes + kFence - 1) / kFence * kFence + 2 * kFence;
+  auto* fenced = static_cast<uint8_t*>(std::aligned_alloc(kFence, whole));
+  if (fenced == nullptr) throw std::bad_alloc();
+  std::memset(fenced, kFenceByte, whole);
+  uint8_t* data = fenced + kFence;
+  std::memset(data, 0, bytes);
   memory()[reinterpret_cast<uintptr_t>(data)] = bytes;
   return data;
 }
@@ -196,7 +215,15 @@ void* allocate(size_t bytes) {
 void release(void* data) {
   memory().erase(reinterpret_cast<uintptr_t>(data));
   last_begin = last_end = 0;
-  std::free(data);
+  std::free(static_cast<uint8_t*>(data) - kFence);
+}
+
+bool is_allocated(const void* at, size_t bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+  const auto after = memory().upper_bound(address);
+  if (after == memory().begin()) return false;
+  const auto& piece = *std::prev(after);
+  return address + bytes <= piece.first + piece.second;
 }
 
 void check_access(const void* at, size_t bytes, Access access) {
