@@ -30,9 +30,9 @@ from sparserve.model.catalog import DEMO_MODEL
 from sparserve.model.compressed_checkpoint import CompressedWeights, CompressionInfo
 from sparserve.model.compressed_writer import CheckpointWriter, source_of
 from sparserve.model.config import ModelConfig
-from sparserve.model.cpu import layer_tensors
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.packing import layer_tensors
 from sparserve.model.weights import HF_NAMES, layer_shapes
 from sparserve.sparsity.index import NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind

@@ -33,10 +33,11 @@ from sparserve.metrics import Metrics
 from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
 from sparserve.model.identity import index_key, source_has_changed
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
+from sparserve.model.native import NativeBackend
+from sparserve.model.packing import QuantizeProgress, make_decoder, pack_model
 from sparserve.model.placement import Placement
 from sparserve.model.reference import ReferenceBackend
 from sparserve.sparsity.chooser import Chooser
@@ -271,7 +272,7 @@ def make_backend(
                 on_layer=on_layer,
             )
         num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
-        return CpuBackend(config, decoder, num_blocks=num_blocks), context
+        return NativeBackend(config, decoder, num_blocks=num_blocks), context
     log.info("the backend is the reference one: %s", reason)
     if settings.kv_dtype not in ("same", dtype_name):
         raise ConfigError(
