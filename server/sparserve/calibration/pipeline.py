@@ -27,7 +27,8 @@ from sparserve.calibration.plan import CalibrationPlan, Effort
 from sparserve.calibration.stages import Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
-from sparserve.engine.factory import choose_backend, format_name, make_backend
+from sparserve.engine.backends import choose_backend
+from sparserve.engine.factory import format_name, make_backend
 from sparserve.engine.formats import served_formats
 from sparserve.errors import ConfigError
 from sparserve.model.backend import Backend, mean_neuron_bytes
@@ -113,7 +114,7 @@ class _Calibration:
         self._key, self._stages, self._on_progress = key, stages, on_progress
         self._effort = plan.effort
         dtype = str(model.weights.dtype).removeprefix("torch.")
-        native = choose_backend(settings, dtype)[0] == "cpu"
+        native = choose_backend(settings, dtype).is_native
         self._formats = served_formats(model, settings) if native else DecoderFormats()
         self._aims = {
             kind: Aim(own, self._tiers(kind, own), plan.effort.reaches)
