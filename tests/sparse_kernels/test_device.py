@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -176,3 +177,21 @@ def test_the_emulator_stands_in_for_a_gpu_where_the_environment_says_so(monkeypa
         with pytest.raises(native.NativeLibraryError, match=f"{own} cannot be loaded"):
             native.load(kind)
     native.load("cpu")
+
+
+def test_a_gpu_needs_no_packed_weights_any_more(levels, tiny_decoder, make_machine):
+    arenas, tiny = [], tiny_decoder()
+
+    class Watched:
+        config = tiny.config
+
+        def packed(self):
+            packed = tiny.packed()
+            arenas.append(weakref.ref(packed.arena))
+            return packed
+
+    machine = make_machine(Watched(), isa=levels[-1])
+    gc.collect()
+    on_gpu = machine.decoder.device != "cpu"
+    assert (arenas[0]() is None) == on_gpu
+    assert (machine.decoder.device_bytes > 0) == on_gpu

@@ -65,7 +65,8 @@ def calibrate(
     except OSError as error:
         raise ConfigError(f"the model's files cannot be read: {error}") from error
     partial = plan.out.with_name(plan.out.name + ".partial")
-    inputs = _inputs(key, text, settings, plan)
+    dtype = str(model.weights.dtype).removeprefix("torch.")
+    inputs = _inputs(key, text, settings, choose_backend(settings, dtype).name, plan)
     stages = Stages(partial, inputs)
     index = _Calibration(model, settings, plan, text, key, stages, on_progress).index()
     source = {name: inputs[name] for name in ("text", "windows", "prompt_tokens", "decode_tokens")}
@@ -79,7 +80,11 @@ def calibrate(
 
 
 def _inputs(
-    key: IndexKey, text: CalibrationText, settings: EngineSettings, plan: CalibrationPlan
+    key: IndexKey,
+    text: CalibrationText,
+    settings: EngineSettings,
+    backend: str,
+    plan: CalibrationPlan,
 ) -> dict[str, object]:
     """All that results depend on."""
     effort = plan.effort
@@ -89,7 +94,7 @@ def _inputs(
         "text": text.hash,
         "threads": settings.threads or usable_cpus(),
         "kv_dtype": settings.kv_dtype,
-        "backend": settings.backend,
+        "backend": backend,
         "windows": plan.windows,
         "prompt_tokens": plan.prompt_tokens,
         "decode_tokens": plan.decode_tokens,

@@ -8,7 +8,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 
-from sparse_kernels.native import DeviceLost
+from sparse_kernels.native import DeviceLost, NativeCallError
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.inputs import input_of
@@ -129,11 +129,18 @@ class Engine:
         return sum(s.prefill_target - s.num_computed for s in in_flight if s.phase is Phase.PREFILL)
 
     def warm_up(self) -> None:
-        """Run prefill and decode once, before the first request, so that none pays for it."""
+        """Run prefill and decode once, before the first request, so that none pays for it. Raises ConfigError
+        where the native library cannot."""
         assert not self.has_work
         token = SequenceInput((0,), 0, (0,), Phase.PREFILL, output_offsets=(0,))
-        self.backend.forward(ForwardBatch([token]))
-        self.backend.forward(ForwardBatch([replace(token, start=1, phase=Phase.DECODE)]))
+        try:
+            self.backend.forward(ForwardBatch([token]))
+            self.backend.forward(ForwardBatch([replace(token, start=1, phase=Phase.DECODE)]))
+        except NativeCallError as error:
+            info = self.backend.info
+            raise ConfigError(
+                f"backend {info.title} cannot compute on {info.place}: {error}"
+            ) from error
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest, PromptTooLong or SparsityUnavailable; touches no state, so any thread may
