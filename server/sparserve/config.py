@@ -499,4 +499,5 @@ def _explain(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{name} is no setting; `sparserve serve --help` lists them"
     flag = f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the settings file"
-    return f"{name} is {problem['input']!r}: {problem['msg']} ({flag})"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{name} is {problem['input']!r}: {reason} ({flag})"

@@ -14,6 +14,7 @@ from sparserve.engine import backends, memory
 from sparserve.engine.backends import Chosen, choose_backend
 from sparserve.engine.block_manager import blocks_for
 from sparserve.engine.factory import assemble_engine
+from sparserve.engine.formats import with_dtype
 from sparserve.engine.memory import GIB, STEP_BYTES, check_weights, size_cache
 from sparserve.errors import ConfigError
 from sparserve.model.weight_bytes import bytes_of_weights
@@ -117,6 +118,15 @@ def test_settings_that_contradict_each_other_or_the_machine(gpus, fields, told):
     settings = EngineSettings(**fields)
     with pytest.raises(ConfigError, match=told):
         choose_backend(settings, settings.dtype)
+
+
+def test_an_original_to_compare_with_needs_no_gpu(gpus):
+    gpus(NO_GPU)
+    settings = EngineSettings(device="cuda", dtype="int8")
+    assert choose_backend(with_dtype(settings, "float32"), "float32").name == "reference"
+    for dtype in ("bfloat16", "int4"):
+        with pytest.raises(ConfigError, match="no driver"):
+            choose_backend(with_dtype(settings, dtype), dtype)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def _gpu_obstacle(settings: EngineSettings) -> str | None:
     try:
         usable(_place(settings))
     except (NativeLibraryError, NativeCallError) as error:
-        return str(error)
+        return str(error).removesuffix(".")
     return None
 
 
