@@ -17,6 +17,8 @@ import torch
 
 from sparse_kernels import _abi, native
 from sparse_kernels.choice import SCORES, ChoiceKind, NeuronChoice, Score
+from sparse_kernels.device import parse, usable
+from sparse_kernels.kv_memory import KvMemory, new_kv_memory
 from sparse_kernels.pack import PackedDecoder, pointer
 
 BLOCK_SIZE = _abi.SK_BLOCK_SIZE
@@ -61,25 +63,43 @@ class Rows(NamedTuple):
 
 
 class Decoder:
-    """A model of the library with its threads, over packed weights, which it keeps alive.
+    """A model of the library, over packed weights: on the CPU with threads, keeping the weights alive;
+    on a GPU over a copy in its memory, all else in main memory.
 
-    One thread at a time may call it. `close` ends the threads; so does the end of its life.
+    One thread at a time may call it. `close` ends it; so does the end of its life.
     """
 
     def __init__(
-        self, packed: PackedDecoder, *, threads: int, isa: str = "auto", kv_bits: int = 16
+        self,
+        packed: PackedDecoder,
+        *,
+        device: str = "cpu",
+        threads: int = 1,
+        isa: str = "auto",
+        kv_bits: int = 16,
     ) -> None:
-        """`kv_bits`: of keys and values in the cache, 16 (bfloat16) or 8.
-
-        Raises NativeCallError, of a CPU that lacks `isa` for example, or NativeLibraryError.
         """
+        Args:
+            device: cpu, or a GPU: cuda, cuda:1; emulator, in tests, computes as a GPU does.
+            threads: of the CPU; a GPU takes 1.
+            isa: the CPU's level; a GPU takes auto.
+            kv_bits: of keys and values in the cache, 16 (bfloat16) or 8.
+
+        Raises NativeCallError, of a CPU that lacks `isa` or a GPU without room for example, or
+        NativeLibraryError.
+        """
+        kind, index = parse(device)
+        if kind != "cpu":
+            _refuse_scan(packed, device)
+            usable(device)  # compiles the kernels where that has not been done
+        self.device = kind if kind == "cpu" else f"{kind}:{index}"
         self.config = config = packed.config
         self.formats = packed.formats
         self.has_scan = packed.scan is not None
         self.choices: frozenset[ChoiceKind] = frozenset()  # that sequences can choose by
         if packed.choice is not None:
             self.choices = packed.choice.kinds
-        self._library = native.load()
+        self._library = native.load(kind)
         self._arguments = native.new_struct(_abi.sk_forward_args)
         self._candidates = min(_abi.SK_NUM_CANDIDATES, config.vocab_size)
         widest = max(shape.intermediate_size for shape in config.layers)
@@ -88,6 +108,7 @@ class Decoder:
         self._logits = torch.empty(0, config.vocab_size)
         self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
+        arguments.device = index
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
         native.check(self._library, status)
@@ -97,13 +118,20 @@ class Decoder:
         self.isa = native.isa_name(info.isa)
         self.threads: int = info.threads
         self.packed_bytes: int = packed.arena.size  # all weights, padding included
-        # The weights are the callback's arguments so that they outlive the model.
-        self._destroy = weakref.finalize(self, _destroy, self._library, info.model, packed)
+        self.device_bytes: int = info.device_bytes  # of a GPU's memory, the weights among them
+        # The weights are the callback's arguments so that they outlive the model. A GPU has copies.
+        kept = packed if kind == "cpu" else None
+        self._destroy = weakref.finalize(self, _destroy, self._library, info.model, kept)
+
+    def new_kv(self, blocks: int) -> KvMemory:
+        """Zeroed memory for so many KV blocks, where `forward` wants it. Raises MemoryError, or of a
+        GPU's NativeCallError."""
+        return new_kv_memory(self.device, blocks * self.kv_block_bytes)
 
     def forward(
         self,
         sequences: Sequence[Tokens],
-        kv: torch.Tensor,
+        kv: KvMemory,
         *,
         output_rows: Sequence[int] = (),
         temperatures: Sequence[float] = (),
@@ -118,7 +146,8 @@ class Decoder:
         """Compute a batch and write its KV.
 
         Args:
-            kv: contiguous memory of a whole number of blocks, `kv_block_bytes` each, layer by layer.
+            kv: memory on the same device, of a whole number of blocks, `kv_block_bytes` each, layer by
+                layer.
             output_rows: rows of the batch (all sequences' tokens in order) whose candidates are
                 wanted, each at its temperature > 0.
             hidden_rows: rows whose hidden state is wanted.
@@ -154,10 +183,9 @@ class Decoder:
         hidden = self._no_hidden
         if wanted_hidden:
             hidden = torch.empty(len(wanted_hidden), hidden_size)
-        kv_bytes = kv.numel() * kv.element_size()
         _FORWARD.pack_into(
             self._arguments, 0, _abi.SK_ABI_VERSION, _FORWARD.size,
-            ctypes.addressof(records), kv.data_ptr(), kv_bytes, kv_bytes // self.kv_block_bytes,
+            ctypes.addressof(records), kv.data_ptr(), kv.nbytes, kv.nbytes // self.kv_block_bytes,
             len(sequences), outputs, len(wanted_hidden), int(prompts), 0,
             rows.buffer_info()[0], temps.buffer_info()[0], wanted_hidden.buffer_info()[0],
             outputs * vocab, outputs * self._candidates, hidden.numel(),
@@ -183,7 +211,7 @@ class Decoder:
         return logits
 
     def close(self) -> None:
-        """End the model's threads and let go of the weights."""
+        """End the model and let go of the weights."""
         self._model = 0
         self._destroy()
 
@@ -191,15 +219,15 @@ class Decoder:
         self,
         rows: array[int],
         temperatures: array[float],
-        kv: torch.Tensor,
+        kv: KvMemory,
         wanted: Sequence[Wanted],
         union_reads: torch.Tensor | None,
     ) -> None:
         """Of what the library cannot measure. Raises ValueError."""
         if len(rows) != len(temperatures):
             raise ValueError(f"{len(rows)} output rows have {len(temperatures)} temperatures")
-        if not kv.is_contiguous():
-            raise ValueError(f"kv {list(kv.shape)} is not contiguous")
+        if kv.device != self.device:
+            raise ValueError(f"kv is on {kv.device}, the decoder on {self.device}")
         for own in wanted:
             _check_tensor("statistics", own.statistics, self._sums_shape, leading=1)
             _check_tensor("reads", own.reads, self._reads_shape)
@@ -251,6 +279,15 @@ def model_arguments(
             packed.choice.corrections, ctypes.POINTER(_abi.sk_correction)
         )
     return arguments
+
+
+def _refuse_scan(packed: PackedDecoder, device: str) -> None:
+    """Raises NativeCallError."""
+    if packed.scan is not None:
+        raise native.NativeCallError(
+            _abi.sk_status.SK_STATUS_UNSUPPORTED,
+            f"the LM head has a scan (int4+exact), which is for the CPU alone, not for {device}",
+        )
 
 
 NOTHING = Wanted()
@@ -326,5 +363,5 @@ _SEQUENCE = _record(_abi.sk_sequence)
 _FORWARD = _record(_abi.sk_forward_args)
 
 
-def _destroy(library: ctypes.CDLL, model: int, _packed: PackedDecoder) -> None:
+def _destroy(library: ctypes.CDLL, model: int, _packed: PackedDecoder | None) -> None:
     library.sk_model_destroy(model)

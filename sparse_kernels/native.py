@@ -1,6 +1,6 @@
-"""The compiled library `libsparse_kernels_cpu.so`, called through its C ABI.
+"""The compiled libraries, called through their one C ABI: one computes on the CPU, one on a GPU.
 
-The library is loaded at the first call, not at import. `_abi.py` mirrors its header and is generated
+A library is loaded at the first call, not at import. `_abi.py` mirrors its header and is generated
 from it; the functions here fill the structs, turn a status into an exception and give results
 names. Sizes are bytes, times seconds, rates GB/s = 1e9 bytes a second. ctypes lets go of the GIL
 for the time of a call.
@@ -20,7 +20,14 @@ from typing import TypeVar
 import sparse_kernels
 from sparse_kernels import _abi
 
-LIBRARY_NAME = "libsparse_kernels_cpu.so"
+# By the kind of device that it computes on. The emulator runs a GPU's kernels on the CPU, for tests.
+LIBRARIES = {
+    "cpu": "libsparse_kernels_cpu.so",
+    "cuda": "libsparse_kernels_cuda.so",
+    "emulator": "libsparse_kernels_emulated.so",
+}
+# In the environment, the path of the emulator's library: it then stands in for that of the GPU too.
+EMULATED = "SPARSE_KERNELS_EMULATED"
 DEFAULT_PROBE_BYTES = 1 << 30
 REINSTALL = "Install the package again (pip install . in its source tree, or pip install sparserve)"
 
@@ -40,6 +47,10 @@ class NativeCallError(RuntimeError):
     def __init__(self, status: _abi.sk_status, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class DeviceLost(NativeCallError):
+    """The GPU failed: nothing on it can be used any more, not even by a new model."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,14 @@ class ReadProbe:
     """Whether the kernel took the advice to use huge pages; without them reading is slower."""
 
 
-def load() -> ctypes.CDLL:
-    """Return the library, loaded once per process.
+def load(kind: str = "cpu") -> ctypes.CDLL:
+    """Return the library for a kind of device (cpu, cuda, emulator), loaded once per process.
 
     Raises NativeLibraryError with the way out if it is missing or of another version.
     """
-    return _load(_find_library())
+    if kind != "cpu" and (emulated := os.environ.get(EMULATED)):
+        return _load(Path(emulated))
+    return _load(_find_library(LIBRARIES[kind]))
 
 
 def cpu_features() -> CpuFeatures:
@@ -196,17 +209,20 @@ def new_struct(struct: type[AnyStruct]) -> AnyStruct:
 
 
 def check(library: ctypes.CDLL, status: int) -> None:
-    """Raise NativeCallError unless `status`, just returned on this thread, is SK_STATUS_OK."""
+    """Raise NativeCallError, or DeviceLost, unless `status`, just returned on this thread, is
+    SK_STATUS_OK."""
     if status != _abi.sk_status.SK_STATUS_OK:
-        raise NativeCallError(_abi.sk_status(status), library.sk_last_error().decode())
+        lost = status == _abi.sk_status.SK_STATUS_DEVICE
+        kind = DeviceLost if lost else NativeCallError
+        raise kind(_abi.sk_status(status), library.sk_last_error().decode())
 
 
-def _find_library() -> Path:
+def _find_library(name: str) -> Path:
     # An editable install has two entries: the source tree and the folder of the built library.
     folders = [Path(entry) for entry in sparse_kernels.__path__]
     for folder in folders:
-        if (folder / LIBRARY_NAME).is_file():
-            return folder / LIBRARY_NAME
+        if (folder / name).is_file():
+            return folder / name
     searched = ", ".join(map(str, folders))
     hint = ""
     if (folders[0] / "cpu").is_dir():
@@ -214,7 +230,7 @@ def _find_library() -> Path:
             " This is a source tree, which Python found before any installed package: run from "
             "another folder, or use an editable install (pip install -e .)."
         )
-    raise NativeLibraryError(f"{LIBRARY_NAME} is not in {searched}. {REINSTALL}.{hint}")
+    raise NativeLibraryError(f"{name} is not in {searched}. {REINSTALL}.{hint}")
 
 
 @functools.cache
@@ -234,7 +250,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def isa_name(value: int) -> str:
-    """Of an sk_isa: auto, portable, avx2, avx512 or amx."""
+    """Of an sk_isa: auto, portable, avx2, avx512, amx or cuda."""
     return _abi.sk_isa(value).name.removeprefix("SK_ISA_").lower()
 
 

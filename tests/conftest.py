@@ -18,6 +18,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from sparse_kernels import native
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.weights import EndTensors, Factors, LayerTensors
@@ -30,9 +31,9 @@ from sparserve.model.catalog import DEMO_MODEL
 from sparserve.model.compressed_checkpoint import CompressedWeights, CompressionInfo
 from sparserve.model.compressed_writer import CheckpointWriter, source_of
 from sparserve.model.config import ModelConfig
-from sparserve.model.cpu import layer_tensors
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.packing import layer_tensors
 from sparserve.model.weights import HF_NAMES, layer_shapes
 from sparserve.sparsity.index import NeuronIndex, Setting, write_index
 from sparserve.sparsity.policy import PolicyKind
@@ -261,6 +262,18 @@ def index_file(
 def tiny_index(index_file: Callable[..., Path]) -> Path:
     """For the tiny model on the reference backend."""
     return index_file("float32")
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device cuda, computed by the emulator or by a GPU."""
+    if request.param == "emulator":
+        try:
+            path = native.load("emulator")._name
+        except native.NativeLibraryError as error:
+            pytest.skip(str(error))
+        monkeypatch.setenv(native.EMULATED, path)
+    return "cuda"
 
 
 EngineFactory = Callable[..., Engine]

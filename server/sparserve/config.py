@@ -6,6 +6,7 @@ Precedence: flag, then `SPARSERVE_<NAME>` in the environment, then the YAML file
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast, get_args
@@ -27,7 +28,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 PartDtype = Literal["same", "bfloat16", "int8", "int4"]
 KvDtype = Literal["same", "bfloat16", "int8"]
 HeadDtype = Literal["same", "bfloat16", "int8", "int4", "int4+exact"]
-BackendChoice = Literal["auto", "reference", "cpu"]
+BackendChoice = Literal["auto", "reference", "cpu", "cuda"]
 PolicyName = Literal["dense", "core", "token", "exact", "auto"]
 
 # Settings that say how weights are stored.
@@ -88,16 +89,24 @@ class EngineSettings(BaseSettings):
     backend: Annotated[
         BackendChoice,
         Field(
-            description="cpu: native kernels, weights in bfloat16, int8 or int4; reference: plain torch, slow, "
-            "any floating-point dtype and device; auto: cpu where dtype and device_map allow it."
+            description="cpu, cuda: native kernels for the CPU or an NVIDIA GPU, weights in bfloat16, int8 or int4; "
+            "reference: plain torch, slow, any floating-point dtype, placed by device_map; auto: the native kernels of "
+            "device, where dtype and device_map allow it."
+        ),
+    ] = "auto"
+    device: Annotated[
+        str,
+        Field(
+            description="What the native kernels compute on: cpu; cuda or cuda:N, an NVIDIA GPU; auto: the first GPU where "
+            "it can be used, else the CPU, and the log says why."
         ),
     ] = "auto"
     dtype: Annotated[
         Dtype,
         Field(
-            description="Data type of the weights; auto: bfloat16 on the cpu backend, on the reference "
+            description="Data type of the weights; auto: bfloat16 on the native backends, on the reference "
             "backend the checkpoint's (float32 for quantized GGUF). int8 and int4 round the matrices to integers "
-            "when they are loaded, for the cpu backend; the embedding is then bfloat16."
+            "when they are loaded, for the native backends; the embedding is then bfloat16."
         ),
     ] = "auto"
     attention_dtype: Annotated[
@@ -149,7 +158,7 @@ class EngineSettings(BaseSettings):
     kv_dtype: Annotated[
         KvDtype,
         Field(
-            description="Data type of the KV cache; same: that of the weights, bfloat16 where these are integers. int8 (cpu backend only) holds twice the "
+            description="Data type of the KV cache; same: that of the weights, bfloat16 where these are integers. int8 (native backends only) holds twice the "
             "context and reads it faster, for a little quality."
         ),
     ] = "same"
@@ -211,7 +220,7 @@ class EngineSettings(BaseSettings):
     device_map: Annotated[
         str,
         Field(
-            description="Where the layers' weights live: cpu; a torch device such as cuda:0; or auto: GPUs "
+            description="Where the reference backend's weights live: cpu; a torch device such as cuda:0; or auto: GPUs "
             "first, then main memory, then left in the checkpoint and read for each use."
         ),
     ] = "cpu"
@@ -240,9 +249,18 @@ class EngineSettings(BaseSettings):
         Field(
             ge=0,
             allow_inf_nan=False,
-            description="Memory for the KV cache in GiB; 0: all of max_running contexts, at most a quarter of free memory.",
+            description="Memory for the KV cache in GiB; 0: all of max_running contexts, at most a quarter of free memory, "
+            "on a GPU what gpu_memory_utilization says.",
         ),
     ] = 0
+    gpu_memory_utilization: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Share of a GPU's memory that the KV cache may take of what is free beside the weights.",
+        ),
+    ] = 0.9
     max_running: Annotated[
         int, Field(ge=1, le=1024, description="Requests decoded together at most.")
     ] = 16
@@ -287,6 +305,13 @@ class EngineSettings(BaseSettings):
             description="New tokens for a request that names no max_tokens; never more than max_new_tokens.",
         ),
     ] = 256
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value, re.ASCII):
+            raise ValueError("it must be auto, cpu, cuda or cuda:N, with N the number of a GPU")
+        return value
 
     @field_validator("allowed_policies")
     @classmethod
@@ -474,4 +499,5 @@ def _explain(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{name} is no setting; `sparserve serve --help` lists them"
     flag = f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the settings file"
-    return f"{name} is {problem['input']!r}: {problem['msg']} ({flag})"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{name} is {problem['input']!r}: {reason} ({flag})"

@@ -19,6 +19,7 @@
       QueueFull                   too many requests or prompt tokens wait
       SlowReader                  a stream was not read
       Unavailable                 draining, stopped or broken
+        DeviceFailure             the GPU failed, and the server ends
       DeadlineExceeded            the request's own deadline passed
       EngineFailure               a step failed; carries an id that the log has too
       CallFailed                  the client's view of a status that a server sent
@@ -144,6 +145,16 @@ class Unavailable(SparserveError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeviceFailure(Unavailable):
+    """The GPU failed, and the server ends; `error_id` stands beside the reason in its log."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(
+            f"the GPU failed and the server ends; error id {error_id} in the server's log"
+        )
+        self.error_id = error_id
 
 
 class DeadlineExceeded(SparserveError):

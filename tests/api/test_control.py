@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2
 from transformers import AutoTokenizer
 
 import sparserve
+from sparse_kernels.device import describe
 from sparse_kernels.native import cpu_features
 from sparserve.client import AsyncClient, Client, make_request
 from sparserve.client.responses import ArchiveReader
@@ -59,6 +60,16 @@ async def test_server_info_names_instruction_set_and_formats_of_the_native_backe
         kv_dtype="bfloat16",
     )
     assert model.dtype == told
+
+
+async def test_server_info_names_the_gpu(serving, connect, tiny_bfloat16, cuda):
+    async with serving(model=tiny_bfloat16, backend="auto", device=cuda) as server:
+        info = await connect(server).control.GetServerInfo(pb.GetServerInfoRequest())
+    gpu = describe(cuda)
+    assert info.backend == pb.Backend(
+        name="cuda", device=f"cuda:0 {gpu.name}", dtype="bfloat16", threads=1, kv_dtype="bfloat16"
+    )
+    assert gpu.name
 
 
 async def test_server_info_tells_backend_limits_and_policies(serving, connect):

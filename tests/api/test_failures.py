@@ -6,6 +6,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from sparse_kernels._abi import sk_status
+from sparse_kernels.native import DeviceLost
 from sparserve.client import AsyncClient, make_request
 from sparserve.errors import CallFailed
 
@@ -195,3 +197,35 @@ async def test_an_unexpected_error_in_a_call_is_internal_with_an_id_and_no_trace
     assert "secret" not in error.value.details()
     monkeypatch.undo()
     assert (await wire.inference.Generate(SHORT)).usage.completion_tokens == 3
+
+
+async def test_a_lost_gpu_ends_all_requests_with_unavailable_and_then_the_server(
+    serving, connect, controlled, details_of, until, http_get, caplog
+):
+    async with serving(max_running=2) as server:
+        wire = connect(server)
+        watch = wire.health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        running = asyncio.ensure_future(server.run_until_signalled())
+        with controlled(server) as forward:
+            forward.hold()
+            lost = DeviceLost(sk_status.SK_STATUS_DEVICE, "GPU 0 failed: an illegal address")
+            forward.fail(lost)
+            # Some run, the others wait for a place.
+            calls = [asyncio.ensure_future(wire.inference.Generate(SHORT)) for _ in range(4)]
+            await until(lambda: server.engine.in_flight == 4)
+            forward.release()
+            calls = asyncio.gather(*calls, return_exceptions=True)
+            errors = await asyncio.wait_for(calls, 30)
+            assert forward.calls == 1, "nothing is tried on it again"
+        for error in errors:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert "the GPU failed and the server ends; error id " in error.details()
+            assert "RetryInfo" not in details_of(error)
+        error_id = errors[0].details().split("error id ")[1].split()[0]
+        assert f"the GPU failed, error id {error_id}" in caplog.text
+        assert "an illegal address" in caplog.text
+        assert (await asyncio.wait_for(watch.read(), 30)).status == NOT_SERVING
+        await asyncio.wait_for(running, 30)
+        assert server.lost_device
+        assert server.ended

@@ -9,6 +9,7 @@ import torch
 from sparse_kernels import native
 from sparse_kernels.decoder import PHASES
 from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.kv_memory import HostMemory
 from sparse_kernels.weights import DecoderConfig, LayerShape
 from sparserve.bench import kernels
 from sparserve.bench.kernels import (
@@ -24,7 +25,7 @@ from sparserve.bench.kernels import (
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import make_decoders
 from sparserve.errors import ConfigError
-from sparserve.model.cpu import CpuBackend
+from sparserve.model.native import NativeBackend
 from sparserve.model.weights import layer_shapes
 
 CEILINGS = (20.0, 10.0, 40.0)  # GB/s
@@ -66,6 +67,9 @@ class Made:
         self.batches.append(sequences)
         phase_seconds[:] = array("d", [next(self._seconds)] * len(PHASES))
 
+    def new_kv(self, blocks):
+        return HostMemory(blocks * self.kv_block_bytes)
+
 
 def test_weights_of_all_phases_are_those_that_a_step_reads(tiny_bfloat16):
     config = tiny_bfloat16.config
@@ -74,7 +78,7 @@ def test_weights_of_all_phases_are_those_that_a_step_reads(tiny_bfloat16):
     for dtype, head_bytes in (("bfloat16", 2 * head), ("int4", head + 3 * config.vocab_size)):
         own = EngineSettings(threads=1, dtype=dtype)
         (decoder,) = make_decoders(tiny_bfloat16, own, ["portable"])
-        info = CpuBackend(config, decoder, num_blocks=1).info
+        info = NativeBackend(config, decoder, num_blocks=1).info
         found = phase_bytes(decoder.config, Point("decode", 3, 20), decoder.formats)
         matrices = info.weight_bytes - 4 * (sum(vectors) + config.hidden_size)
         assert sum(found.values()) - found["attention"] == matrices

@@ -3,12 +3,17 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from sparse_kernels.native import usable_cpus
+from sparse_kernels.device import Device
+from sparse_kernels.native import NativeLibraryError, usable_cpus
+from sparserve.bench import machine
 from sparserve.bench.machine import CpuWatch, _busy_seconds, check_threads
 from sparserve.errors import ConfigError
+
+GPU = Device("cuda", 0, "NVIDIA H200", 1 << 37, 1 << 37, 90, 132, 13000, coded=True)
 
 
 def test_a_process_beside_us_is_seen():
@@ -39,3 +44,16 @@ def test_more_threads_than_cpus_are_refused():
     check_threads(usable_cpus())
     with pytest.raises(ConfigError, match=f"--threads {usable_cpus() + 1} is more than"):
         check_threads(usable_cpus() + 1)
+
+
+def test_the_machine_is_its_cpus_and_gpus(monkeypatch):
+    def lacking():
+        raise NativeLibraryError("there is none")
+
+    monkeypatch.setattr(machine, "devices", lacking)
+    without = machine.describe_machine()
+    assert without.endswith(", Linux")
+    monkeypatch.setattr(machine, "devices", lambda: [GPU, replace(GPU, index=1)])
+    assert machine.describe_machine() == without.replace(
+        ", Linux", ", NVIDIA H200, NVIDIA H200, Linux"
+    )

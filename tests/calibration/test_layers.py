@@ -13,8 +13,8 @@ from sparserve.calibration.factors import _by_gate, _by_planes
 from sparserve.calibration.layers import walk
 from sparserve.compression.quantize import quantize_layer
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
-from sparserve.model.cpu import layer_tensors
 from sparserve.model.loader import load_model
+from sparserve.model.packing import layer_tensors
 from sparserve.model.reference import ReferenceBackend
 from sparserve.sparsity.statistics import UNIT
 

@@ -12,6 +12,7 @@ import sysconfig
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,15 +65,13 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def spawn() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
-    """`await spawn("serve", …, env={…})`: the installed command, killed at the end of the test."""
-    script = Path(sysconfig.get_path("scripts")) / "sparserve"
+async def spawn_any() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
+    """`await spawn_any("program", "argument", …, env={…})`: killed at the end of the test."""
     started = []
 
-    async def start(*arguments: str | Path, env: dict[str, str] | None = None) -> Served:
+    async def start(*command: str | Path, env: dict[str, str] | None = None) -> Served:
         process = await asyncio.create_subprocess_exec(
-            str(script),
-            *map(str, arguments),
+            *map(str, command),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **(env or {})},
@@ -86,6 +85,26 @@ async def spawn() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
         await process.communicate()
+
+
+@pytest.fixture
+def spawn(spawn_any: Callable[..., Awaitable[Served]]) -> Callable[..., Awaitable[Served]]:
+    """`await spawn("serve", …, env={…})`: the installed command."""
+    return partial(spawn_any, Path(sysconfig.get_path("scripts")) / "sparserve")
+
+
+@pytest.fixture
+def spawn_python(
+    spawn_any: Callable[..., Awaitable[Served]], tmp_path: Path
+) -> Callable[..., Awaitable[Served]]:
+    """`await spawn_python(code, "serve", …)`: code in place of the installed command."""
+
+    def start(code: str, *arguments: str | Path) -> Awaitable[Served]:
+        script = tmp_path / "own.py"
+        script.write_text(code)
+        return spawn_any(sys.executable, script, *arguments)
+
+    return start
 
 
 @pytest.fixture

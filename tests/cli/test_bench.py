@@ -199,6 +199,7 @@ def test_memory_that_cannot_be_measured_is_refused(run_main, tiny_folder, flags,
     [
         (["--levels", "sse"], "no level of the instruction set is named 'sse'"),
         (["--dtype", "float32"], "the cpu backend cannot be used: dtype is float32"),
+        (["--device", "cuda"], "device is cuda, and this measures a CPU; leave --device out"),
         (["--prefill", "513"], "513 tokens exceed the model's context of 512"),
         (["--max-running", "4"], "--max-running: the engine is made for"),
         (["--png", "x.docx"], "x.docx is no name of a picture"),

@@ -93,6 +93,42 @@ async def test_a_second_signal_stops_without_waiting(spawn, long_folder):
     assert not [line for line in served.lines if "Traceback" in line]
 
 
+# A server whose fifth forward finds the GPU lost: two warm up, three generate.
+LOSES_ITS_GPU = """
+import sys
+from sparse_kernels._abi import sk_status
+from sparse_kernels.native import DeviceLost
+from sparserve.cli import main
+from sparserve.model.native import NativeBackend
+
+real, calls = NativeBackend.forward, []
+
+def forward(self, batch):
+    calls.append(batch)
+    if len(calls) > 5:
+        raise DeviceLost(sk_status.SK_STATUS_DEVICE, "GPU 0 failed: an illegal address")
+    return real(self, batch)
+
+NativeBackend.forward = forward
+main()
+"""
+
+
+async def test_a_lost_gpu_ends_the_process_with_status_1(spawn_python, tiny_folder):
+    served = await spawn_python(
+        LOSES_ITS_GPU, "serve", "--model", tiny_folder, "--backend", "cpu", *ANY_PORTS, *SMALL
+    )
+    await served.ready()
+    async with AsyncClient(f"127.0.0.1:{served.port}") as client:
+        with pytest.raises(CallFailed) as failed:
+            async for _ in client.stream("hello", **{**ENDLESS, "max_tokens": 100}):
+                pass
+    assert failed.value.code == "UNAVAILABLE"
+    assert "the GPU failed" in failed.value.message
+    assert await served.ended(within=30) == 1
+    assert any("an illegal address" in line for line in served.lines)
+
+
 def told(lines: list[str]) -> list[str]:
     """What stderr says, less the log."""
     return [line for line in lines if line and " INFO " not in line]
@@ -135,6 +171,9 @@ async def test_a_wrong_model_setting_or_file_is_one_clear_line_and_exit_status_1
         (["--port", "70000"], "port is '70000'"),
         (["--dtype", "int7"], "dtype is 'int7'"),
         (["--backend", "gpu"], "backend is 'gpu'"),
+        (["--device", "gpu"], "device is 'gpu': it must be auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:9999"], "the cuda backend cannot be used: "),
+        (["--device", "cuda", "--backend", "cpu"], "backend is cpu and device is cuda; give one"),
         (["--backend", "cpu", "--dtype", "float32"], "dtype is float32 and it needs bfloat16"),
         (["--kv-cache-gib", "inf"], "kv_cache_gib is 'inf'"),
         (["--config", "/none.yaml"], "/none.yaml does not exist"),

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_kernels._abi import sk_status
+from sparse_kernels.native import DeviceLost, NativeCallError
 from sparserve.engine.engine import MAX_CONSECUTIVE_FAILURES, Engine
 from sparserve.engine.request import (
     Finish,
@@ -18,7 +20,13 @@ from sparserve.engine.request import (
     Update,
 )
 from sparserve.engine.sequence import Sequence
-from sparserve.errors import ConfigError, EngineFailure, InvalidRequest, PromptTooLong
+from sparserve.errors import (
+    ConfigError,
+    DeviceFailure,
+    EngineFailure,
+    InvalidRequest,
+    PromptTooLong,
+)
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -349,3 +357,34 @@ def test_a_context_nobody_asked_for_is_cut_to_what_fits(tiny_engine, caplog):
     engine = tiny_engine(kv_cache_gib=0.0001)
     assert engine.limits.max_context == 16 * engine.backend.num_blocks < 512
     assert "serving a context of" in caplog.text
+
+
+def test_a_library_that_refuses_the_first_forward_is_told_in_one_line(native_engine, monkeypatch):
+    engine = native_engine()
+    refusal = NativeCallError(sk_status.SK_STATUS_INTERNAL, "launch of embed, 0 x 1 x 1 blocks")
+
+    def refuse(batch):
+        raise refusal
+
+    monkeypatch.setattr(engine.backend, "forward", refuse)
+    with pytest.raises(
+        ConfigError, match=r"backend cpu \(.*\) cannot compute on 1 threads: launch of embed"
+    ):
+        engine.warm_up()
+
+
+def test_a_lost_gpu_ends_everything_at_once_and_for_good(tiny_engine, monkeypatch):
+    engine = tiny_engine(max_running=1)
+    for key in ("a", "b"):
+        engine.add(request(key, [1, 2, 3], max_tokens=5))
+
+    def lose(batch):
+        raise DeviceLost(sk_status.SK_STATUS_DEVICE, "GPU 0 failed")
+
+    monkeypatch.setattr(engine.backend, "forward", lose)
+    updates = engine.step()
+    assert {update.request_id for update in updates} == {"a", "b"}
+    assert isinstance(engine.broken, DeviceFailure)
+    assert all(finish_of(update).error is engine.broken for update in updates)
+    assert not engine.has_work
+    assert engine.used_blocks == 0

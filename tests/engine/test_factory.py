@@ -13,8 +13,9 @@ import torch
 from sparse_kernels import arena, native
 from sparse_kernels.choice import ChoiceKind
 from sparserve.config import EngineSettings
-from sparserve.engine import factory
-from sparserve.engine.factory import assemble_engine, build_engine, choose_backend, load_by_settings
+from sparserve.engine import backends, factory
+from sparserve.engine.backends import choose_backend
+from sparserve.engine.factory import assemble_engine, build_engine, load_by_settings
 from sparserve.errors import ConfigError, CorruptCheckpoint, UnusableIndex
 from sparserve.model import loader
 from sparserve.model.loader import load_model
@@ -133,9 +134,13 @@ def test_a_missing_library_is_a_reason_or_an_error(tiny_folder, monkeypatch):
     def missing() -> None:
         raise native.NativeLibraryError("libx.so is not there. Install the package again.")
 
-    monkeypatch.setattr(factory, "cpu_features", missing)
+    monkeypatch.setattr(backends, "cpu_features", missing)
     settings = settings_of(tiny_folder)
-    assert choose_backend(settings, "auto") == ("reference", "libx.so is not there. Install the package again.")  # fmt: skip
+    chosen = choose_backend(settings, "auto")
+    assert (chosen.name, chosen.reason) == (
+        "reference",
+        "libx.so is not there. Install the package again.",
+    )
     with pytest.raises(ConfigError, match=r"cannot be used: libx.so is not there"):
         choose_backend(settings_of(tiny_folder, backend="cpu"), "auto")
 
@@ -173,7 +178,7 @@ def test_a_level_that_this_cpu_lacks_is_told_in_the_librarys_words(tiny_folder, 
     def lacking() -> None:
         raise native.NativeCallError(native._abi.sk_status.SK_STATUS_UNSUPPORTED, text)
 
-    monkeypatch.setattr(factory, "cpu_features", lacking)
+    monkeypatch.setattr(backends, "cpu_features", lacking)
     for backend in ("auto", "cpu"):
         with pytest.raises(ConfigError, match=f"^{text}$"):
             build_engine(settings_of(tiny_folder, backend=backend))

@@ -9,10 +9,10 @@ import torch
 
 from sparse_kernels.formats import BFLOAT16, DecoderFormats, MatrixFormat
 from sparserve.config import EngineSettings
+from sparserve.engine.backends import choose_backend
 from sparserve.engine.factory import (
     assemble_engine,
     build_engine,
-    choose_backend,
     format_name,
     load_by_settings,
     make_decoders,

@@ -21,8 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = (
 
 from sparse_kernels.formats import DecoderFormats
 from sparserve.model.backend import Backend, ForwardOutput
-from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.loader import LoadedModel
+from sparserve.model.native import NativeBackend
+from sparserve.model.packing import make_decoder
 from sparserve.model.reference import ReferenceBackend
 
 BFLOAT16_MODEL = DecoderFormats()
@@ -67,7 +68,7 @@ def make_backend() -> Callable[..., Backend]:
     ) -> Backend:
         if kind == "cpu":
             decoder = make_decoder(model.config, model.weights, formats, threads=threads)
-            return CpuBackend(model.config, decoder, num_blocks=num_blocks)
+            return NativeBackend(model.config, decoder, num_blocks=num_blocks)
         return ReferenceBackend(model.config, model.weights, num_blocks=num_blocks, threads=threads)
 
     return make

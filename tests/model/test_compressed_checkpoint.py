@@ -14,9 +14,10 @@ from sparse_kernels.weights import QuantizedMatrix
 from sparserve import __version__
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
 from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
-from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import load_model
+from sparserve.model.native import NativeBackend
+from sparserve.model.packing import make_decoder
 from sparserve.model.placement import Placement
 from sparserve.model.weights import layer_shapes
 
@@ -109,7 +110,7 @@ def test_what_is_served_is_what_was_compressed(
     def run(backend):
         return torch.cat([all_logits(backend.forward(ForwardBatch([s]))) for s in (prompt, step)])
 
-    read, in_memory = (run(CpuBackend(model.config, own, num_blocks=2)) for own in decoders)
+    read, in_memory = (run(NativeBackend(model.config, own, num_blocks=2)) for own in decoders)
     assert torch.equal(read, in_memory)
     reference = run(make_backend(load_model(str(tmp_path / "out"), dtype="float32")))
     tolerance = 0.25 if formats.activation_bits == 8 else 0.03
@@ -197,7 +198,7 @@ def test_bytes_of_a_step_include_low_rank_terms(source, write_compressed, make_b
     decoder = make_decoder(
         model.config, model.weights, formats, threads=1, compressed=model.compressed
     )
-    info = CpuBackend(model.config, decoder, num_blocks=1).info
+    info = NativeBackend(model.config, decoder, num_blocks=1).info
     row = 64 // 2 + 3 + 32 + 3  # codes, scale and zero, of the factors too
     attention, mlp, bases = 192 * row, 288 * row, 4 * 32 * 64 * 2
     head, vectors = 259 * (64 + 3), 5 * 64 * 4

@@ -15,9 +15,9 @@ from sparserve.model.compressing import (
     compress_layers,
     compress_lm_head,
 )
-from sparserve.model.cpu import layer_tensors, pack_model
 from sparserve.model.effective import effective
 from sparserve.model.loader import load_model
+from sparserve.model.packing import layer_tensors, pack_model
 from sparserve.model.walk import Walk
 
 STACKS = ["q, k, v", "output", "gate, up", "down"]

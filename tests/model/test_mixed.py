@@ -16,10 +16,11 @@ from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
 from sparserve.model.compressed_checkpoint import CompressionInfo
 from sparserve.model.compressed_writer import CheckpointWriter, source_of
 from sparserve.model.compressing import compress_layers, compress_lm_head
-from sparserve.model.cpu import CpuBackend, layer_tensors, make_decoder
 from sparserve.model.effective import effective
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.mixed import allocate
+from sparserve.model.native import NativeBackend
+from sparserve.model.packing import layer_tensors, make_decoder
 
 LAYERS = 4
 UNSCALED = {"scale_columns": False}
@@ -246,7 +247,7 @@ def test_what_is_allocated_is_written_and_served(model, make_backend, all_logits
     ours, plain = (
         decoded(backend, all_logits)
         for backend in (
-            CpuBackend(made.config, decoder, num_blocks=2),
+            NativeBackend(made.config, decoder, num_blocks=2),
             make_backend(load_model(str(tmp_path / "out"), dtype="float32")),
         )
     )

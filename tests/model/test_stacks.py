@@ -8,9 +8,9 @@ import torch
 from sparse_kernels.formats import MatrixFormat
 from sparse_kernels.weights import Factors
 from sparserve.compression.quantize import quantize
-from sparserve.model.cpu import layer_tensors
 from sparserve.model.effective import effective
 from sparserve.model.loader import load_model
+from sparserve.model.packing import layer_tensors
 from sparserve.model.stacks import GATE_UP, OUTPUT, QKV, columns_alike, with_inputs_divided
 from sparserve.model.walk import Walk
 

@@ -1,13 +1,13 @@
 """Random tiny decoders of any shape, for the packer, the library and the oracle."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from sparse_kernels import native, reference
-from sparse_kernels.arena import huge_pages
 from sparse_kernels.choice import NeuronChoice, Score
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
 from sparse_kernels.formats import DecoderFormats, LayerFormats
@@ -151,9 +151,24 @@ def tiny_decoder() -> Callable[..., Tiny]:
 
 
 @pytest.fixture(scope="session")
-def levels() -> list[str]:
-    """All that this machine runs, ascending."""
+def cpu_levels() -> list[str]:
+    """All that this machine's CPU runs, ascending."""
     return list(LEVELS[: LEVELS.index(native.cpu_features().highest_isa) + 1])
+
+
+@pytest.fixture(
+    scope="session", params=["cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def levels(request: pytest.FixtureRequest, cpu_levels: list[str]) -> list[str]:
+    """What a machine can compute with: each level of the CPU; for a GPU and its emulator one by that name."""
+    if request.param == "cpu":
+        return cpu_levels
+    if request.param == "emulator":
+        try:
+            native.load("emulator")
+        except native.NativeLibraryError as error:
+            pytest.skip(str(error))
+    return [request.param]
 
 
 @pytest.fixture(scope="session", params=[16, 8], ids=["bfloat16 KV", "int8 KV"])
@@ -188,12 +203,21 @@ class Run:
 
 
 class Machine:
-    """A decoder with a KV cache, on which several runs may go on."""
+    """A decoder with a KV cache, on which several runs may go on. `isa`: one of `levels`."""
 
     def __init__(self, tiny: Tiny, blocks: int, threads: int, isa: str, kv_bits: int) -> None:
-        self.tiny = tiny
-        self.decoder = Decoder(tiny.packed(), threads=threads, isa=isa, kv_bits=kv_bits)
-        self.kv = huge_pages(blocks * self.decoder.kv_block_bytes)
+        self.tiny, self.num_blocks = tiny, blocks
+        on_cpu = {"threads": threads, "isa": isa}
+        device = {"device": isa} if isa in ("emulator", "cuda") else on_cpu
+        self.decoder = Decoder(tiny.packed(), **device, kv_bits=kv_bits)
+        self.kv = self.decoder.new_kv(blocks)
+
+    @contextmanager
+    def changed_kv(self) -> Iterator[torch.Tensor]:
+        """All bytes of the KV cache, which are written back."""
+        kv = self.kv.read(0, self.kv.nbytes)
+        yield kv
+        self.kv.write(0, kv)
 
     def step(
         self,
@@ -251,10 +275,10 @@ class Machine:
     def blocks_of(self, run: Run) -> list[torch.Tensor]:
         """Of each layer the run's KV blocks, [blocks, bytes of a block]."""
         heads = [layer.num_kv_heads for layer in self.tiny.config.layers]
-        blocks = self.kv.numel() // self.decoder.kv_block_bytes
         head_bytes = self.decoder.kv_block_bytes // sum(heads)
-        layers = self.kv.split([blocks * count * head_bytes for count in heads])
-        return [part.view(blocks, -1)[list(run.table)] for part in layers]
+        kv = self.kv.read(0, self.kv.nbytes)
+        layers = kv.split([self.num_blocks * count * head_bytes for count in heads])
+        return [part.view(self.num_blocks, -1)[list(run.table)] for part in layers]
 
     def kv_of(self, run: Run) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
         """Of each layer and block the keys and values [BLOCK_SIZE, num_kv_heads, head_dim]."""

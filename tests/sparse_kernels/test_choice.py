@@ -219,9 +219,9 @@ def replace_run(run, make_run, block: int):
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "bfloat16"])
 def test_vectors_and_tiles_give_equal_bits(
-    name, levels, chooser, make_machine, make_run, random_tokens, random_core
+    name, cpu_levels, chooser, make_machine, make_run, random_tokens, random_core
 ):
-    if "amx" not in levels:
+    if "amx" not in cpu_levels:
         pytest.skip("this CPU has no tiles")
     tiny, tokens = chooser(FORMATS[name], **SHAPES["wide"]), random_tokens(NUM_TOKENS)
     for choice in all_kinds(tiny, random_core).values():

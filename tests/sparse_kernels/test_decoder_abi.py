@@ -190,22 +190,23 @@ class TestForward:
         ids=["shape", "dtype", "strides"],
     )
     def test_statistics_that_the_library_would_write_beyond(self, model, make_part, sums) -> None:
-        kv, part = huge_pages(model.kv_block_bytes), make_part([1], 0, [0])
+        kv, part = model.new_kv(1), make_part([1], 0, [0])
         with pytest.raises(ValueError, match=r"expected contiguous torch.int64 \[blocks, 2, 96\]"):
             model.forward([part], kv, wanted=[Wanted(statistics=sums)])
 
-    def test_kv_that_is_not_in_one_piece(self, model, make_part) -> None:
-        kv = huge_pages(2 * model.kv_block_bytes)[::2]
-        with pytest.raises(ValueError, match="is not contiguous"):
+    def test_kv_on_another_device(self, model, make_part) -> None:
+        kv = model.new_kv(1)
+        kv.device = "cuda:0"
+        with pytest.raises(ValueError, match="kv is on cuda:0, the decoder on cpu"):
             model.forward([make_part([1], 0, [0])], kv)
 
     def test_a_row_without_a_temperature(self, model, make_part) -> None:
-        kv, part = huge_pages(model.kv_block_bytes), make_part([1, 2], 0, [0])
+        kv, part = model.new_kv(1), make_part([1, 2], 0, [0])
         with pytest.raises(ValueError, match="2 output rows have 1 temperatures"):
             model.forward([part], kv, output_rows=[0, 1], temperatures=[1.0])
 
     def test_more_tokens_together_than_a_forward_takes(self, model, make_part) -> None:
-        kv = huge_pages(model.kv_block_bytes * 4096)
+        kv = model.new_kv(4096)
         part = make_part([1] * 40000, 0, range(2500))
         with pytest.raises(native.NativeCallError, match="80000 tokens; it can have 1 to 65536"):
             model.forward([part, part], kv)
@@ -346,11 +347,11 @@ class TestCreate:
         packed.layers[0].mlp_norm[5] = value
         refused(create(model_arguments(packed, threads=1)), VALUE, "mlp_norm", "at 5")
 
-    def test_a_level_that_this_cpu_lacks_or_nobody_knows(self, tiny_decoder, levels) -> None:
+    def test_a_level_that_this_cpu_lacks_or_nobody_knows(self, tiny_decoder, cpu_levels) -> None:
         packed = tiny_decoder().packed()
         with pytest.raises(native.NativeCallError, match="isa is 'avx1024'; it can be auto"):
             Decoder(packed, threads=1, isa="avx1024")
-        for isa in {"avx2", "avx512", "amx"} - set(levels):
+        for isa in {"avx2", "avx512", "amx"} - set(cpu_levels):
             with pytest.raises(native.NativeCallError, match=f"isa asks for {isa}") as error:
                 Decoder(packed, threads=1, isa=isa)
             assert error.value.status == sk_status.SK_STATUS_UNSUPPORTED
@@ -519,7 +520,7 @@ class TestLife:
 
     def test_closed_twice_is_closed_and_refuses_calls(self, tiny_decoder, make_part) -> None:
         made = Decoder(tiny_decoder().packed(), threads=1)
-        kv = huge_pages(made.kv_block_bytes)
+        kv = made.new_kv(1)
         made.close()
         made.close()
         with pytest.raises(native.NativeCallError, match="there is no model"):
@@ -529,7 +530,7 @@ class TestLife:
 
     def test_the_weights_are_kept_alive(self, tiny_decoder, make_part) -> None:
         made = Decoder(tiny_decoder().packed(), threads=1)
-        kv = huge_pages(made.kv_block_bytes)
+        kv = made.new_kv(1)
         gc.collect()
         arguments = {"output_rows": [0], "temperatures": [1.0]}
         first = made.forward([make_part([1], 0, [0])], kv, **arguments).logits.clone()
@@ -566,7 +567,7 @@ class TestLife:
         assert call() == sk_status.SK_STATUS_OK
 
     def test_an_idle_model_uses_no_cpu(self, model, make_part) -> None:
-        kv = huge_pages(model.kv_block_bytes)
+        kv = model.new_kv(1)
         model.forward([make_part([1], 0, [0])], kv)
         time.sleep(0.1)  # the threads spin for a moment before they sleep
         before = time.process_time()

@@ -278,13 +278,13 @@ def test_all_neurons_are_dense_and_choices_of_others_change_nothing(
 
 
 def test_vectors_and_tiles_differ_by_rounding_alone(
-    levels, tiny_decoder, make_machine, random_tokens
+    cpu_levels, tiny_decoder, make_machine, random_tokens
 ):
     """Products with a basis are in bfloat16, whose sums differ between the levels; all others do not."""
     tiny, tokens = tiny_decoder(**SHAPES["plain"], formats=FORMATS["int4"]), random_tokens(40)
     first, *others = (
         torch.stack([row[4] for row in make_machine(tiny, isa=isa).alone(tokens).rows])
-        for isa in levels
+        for isa in cpu_levels
     )
     for other in others:
         assert_near(other, first.double(), TYPICAL[16], "levels")

@@ -413,13 +413,13 @@ class TestPackaging:
             native.load()
 
     def test_file_that_is_no_library(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        (tmp_path / native.LIBRARY_NAME).write_text("text")
+        (tmp_path / native.LIBRARIES["cpu"]).write_text("text")
         monkeypatch.setattr(sparse_kernels, "__path__", [str(tmp_path)])
         with pytest.raises(native.NativeLibraryError, match=r"cannot be loaded.*pip install"):
             native.load()
 
     def test_library_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = native._find_library()
+        path = native._find_library(native.LIBRARIES["cpu"])
         monkeypatch.setattr(_abi, "SK_ABI_VERSION", 99)
         with pytest.raises(native.NativeLibraryError, match=r"ABI version 6, .* needs 99.*install"):
             native._load.__wrapped__(path)

@@ -9,7 +9,6 @@ import torch
 
 from sparse_kernels import _abi, native
 from sparse_kernels._abi import sk_status
-from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows, model_arguments
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.native import NativeCallError
@@ -46,8 +45,7 @@ class Prompt:
 
 
 def outputs(decoder: Decoder, tokens: Sequence[int], **ask: object) -> Rows:
-    kv = huge_pages(8 * decoder.kv_block_bytes)
-    return decoder.forward([Prompt(tokens)], kv, **ask)
+    return decoder.forward([Prompt(tokens)], decoder.new_kv(8), **ask)
 
 
 def last_rows(
@@ -82,12 +80,12 @@ def assert_same_head(ours: Rows, exact: Rows, needed: Sequence[int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_candidates_have_the_bits_of_the_exact_head(
-    shape, threads, levels, tiny_decoder, random_tokens, states
+    shape, threads, cpu_levels, tiny_decoder, random_tokens, states
 ):
     tiny = tiny_decoder(layers=ONE_LAYER, **shape)
     packed, tokens = scanned(tiny, states), random_tokens(30, seed=1)
     needed, scans = [1, 2, 3, 5, 1, 16, 17, 1], 0  # 46 together
-    for isa in levels:
+    for isa in cpu_levels:
         decoder = Decoder(packed, threads=threads, isa=isa)
         exact, _ = last_rows(decoder, tokens, len(needed))
         exact = exact._replace(logits=exact.logits.clone())
@@ -125,7 +123,7 @@ def test_rows_that_need_all_or_much_get_all(needed, tiny_decoder, random_tokens,
 
 
 def test_nearly_equal_tokens_come_in_the_order_of_the_exact_head(
-    levels, tiny_decoder, random_tokens, states
+    cpu_levels, tiny_decoder, random_tokens, states
 ):
     """Hundreds of tokens whose weights differ in a last bit, or not at all."""
     tiny = tiny_decoder(vocab_size=VOCAB)
@@ -135,7 +133,7 @@ def test_nearly_equal_tokens_come_in_the_order_of_the_exact_head(
     head[100:400] = (x / x.norm() * head.norm(dim=1).mean() * 2).bfloat16()
     head[200:300].view(torch.int16)[:, :3] += 1
     packed, tokens = scanned(tiny, states), random_tokens(40)
-    for isa in levels:
+    for isa in cpu_levels:
         decoder = Decoder(packed, threads=1, isa=isa)
         exact, _ = last_rows(decoder, tokens, 1)
         ours, rescored = last_rows(decoder, tokens, 1, [48])
@@ -156,7 +154,7 @@ def rough(tiny_decoder) -> tuple:
     return tiny, ScanTensors(matrix, NO_DIRECTIONS, errors)
 
 
-def test_a_token_that_the_scan_gets_wrong_is_found_by_its_bound(rough, levels, random_tokens):
+def test_a_token_that_the_scan_gets_wrong_is_found_by_its_bound(rough, cpu_levels, random_tokens):
     tiny, scan = rough
     tokens = random_tokens(40)
     packed = tiny.packed()
@@ -166,7 +164,7 @@ def test_a_token_that_the_scan_gets_wrong_is_found_by_its_bound(rough, levels, r
     tiny.ends.lm_head[1234] = (x / x.norm() * 20).bfloat16()  # the best by far
     off = float((tiny.ends.lm_head[1234].double() - scan.matrix.dequantize()[1234, :64]).norm())
     scan.errors[1, 1234] = off * 1.000001
-    for isa in levels:
+    for isa in cpu_levels:
         decoder = Decoder(with_scan(tiny.packed(), scan), threads=1, isa=isa)
         ours, rescored = last_rows(decoder, tokens, 1, [1])
         assert rescored[0] < VOCAB

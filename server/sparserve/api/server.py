@@ -20,7 +20,7 @@ from sparserve.api.reflection import add_reflection
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, EngineState
 from sparserve.engine.engine import Engine
-from sparserve.errors import ConfigError
+from sparserve.errors import ConfigError, DeviceFailure
 from sparserve.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Server:
         self._health = HealthService(SERVICES)
         self._http: HttpServer | None = None
         self._warm = False
+        self._asked_to_end = asyncio.Event()
         self.engine = AsyncEngine(
             engine,
             max_waiting=settings.max_waiting,
@@ -84,6 +85,11 @@ class Server:
     @property
     def is_ready(self) -> bool:
         return self._warm and self.engine.state is EngineState.READY
+
+    @property
+    def lost_device(self) -> bool:
+        """The GPU failed; another process may be able to use it."""
+        return isinstance(self.engine.engine.broken, DeviceFailure)
 
     async def start(self) -> None:
         """Warm up, listen, then turn SERVING. Raises ConfigError where a port is taken."""
@@ -114,9 +120,9 @@ class Server:
         await self._close(_GRACE_SECONDS)
 
     async def run_until_signalled(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain; a second signal ends the wait."""
+        """Serve until SIGTERM or SIGINT or the GPU fails, then drain; a second signal ends the wait."""
         loop = asyncio.get_running_loop()
-        asked, impatient = asyncio.Event(), asyncio.Event()
+        asked, impatient = self._asked_to_end, asyncio.Event()
 
         def on_signal() -> None:
             (impatient if asked.is_set() else asked).set()
@@ -162,6 +168,8 @@ class Server:
         log.info("engine is %s", state.value)
         if state is not EngineState.READY:
             self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self.lost_device:
+            self._asked_to_end.set()
 
 
 def check_ports(settings: ServerSettings) -> None:

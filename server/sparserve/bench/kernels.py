@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 
 from sparse_kernels._abi import SK_MAX_TOKENS, SK_READ_PROBE_BLOCK_BYTES, sk_isa
-from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import PHASES, Decoder
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.kv_memory import KvMemory
 from sparse_kernels.native import cpu_features, isa_name, read_probe
 from sparse_kernels.weights import DecoderConfig
 from sparserve import __version__
@@ -30,9 +30,11 @@ from sparserve.bench.machine import CpuWatch, describe_machine
 from sparserve.bench.rounds import BenchProgress, wait_until_idle
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE, Phase, SequenceInput
-from sparserve.model.cpu import KV_SCALE_BYTES
+from sparserve.model.native import KV_SCALE_BYTES
 
-LEVELS = tuple(isa_name(level) for level in sk_isa if level is not sk_isa.SK_ISA_AUTO)
+LEVELS = tuple(
+    isa_name(level) for level in sk_isa if sk_isa.SK_ISA_AUTO < level < sk_isa.SK_ISA_CUDA
+)
 WHOLE = "step"  # stands beside the phases' names for their sum
 DECODE_STEPS = 8  # of a level in a round; their median counts
 PROBE_SECONDS = 0.3
@@ -257,12 +259,16 @@ def _seen(position: int, window: int) -> int:
     return min(position + 1, window) if window else position + 1
 
 
-def _random_kv(decoder: Decoder, plan: Plan) -> torch.Tensor:
+def _random_kv(decoder: Decoder, plan: Plan) -> KvMemory:
     """KV for the largest point. Untouched pages would all be one page of zeros, read from a cache."""
     blocks = max(point.batch * point.blocks for point in plan.points)
+    # As bfloat16, numbers or scales, two such bytes are finite: 1e-14 to 3.
+    random = torch.empty(decoder.kv_block_bytes, dtype=torch.uint8)
     try:
-        # As bfloat16, numbers or scales, two such bytes are finite: 1e-14 to 3.
-        return huge_pages(blocks * decoder.kv_block_bytes).random_(40, 64)
+        kv = decoder.new_kv(blocks)
+        for block in range(blocks):
+            kv.write(block * len(random), random.random_(40, 64))
+        return kv
     except MemoryError as error:
         raise ConfigError(f"KV does not fit: {error}; lower --batch or --context") from error
 
@@ -276,7 +282,7 @@ def _read_ceiling(decoder: Decoder, point: Point) -> float:
 
 
 def _phase_seconds(
-    decoder: Decoder, kv: torch.Tensor, point: Point, steps: int, source: random.Random
+    decoder: Decoder, kv: KvMemory, point: Point, steps: int, source: random.Random
 ) -> list[float]:
     """Medians over `steps` equal steps, by PHASES and then WHOLE."""
     found: list[list[float]] = []

@@ -7,7 +7,8 @@ import platform
 import time
 from pathlib import Path
 
-from sparse_kernels.native import usable_cpus
+from sparse_kernels.device import devices
+from sparse_kernels.native import NativeCallError, NativeLibraryError, usable_cpus
 from sparserve.errors import ConfigError
 
 
@@ -21,7 +22,14 @@ def describe_machine() -> str:
             if "model name" in line
         ]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
-    return f"{cpu}, {platform.system()}"
+    return ", ".join([cpu, *_gpus(), platform.system()])
+
+
+def _gpus() -> list[str]:
+    try:
+        return [gpu.name for gpu in devices()]
+    except (NativeLibraryError, NativeCallError):
+        return []
 
 
 class CpuWatch:

@@ -157,8 +157,9 @@ class _Models:
     """Loads the original in float32 once for all jobs, whatever their settings."""
 
     def __init__(self, settings: EngineSettings, load: Load) -> None:
-        # Integers and the cpu backend are for what is compared with it.
-        own = with_dtype(settings, "float32").model_copy(update={"backend": "reference"})
+        # Integers and the native backends are for what is compared with it.
+        update = {"backend": "reference", "device": "auto"}
+        own = with_dtype(settings, "float32").model_copy(update=update)
         self._settings, self._load = own, load
 
     @cached_property

@@ -14,7 +14,8 @@ from sparserve.bench.sweep import Plan
 from sparserve.bench.systems import DENSE_POLICY
 from sparserve.bench.text import TEXTS, refuse_calibration_text
 from sparserve.config import EngineSettings
-from sparserve.engine.factory import choose_backend, format_name
+from sparserve.engine.backends import choose_backend
+from sparserve.engine.factory import format_name
 from sparserve.engine.formats import DETAILS, PARTS, served_formats, with_dtype
 from sparserve.errors import ConfigError, SparsityUnavailable, UnusableIndex
 from sparserve.model.compressed_tensors import bits_per_weight
@@ -139,6 +140,6 @@ def _bits(model: LoadedModel, settings: EngineSettings) -> tuple[float, float]:
         info = model.compressed.info
         return info.bits_per_decoder_weight, info.bits_per_weight
     dtype = model.weights.dtype
-    if choose_backend(settings, str(dtype).removeprefix("torch."))[0] == "cpu":
+    if choose_backend(settings, str(dtype).removeprefix("torch.")).is_native:
         return bits_per_weight(model.config, served_formats(model, settings))
     return 8.0 * dtype.itemsize, 8.0 * dtype.itemsize

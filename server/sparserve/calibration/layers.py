@@ -17,9 +17,9 @@ from sparse_kernels.weights import (
     QuantizedMatrix,
 )
 from sparserve.compression.quantize import quantize_layer
-from sparserve.model.cpu import layer_tensors
 from sparserve.model.effective import effective
 from sparserve.model.loader import LoadedModel
+from sparserve.model.packing import layer_tensors
 from sparserve.model.walk import Walk
 from sparserve.model.weights import LayerWeights
 

@@ -27,7 +27,8 @@ from sparserve.calibration.plan import CalibrationPlan, Effort
 from sparserve.calibration.stages import Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
-from sparserve.engine.factory import choose_backend, format_name, make_backend
+from sparserve.engine.backends import choose_backend
+from sparserve.engine.factory import format_name, make_backend
 from sparserve.engine.formats import served_formats
 from sparserve.errors import ConfigError
 from sparserve.model.backend import Backend, mean_neuron_bytes
@@ -64,7 +65,8 @@ def calibrate(
     except OSError as error:
         raise ConfigError(f"the model's files cannot be read: {error}") from error
     partial = plan.out.with_name(plan.out.name + ".partial")
-    inputs = _inputs(key, text, settings, plan)
+    dtype = str(model.weights.dtype).removeprefix("torch.")
+    inputs = _inputs(key, text, settings, choose_backend(settings, dtype).name, plan)
     stages = Stages(partial, inputs)
     index = _Calibration(model, settings, plan, text, key, stages, on_progress).index()
     source = {name: inputs[name] for name in ("text", "windows", "prompt_tokens", "decode_tokens")}
@@ -78,7 +80,11 @@ def calibrate(
 
 
 def _inputs(
-    key: IndexKey, text: CalibrationText, settings: EngineSettings, plan: CalibrationPlan
+    key: IndexKey,
+    text: CalibrationText,
+    settings: EngineSettings,
+    backend: str,
+    plan: CalibrationPlan,
 ) -> dict[str, object]:
     """All that results depend on."""
     effort = plan.effort
@@ -88,7 +94,7 @@ def _inputs(
         "text": text.hash,
         "threads": settings.threads or usable_cpus(),
         "kv_dtype": settings.kv_dtype,
-        "backend": settings.backend,
+        "backend": backend,
         "windows": plan.windows,
         "prompt_tokens": plan.prompt_tokens,
         "decode_tokens": plan.decode_tokens,
@@ -113,7 +119,7 @@ class _Calibration:
         self._key, self._stages, self._on_progress = key, stages, on_progress
         self._effort = plan.effort
         dtype = str(model.weights.dtype).removeprefix("torch.")
-        native = choose_backend(settings, dtype)[0] == "cpu"
+        native = choose_backend(settings, dtype).is_native
         self._formats = served_formats(model, settings) if native else DecoderFormats()
         self._aims = {
             kind: Aim(own, self._tiers(kind, own), plan.effort.reaches)

@@ -217,6 +217,10 @@ def kernels(
     refuse_own_limits(settings)
     check_threads(settings.threads)
     _check_files(json_file, png)
+    if settings.device.startswith("cuda"):
+        raise ConfigError(
+            f"device is {settings.device}, and this measures a CPU; leave --device out"
+        )
     # Never a fallback: where the cpu backend cannot run, the settings are refused.
     settings = settings.model_copy(update={"backend": "cpu"})
     with counting_bar(own_thread=False) as show:

@@ -80,7 +80,7 @@ async def _run(
         target = f"{settings.host}:{server.port}"
         info = built.engine.backend.info
         err.print(
-            f"serving {built.model_name} on {target}: backend {info.title}, {info.dtype}, {info.threads} threads"
+            f"serving {built.model_name} on {target}: backend {info.title}, {info.dtype}, {info.place}"
         )
         async with AsyncClient(target) as client:
             for question in questions:

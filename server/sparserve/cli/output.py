@@ -27,8 +27,8 @@ from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
 
 if TYPE_CHECKING:
-    from sparserve.model.cpu import QuantizeProgress
     from sparserve.model.loader import LoadProgress
+    from sparserve.model.packing import QuantizeProgress
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

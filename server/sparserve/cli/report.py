@@ -175,7 +175,8 @@ def _write(found: Report, folder: Path) -> None:
 def _resolved(formats: Sequence[str], source: LoadedModel, settings: EngineSettings) -> list[str]:
     """`formats` with what "auto" stands for, each once. Raises ConfigError of one that other flags do not allow."""
     from sparserve.bench.systems import data_type
-    from sparserve.engine.factory import choose_backend, format_name
+    from sparserve.engine.backends import choose_backend
+    from sparserve.engine.factory import format_name
     from sparserve.engine.formats import with_dtype
 
     own = data_type(format_name(source, with_dtype(settings, "auto"))) if "auto" in formats else ""

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 @with_settings(ServerSettings)
 def serve(settings: ServerSettings) -> None:
-    """Serve a model over gRPC until SIGTERM or Ctrl-C, then finish what is in flight."""
+    """Serve a model over gRPC until SIGTERM or Ctrl-C, then finish what is in flight.
+
+    Exits with status 1 where the GPU fails.
+    """
     from sparserve.api.server import Server, check_ports, is_loopback
     from sparserve.engine.factory import build_engine
 
@@ -45,8 +48,8 @@ def serve(settings: ServerSettings) -> None:
         else:
             err.print(told, markup=False, soft_wrap=True)
         await server.run_until_signalled()
-        if not server.ended:
-            # A step that never ends holds the interpreter's exit up as well.
+        if server.lost_device or not server.ended:
+            # A step that never ends holds the interpreter's exit up as well; so may a lost GPU's driver.
             os._exit(1)
 
     asyncio.run(run())

@@ -342,7 +342,7 @@ class AsyncEngine:
             # Nothing below is meant to raise; whatever it was, nobody may be left waiting.
             error_id = uuid.uuid4().hex[:12]
             log.critical("the engine thread died, error id %s", error_id, exc_info=True)
-            self._post(self._break, error_id)
+            self._post(self._break, EngineFailure(error_id))
 
     def _run_once(self) -> bool:
         with self._wake:
@@ -389,9 +389,9 @@ class AsyncEngine:
         if not self._streams:
             self._idle.set()
 
-    def _break(self, error_id: str) -> None:
+    def _break(self, error: SparserveError) -> None:
         self._set_state(EngineState.BROKEN)
-        self._fail_all(EngineFailure(error_id))
+        self._fail_all(error)
 
     def _fail_all(self, error: SparserveError) -> None:
         for key, stream in list(self._streams.items()):

@@ -8,6 +8,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 
+from sparse_kernels.native import DeviceLost, NativeCallError
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.inputs import input_of
@@ -32,6 +33,7 @@ from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import (
     ConfigError,
     DeadlineExceeded,
+    DeviceFailure,
     EngineFailure,
     InvalidRequest,
     RequestError,
@@ -80,7 +82,7 @@ class Engine:
         self.limits = limits
         self.metrics = metrics
         self.policies = policies
-        self.broken: str | None = None  # the error id that ended it
+        self.broken: EngineFailure | DeviceFailure | None = None  # what ended it
         self._blocks = BlockManager(backend.num_blocks, prefix_cache=limits.prefix_cache)
         self._scheduler = Scheduler(
             self._blocks,
@@ -127,11 +129,18 @@ class Engine:
         return sum(s.prefill_target - s.num_computed for s in in_flight if s.phase is Phase.PREFILL)
 
     def warm_up(self) -> None:
-        """Run prefill and decode once, before the first request, so that none pays for it."""
+        """Run prefill and decode once, before the first request, so that none pays for it. Raises ConfigError
+        where the native library cannot."""
         assert not self.has_work
         token = SequenceInput((0,), 0, (0,), Phase.PREFILL, output_offsets=(0,))
-        self.backend.forward(ForwardBatch([token]))
-        self.backend.forward(ForwardBatch([replace(token, start=1, phase=Phase.DECODE)]))
+        try:
+            self.backend.forward(ForwardBatch([token]))
+            self.backend.forward(ForwardBatch([replace(token, start=1, phase=Phase.DECODE)]))
+        except NativeCallError as error:
+            info = self.backend.info
+            raise ConfigError(
+                f"backend {info.title} cannot compute on {info.place}: {error}"
+            ) from error
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest, PromptTooLong or SparsityUnavailable; touches no state, so any thread may
@@ -205,7 +214,8 @@ class Engine:
         ]
 
     def step(self) -> list[Update]:
-        """Run one batch. A failure ends the requests of that batch with EngineFailure, nobody else's."""
+        """Run one batch. A failure ends the requests of that batch with EngineFailure, nobody else's; that of
+        a GPU all with DeviceFailure, for good."""
         started = time.monotonic()
         updates = self._expire(started)
         plan = Plan()
@@ -214,6 +224,9 @@ class Engine:
             if plan.scheduled:
                 self._run(plan, started, updates)
             self._failures = 0
+        except DeviceLost:
+            self.broken = DeviceFailure(self._log_failure("the GPU"))
+            updates += self._end_everything(self.broken)
         except Exception:
             updates += self._fail(plan)
         self._record(plan, time.monotonic() - started)
@@ -256,7 +269,8 @@ class Engine:
             except InvalidRequest as error:
                 updates += self._end_failed(sequence, error)
             except Exception:  # the step is done: nobody else is touched
-                updates += self._end_failed(sequence, self._log_failure("a request's own step"))
+                error_id = self._log_failure("a request's own step")
+                updates += self._end_failed(sequence, EngineFailure(error_id))
 
     def _count_reads(self, plan: Plan, inputs: list[SequenceInput], output: ForwardOutput) -> None:
         reads = output.reads or [None] * len(inputs)
@@ -396,7 +410,7 @@ class Engine:
 
     def _fail(self, plan: Plan) -> list[Update]:
         """End what was in the failed step; without a plan, everything, for nothing can be trusted."""
-        error = self._log_failure("an engine step")
+        error = EngineFailure(self._log_failure("an engine step"))
         # A swap that did not happen leaves a sequence without its KV, so those count too.
         lost = [swap for swap in plan.swaps_out if swap.sequence.host_blocks is None]
         parts: list[Scheduled | Swap] = [*plan.scheduled, *lost, *plan.swaps_in]
@@ -408,15 +422,15 @@ class Engine:
             return updates
         self._failures += 1
         if self._failures >= MAX_CONSECUTIVE_FAILURES:
-            self.broken = error.error_id
+            self.broken = error
             updates += self._end_everything(error)
         return updates
 
-    def _end_everything(self, error: EngineFailure) -> list[Update]:
+    def _end_everything(self, error: SparserveError) -> list[Update]:
         everything = [s for request_id in self._requests for s in self._choices(request_id)]
         return self._end_all(everything, error)
 
-    def _end_all(self, sequences: list[Sequence], error: EngineFailure) -> list[Update]:
+    def _end_all(self, sequences: list[Sequence], error: SparserveError) -> list[Update]:
         updates: list[Update] = []
         for sequence in sequences:
             if sequence in self._choices(sequence.request.request_id):
@@ -436,11 +450,12 @@ class Engine:
             self._blocks.free(blocks)
         return True
 
-    def _log_failure(self, what: str) -> EngineFailure:
-        error = EngineFailure(uuid.uuid4().hex[:12])
-        log.exception("%s failed, error id %s", what, error.error_id)
+    def _log_failure(self, what: str) -> str:
+        """-> the error id that the log has now."""
+        error_id = uuid.uuid4().hex[:12]
+        log.exception("%s failed, error id %s", what, error_id)
         self.metrics.step_failures.inc()
-        return error
+        return error_id
 
     def _end_failed(self, sequence: Sequence, error: SparserveError) -> list[Update]:
         """End a choice, and those that waited for its prefill: theirs would fail as well."""

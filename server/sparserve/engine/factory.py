@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparse_kernels._abi import sk_status
 from sparse_kernels.arena import trim_heap
 from sparse_kernels.decoder import Decoder
 from sparse_kernels.formats import DecoderFormats
-from sparse_kernels.native import (
-    NativeCallError,
-    NativeLibraryError,
-    cpu_features,
-    memory_room,
-    usable_cpus,
-)
+from sparse_kernels.native import EMULATED, NativeCallError, usable_cpus
 from sparse_kernels.weights import ChoiceTensors
 from sparserve.config import EngineSettings
-from sparserve.engine.block_manager import blocks_for
+from sparserve.engine.backends import Chosen, choose_backend
 from sparserve.engine.compressed_cache import compressed_folder
 from sparserve.engine.engine import Engine
-from sparserve.engine.formats import native_only, served_formats, weight_formats
+from sparserve.engine.formats import served_formats
 from sparserve.engine.limits import EngineLimits
+from sparserve.engine.memory import GIB, check_weights, size_cache
 from sparserve.engine.policies import Policies, PolicyRules
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import ConfigError, RequestError, UnusableIndex
@@ -33,10 +30,11 @@ from sparserve.metrics import Metrics
 from sparserve.model.backend import BLOCK_SIZE, Backend
 from sparserve.model.calibration import CALIBRATION_TEXT
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.cpu import CpuBackend, QuantizeProgress, make_decoder, pack_model
 from sparserve.model.identity import index_key, source_has_changed
 from sparserve.model.kv_cache import bytes_per_block
 from sparserve.model.loader import LoadedModel, LoadProgress, load_model
+from sparserve.model.native import NativeBackend
+from sparserve.model.packing import QuantizeProgress, make_decoder, pack_model
 from sparserve.model.placement import Placement
 from sparserve.model.reference import ReferenceBackend
 from sparserve.sparsity.chooser import Chooser
@@ -44,8 +42,6 @@ from sparserve.sparsity.index import NeuronIndex, read_index
 from sparserve.sparsity.policy import Policy, PolicyKind
 
 log = logging.getLogger(__name__)
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +74,13 @@ def load_by_settings(
     """The model that `settings` name, compressed if they say so, in their dtype, where they place it. Raises
     ModelError or ConfigError.
 
-    For the cpu backend its layers stay in the checkpoint: the backend packs a copy of its own. `on_download`
+    For a native backend its layers stay in the checkpoint: the backend packs a copy of its own. `on_download`
     is told of all that comes before loading: layers that are compressed, too.
     """
-    name, reason = choose_backend(settings, settings.dtype)
+    chosen = choose_backend(settings, settings.dtype)
     source, served_as = settings.model, None
     if settings.compress:
-        _check_compress(settings, name, reason)
+        _check_compress(settings, chosen)
         served_as, folder = compressed_folder(settings, on_download)
         source = str(folder)
     elif settings.compress_text:
@@ -93,9 +89,9 @@ def load_by_settings(
         )
     model = load_model(
         source,
-        dtype="bfloat16" if name == "cpu" else settings.dtype,
+        dtype="bfloat16" if chosen.is_native else settings.dtype,
         placement=Placement(settings.device_map, int(settings.max_memory_gib * GIB)),
-        layers_at_use=name == "cpu",
+        layers_at_use=chosen.is_native,
         on_tensor=on_tensor,
         on_download=on_download,
     )
@@ -115,61 +111,20 @@ def load_by_settings(
     return model if served_as is None else replace(model, name=served_as)
 
 
-def _check_compress(settings: EngineSettings, backend: str, reason: str) -> None:
+def _check_compress(settings: EngineSettings, chosen: Chosen) -> None:
     """Raises ConfigError where what --compress makes would be served as plain weights."""
-    if backend != "cpu":
+    if not chosen.is_native:
         raise ConfigError(
-            f"compress is {settings.compress}, and only the cpu backend computes on compressed weights; here the "
-            f"reference backend would: {reason}"
+            f"compress is {settings.compress}, and only the cpu backend and the cuda backend compute on compressed "
+            f"weights; here the reference backend would: {chosen.reason}"
         )
-
-
-def choose_backend(settings: EngineSettings, dtype: str) -> tuple[str, str]:
-    """(name of the backend for weights of `dtype`, why it is not the cpu backend). Raises ConfigError."""
-    weight_formats(settings)  # what contradicts itself is told whatever the backend
-    wanted = native_only(settings)
-    if settings.backend == "reference":
-        if wanted is not None:
-            raise ConfigError(
-                f"{wanted}, which the reference backend cannot compute; take --backend cpu, or --dtype "
-                "float32, bfloat16 or float16"
-            )
-        return "reference", "the settings ask for it"
-    obstacle = _cpu_obstacle(settings, dtype)
-    if obstacle is None:
-        return "cpu", ""
-    if wanted is not None:
-        raise ConfigError(
-            f"{wanted}, which only the cpu backend computes, and it cannot be used: {obstacle}"
-        )
-    if settings.backend == "cpu":
-        raise ConfigError(
-            f"the cpu backend cannot be used: {obstacle}; or take --backend reference"
-        )
-    return "reference", obstacle
 
 
 def format_name(model: LoadedModel, settings: EngineSettings) -> str:
     """What BackendInfo.dtype will be. Raises ConfigError."""
     dtype = str(model.weights.dtype).removeprefix("torch.")
-    name, _ = choose_backend(settings, dtype)
-    return str(served_formats(model, settings)) if name == "cpu" else dtype
-
-
-def _cpu_obstacle(settings: EngineSettings, dtype: str) -> str | None:
-    """What keeps the cpu backend from running, if anything. Raises ConfigError where the instruction
-    set that SPARSE_KERNELS_ISA asks for cannot be had."""
-    if settings.device_map != "cpu":
-        return f"device_map is {settings.device_map!r} and it needs cpu"
-    if dtype not in ("auto", "bfloat16", "int8", "int4"):
-        return f"dtype is {dtype} and it needs bfloat16, int8 or int4"
-    try:
-        cpu_features()
-    except NativeLibraryError as error:
-        return str(error)
-    except NativeCallError as error:
-        raise ConfigError(str(error)) from error
-    return None
+    native = choose_backend(settings, dtype).is_native
+    return str(served_formats(model, settings)) if native else dtype
 
 
 def assemble_engine(
@@ -188,9 +143,9 @@ def assemble_engine(
         model, settings, max_context, choice=choice, on_layer=on_layer
     )
     log.info(
-        "model %s: %.1fM parameters in %s, backend %s on %d threads, context %d, KV cache %d tokens in %s",
+        "model %s: %.1fM parameters in %s, backend %s on %s, context %d, KV cache %d tokens in %s",
         model.name, model.config.num_parameters / 1e6, backend.info.dtype, backend.info.title,
-        backend.info.threads, max_context, backend.num_blocks * BLOCK_SIZE,
+        backend.info.place, max_context, backend.num_blocks * BLOCK_SIZE,
         backend.info.kv_dtype,
     )  # fmt: skip
     config = model.config
@@ -252,41 +207,63 @@ def make_backend(
 ) -> tuple[Backend, int]:
     """-> (backend, context that fits its KV cache); with `choice` its sequences can choose neurons by
     importance. Raises ConfigError or ModelError."""
-    config, dtype, threads = model.config, model.weights.dtype, _threads(settings)
+    config, dtype = model.config, model.weights.dtype
     dtype_name = str(dtype).removeprefix("torch.")
-    name, reason = choose_backend(settings, dtype_name)
-    if name == "cpu":
-        # First the weights: the cache gets a part of the memory that they leave.
-        with _told_as_config_error(model.name):
-            formats = served_formats(model, settings)
-            decoder = make_decoder(
-                config,
-                model.weights,
-                formats,
-                threads=threads,
-                kv_bits=_kv_bits(settings),
-                calibration=_calibration(model, formats),
-                choice=choice,
-                compressed=model.compressed,
-                on_layer=on_layer,
-            )
-        num_blocks, context = _size_cache(settings, decoder.kv_block_bytes, max_context)
-        return CpuBackend(config, decoder, num_blocks=num_blocks), context
-    log.info("the backend is the reference one: %s", reason)
+    chosen = choose_backend(settings, dtype_name)
+    if chosen.is_native:
+        _log_device(settings, chosen)
+        return _native_backend(model, settings, chosen.device, max_context, choice, on_layer)
+    log.info("the backend is the reference one: %s", chosen.reason)
     if settings.kv_dtype not in ("same", dtype_name):
         raise ConfigError(
             f"kv_dtype is {settings.kv_dtype}, but the backend is the reference one, which keeps KV like the "
-            f"weights ({dtype_name}): {reason}; take --kv-dtype same, or what the cpu backend needs"
+            f"weights ({dtype_name}): {chosen.reason}; take --kv-dtype same, or what the cpu backend needs"
         )
-    num_blocks, context = _size_cache(settings, bytes_per_block(config, dtype), max_context)
+    num_blocks, context = size_cache(settings, bytes_per_block(config, dtype), max_context)
     backend = ReferenceBackend(
         config,
         model.weights,
         num_blocks=num_blocks,
-        threads=threads,
+        threads=_threads(settings),
         choice=choice or ChoiceTensors(),
     )
     return backend, context
+
+
+def _log_device(settings: EngineSettings, chosen: Chosen) -> None:
+    if chosen.name == "cuda" and (emulated := os.environ.get(EMULATED)):
+        log.warning("%s is no GPU: the emulator %s computes, for tests", chosen.device, emulated)
+    elif chosen.name == "cpu" and settings.backend == settings.device == "auto":
+        log.info("the device is the CPU: %s", chosen.reason)
+
+
+def _native_backend(
+    model: LoadedModel,
+    settings: EngineSettings,
+    device: str,
+    max_context: int,
+    choice: ChoiceTensors | None,
+    on_layer: QuantizeProgress,
+) -> tuple[Backend, int]:
+    """See `make_backend`. First the weights: the cache gets a part of the memory that they leave."""
+    with _told_as_config_error(model.name, device):
+        formats = served_formats(model, settings)
+        if device != "cpu":
+            check_weights(model, formats, settings, device)
+        decoder = make_decoder(
+            model.config,
+            model.weights,
+            formats,
+            threads=_threads(settings),
+            device=device,
+            kv_bits=_kv_bits(settings),
+            calibration=_calibration(model, formats),
+            choice=choice,
+            compressed=model.compressed,
+            on_layer=on_layer,
+        )
+        num_blocks, context = size_cache(settings, decoder.kv_block_bytes, max_context, device)
+        return NativeBackend(model.config, decoder, num_blocks=num_blocks), context
 
 
 def _read_index(model: LoadedModel, settings: EngineSettings, format: str) -> NeuronIndex | None:
@@ -331,20 +308,25 @@ def _calibration(model: LoadedModel, formats: DecoderFormats) -> Sequence[int]:
 
 
 @contextmanager
-def _told_as_config_error(model_name: str) -> Iterator[None]:
-    """What the cpu backend refuses, with the way out."""
+def _told_as_config_error(model_name: str, device: str = "cpu") -> Iterator[None]:
+    """What a native backend refuses, with the way out."""
+    backend, way_out = "cpu", "take --backend reference"
+    if device != "cpu":
+        backend, way_out = "cuda", "take --device cpu"
     try:
         yield
     except NativeCallError as error:
+        if error.status == sk_status.SK_STATUS_OUT_OF_MEMORY and device != "cpu":
+            way_out = "take --dtype int8 or int4, a smaller --max-context or --kv-cache-gib, or --device cpu"
         raise ConfigError(
-            f"the cpu backend cannot run {model_name}: {error}; take --backend reference"
+            f"the {backend} backend cannot run {model_name}: {error}; {way_out}"
         ) from error
     except MemoryError as error:
         raise ConfigError(f"the weights of {model_name} do not fit into memory: {error}") from error
 
 
 def _kv_bits(settings: EngineSettings) -> int:
-    """Of the cpu backend's KV cache."""
+    """Of a native backend's KV cache."""
     return 8 if settings.kv_dtype == "int8" else 16
 
 
@@ -367,30 +349,3 @@ def _max_context(settings: EngineSettings, trained: int) -> int:
     if settings.max_context == 1:
         raise ConfigError("max_context is 1; a prompt token and a new token need at least 2")
     return settings.max_context or trained
-
-
-def _size_cache(settings: EngineSettings, block_bytes: int, max_context: int) -> tuple[int, int]:
-    """-> (KV blocks, context that fits in them). Raises ConfigError where an asked context does not fit."""
-    one_context = blocks_for(max_context)
-    free = memory_room()
-    if settings.kv_cache_gib * GIB > free:
-        raise ConfigError(
-            f"kv_cache_gib {settings.kv_cache_gib:g} is more than the {free / GIB:.1f} GiB of free memory"
-        )
-    if settings.kv_cache_gib:
-        blocks = int(settings.kv_cache_gib * GIB) // block_bytes
-        source = f"kv_cache_gib {settings.kv_cache_gib:g}"
-    else:
-        wanted, room = settings.max_running * one_context, free // 4
-        blocks = min(wanted, room // block_bytes)
-        source = f"a quarter of the free memory ({room / GIB:.2f} GiB)"
-    if blocks >= one_context:
-        return blocks, max_context
-    needs = f"one context of {max_context} needs {one_context * block_bytes / GIB:.2f} GiB"
-    holds = f"{source} holds {blocks * BLOCK_SIZE} tokens of KV cache, {needs}"
-    if settings.max_context or blocks < 1:
-        raise ConfigError(f"{holds}; raise --kv-cache-gib or lower --max-context")
-    log.warning(
-        "%s: serving a context of %d; raise --kv-cache-gib for more", holds, blocks * BLOCK_SIZE
-    )
-    return blocks, blocks * BLOCK_SIZE

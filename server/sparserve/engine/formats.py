@@ -16,7 +16,7 @@ DETAILS = ("group_size", "weight_planes", "down_planes", "activation_bits")
 
 
 def served_formats(model: LoadedModel, settings: EngineSettings) -> DecoderFormats:
-    """Of `model` on the cpu backend: what it was compressed to, else what `settings` want. Raises ConfigError."""
+    """Of `model` on a native backend: what it was compressed to, else what `settings` want. Raises ConfigError."""
     if model.compressed is None:
         return weight_formats(settings)
     for name in ("dtype", *PARTS, *DETAILS):
@@ -30,7 +30,7 @@ def served_formats(model: LoadedModel, settings: EngineSettings) -> DecoderForma
 
 
 def weight_formats(settings: EngineSettings) -> DecoderFormats:
-    """What the cpu backend makes of weights that are not compressed. Raises ConfigError of settings that contradict each
+    """What a native backend makes of weights that are not compressed. Raises ConfigError of settings that contradict each
     other."""
     attention, mlp, lm_head = (_bits(settings, part) for part in PARTS)
     _check_planes(settings, mlp)
@@ -54,7 +54,7 @@ def weight_formats(settings: EngineSettings) -> DecoderFormats:
 
 
 def native_only(settings: EngineSettings) -> str | None:
-    """A setting of data types that only the cpu backend can follow, in words."""
+    """A setting of data types that only the native backends can follow, in words."""
     if settings.dtype in BITS:
         return f"dtype is {settings.dtype}"
     given = (f"{part} is {getattr(settings, part)}" for part in PARTS if _own(settings, part))
@@ -63,13 +63,16 @@ def native_only(settings: EngineSettings) -> str | None:
 
 def with_dtype(settings: EngineSettings, dtype: str) -> EngineSettings:
     """The same settings for weights of `dtype`, without those that only integers have where there would
-    be none; with "auto" as `compress` says, with others of what it would compress."""
+    be none; with "auto" as `compress` says, with others of what it would compress. What no native backend
+    computes, an original to compare with, asks for no device."""
     update: dict[str, object] = {"dtype": dtype}
     fields = type(settings).model_fields
     if dtype != "auto":
         update |= {name: fields[name].default for name in ("compress", "compress_text")}
     if dtype in ("float32", "float16"):
         update |= {part: fields[part].default for part in PARTS}
+        if dtype != settings.dtype:
+            update["device"] = fields["device"].default
     changed = settings.model_copy(update=update)
     if all(_bits(changed, part) == 16 for part in PARTS):
         update |= {name: fields[name].default for name in DETAILS}

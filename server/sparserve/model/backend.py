@@ -146,6 +146,11 @@ class BackendInfo:
         return f"{self.name} ({self.isa})" if self.isa else self.name
 
     @property
+    def place(self) -> str:
+        """What computes, for people: a GPU, or threads."""
+        return f"{self.threads} threads" if self.device == "cpu" else self.device
+
+    @property
     def neuron_bytes(self) -> Mapping[ChoiceKind | None, tuple[float, ...]]:
         """See `mean_neuron_bytes`."""
         return {kind: mean_neuron_bytes(own) for kind, own in self.layer_neuron_bytes.items()}

@@ -25,9 +25,9 @@ from sparserve.compression.statistics import (
 )
 from sparserve.errors import ConfigError
 from sparserve.model.config import ModelConfig
-from sparserve.model.cpu import layer_tensors, told_as_model_errors
 from sparserve.model.effective import effective
 from sparserve.model.loader import LoadedModel
+from sparserve.model.packing import layer_tensors, told_as_model_errors
 from sparserve.model.stacks import (
     DOWN,
     GATE_UP,

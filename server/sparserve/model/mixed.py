@@ -33,9 +33,9 @@ from sparserve.model.compressing import (
     told_as_config_error,
 )
 from sparserve.model.config import ModelConfig
-from sparserve.model.cpu import layer_tensors
 from sparserve.model.effective import effective, effective_head, effective_values
 from sparserve.model.loader import LoadedModel
+from sparserve.model.packing import layer_tensors
 from sparserve.model.stacks import DOWN, STACKS, columns_alike
 from sparserve.model.walk import Walk
 from sparserve.model.weights import LayerWeights

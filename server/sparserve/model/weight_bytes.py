@@ -1,11 +1,11 @@
-"""Bytes of weights that the cpu backend reads."""
+"""Bytes of weights that a native backend reads."""
 
 from __future__ import annotations
 
 import torch
 
 from sparse_kernels.choice import ChoiceKind
-from sparse_kernels.formats import SCAN, DecoderFormats, LayerFormats
+from sparse_kernels.formats import BFLOAT16, SCAN, DecoderFormats, LayerFormats
 from sparse_kernels.pack import scan_columns
 from sparserve.model.config import ModelConfig
 from sparserve.model.weights import layer_shapes
@@ -23,6 +23,13 @@ def bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int, 
     if formats.lm_head_scan:
         head = SCAN.bytes(rows, scan_columns(hidden)) + 8 * rows
     return sum(whole for whole, _ in layers) + head + 4 * hidden, sum(mlp for _, mlp in layers)
+
+
+def bytes_of_weights(config: ModelConfig, formats: DecoderFormats) -> int:
+    """All that a step may read: with the embedding, which is no LM head that is quantized."""
+    shared = config.tie_word_embeddings and not formats.lm_head.quantized
+    embedding = 0 if shared else BFLOAT16.bytes(config.vocab_size, config.hidden_size)
+    return bytes_of_a_step(config, formats)[0] + embedding
 
 
 def _bytes_of_a_layer(config: ModelConfig, formats: LayerFormats) -> tuple[int, int]:

@@ -16,8 +16,9 @@ from sparserve.errors import CorruptCheckpoint, UnsupportedModel
 from sparserve.model import loader
 from sparserve.model.backend import BLOCK_SIZE, Backend, ForwardBatch, Phase, SequenceInput
 from sparserve.model.candidates import target_scores, top_candidates
-from sparserve.model.cpu import CpuBackend, make_decoder
 from sparserve.model.loader import load_model
+from sparserve.model.native import NativeBackend
+from sparserve.model.packing import make_decoder
 from sparserve.model.weights import LayerWeights
 
 INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 32)
@@ -185,7 +186,7 @@ def test_neurons_are_counted_by_the_bytes_of_their_layer(tiny_bfloat16, make_bac
 def test_blocks_of_kv_are_bytes_that_can_be_moved(tiny_bfloat16, kv_bits):
     model, tokens = tiny_bfloat16, random_tokens(33, 5)
     decoder = make_decoder(model.config, model.weights, threads=1, kv_bits=kv_bits)
-    backend = CpuBackend(model.config, decoder, num_blocks=9)
+    backend = NativeBackend(model.config, decoder, num_blocks=9)
 
     def last_logits(table: list[int], start: int) -> torch.Tensor:
         span = SequenceInput(
@@ -251,7 +252,7 @@ def test_layers_are_read_once_one_at_a_time_and_not_kept(
     )
     assert watched == []
     decoder = make_decoder(model.config, model.weights, formats, threads=1)
-    backend = CpuBackend(model.config, decoder, num_blocks=2)
+    backend = NativeBackend(model.config, decoder, num_blocks=2)
     gc.collect()
     assert len(watched) == 5 * 3
     assert [ref() for ref in watched] == [None] * 15
@@ -355,7 +356,7 @@ def test_torch_has_one_thread_beside_those_of_the_forward_but_all_in_the_referen
 ):
     reference = make_backend(tiny_bfloat16, threads=2)
     torch.set_num_threads(2)
-    CpuBackend(backend.config, backend._decoder, num_blocks=1)
+    NativeBackend(backend.config, backend._decoder, num_blocks=1)
     assert torch.get_num_threads() == 1
     reference.forward(ForwardBatch([SequenceInput([1], 0, [0], Phase.PREFILL)]))
     assert torch.get_num_threads() == 2

@@ -1,5 +1,5 @@
-"""The native CPU backend: weights in bfloat16 or integers, KV in bfloat16 or int8, one call of the library
-for a step.
+"""The native backend, on the CPU or a GPU: weights in bfloat16 or integers, KV in bfloat16 or int8, one call
+of the library for a step.
 
 Its kernels give a row the same bits in any batch, in any cut of a prompt, on any number of threads;
 with bfloat16 weights in prompts and decode alike, with integers in each of them.
@@ -8,28 +8,15 @@ with bfloat16 weights in prompts and decode alike, with integers in each of them
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
 from sparse_kernels._abi import SK_CHOICE_TOKENS, SK_SCAN_NEEDED
-from sparse_kernels.arena import huge_pages
 from sparse_kernels.decoder import Decoder, Rows, Wanted
-from sparse_kernels.formats import DecoderFormats
-from sparse_kernels.pack import PackedDecoder, pack, with_choice, with_scan
-from sparse_kernels.weights import (
-    ChoiceTensors,
-    DecoderConfig,
-    EndTensors,
-    LayerShape,
-    LayerTensors,
-    NonFiniteWeights,
-)
-from sparserve.compression.quantize import ScaleOverflow, quantize, quantize_layer
-from sparserve.compression.scan import make_scan
-from sparserve.errors import CorruptCheckpoint, UnsupportedModel
-from sparserve.model import llama
+from sparse_kernels.device import describe
+from sparse_kernels.kv_memory import as_bytes
 from sparserve.model.backend import (
     BLOCK_SIZE,
     BackendInfo,
@@ -43,194 +30,37 @@ from sparserve.model.backend import (
     TargetScores,
 )
 from sparserve.model.candidates import concatenate_scores, target_scores
-from sparserve.model.compressed_checkpoint import CompressedWeights
 from sparserve.model.config import ModelConfig
 from sparserve.model.merge import Call, kept, merged
 from sparserve.model.weight_bytes import bytes_of_a_step, layer_neuron_bytes
-from sparserve.model.weights import LayerWeights, ModelWeights
 from sparserve.sparsity.statistics import NeuronStatistics
 
-DTYPE = torch.bfloat16
 # Of the KV cache, by the bits of a number: its name, and the bytes of a head's scale for one token.
 KV_DTYPES = {16: "bfloat16", 8: "int8"}
 KV_SCALE_BYTES = {16: 0, 8: 2}
 # Rows of prompt log-probabilities whose logits are in memory at once.
 SCORED_ROWS = 64
-# Tokens of a calibration text that are read as one sequence.
-CALIBRATION_TOKENS = 256
 
 
-# (layers quantized, layers in all)
-QuantizeProgress = Callable[[int, int], None]
-
-
-def make_decoder(
-    config: ModelConfig,
-    weights: ModelWeights,
-    formats: DecoderFormats = DecoderFormats(),
-    *,
-    threads: int,
-    kv_bits: int = 16,
-    calibration: Sequence[int] = (),
-    choice: ChoiceTensors | None = None,
-    compressed: CompressedWeights | None = None,
-    on_layer: QuantizeProgress = lambda done, total: None,
-) -> Decoder:
-    """A decoder over a copy of `weights`. Raises as `pack_model`, and NativeCallError of what the
-    library refuses.
-    """
-    packed = pack_model(
-        config,
-        weights,
-        formats,
-        threads=threads,
-        calibration=calibration,
-        choice=choice,
-        compressed=compressed,
-        on_layer=on_layer,
-    )
-    return Decoder(packed, threads=threads, kv_bits=kv_bits)
-
-
-def pack_model(
-    config: ModelConfig,
-    weights: ModelWeights,
-    formats: DecoderFormats = DecoderFormats(),
-    *,
-    threads: int = 1,
-    calibration: Sequence[int] = (),
-    choice: ChoiceTensors | None = None,
-    compressed: CompressedWeights | None = None,
-    on_layer: QuantizeProgress = lambda done, total: None,
-) -> PackedDecoder:
-    """The library's own copy of `weights`, which are in DTYPE in main memory; each layer is asked for
-    once, quantized as `formats` says (then `on_layer` is told) and packed before the next is. A scan of the
-    LM head is made for what the model computes of the tokens `calibration`, on so many `threads`. With
-    `choice` sequences can choose neurons by importance. Of a `compressed` model, whose own formats are `formats`,
-    layers and ends are packed as they are stored.
-
-    Raises NativeCallError of what the library refuses, CorruptCheckpoint of weights that are not finite, UnsupportedModel of those that cannot be
-    quantized, and MemoryError.
-    """
-    shapes = [
-        LayerShape(
-            config.num_heads, config.num_kv_heads, config.intermediate_size, config.window(layer)
-        )
-        for layer in range(config.num_layers)
-    ]
-    decoder_config = DecoderConfig(
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_frequencies=llama.rope_frequencies(
-            config.rope, config.head_dim, weights.rope_factors, config.max_position_embeddings
-        ).contiguous(),
-        layers=shapes,
-        rope_scale=config.rope.attention_factor,
-    )
-    with told_as_model_errors():
-        if compressed is None:
-            ends, layers = _ends(weights, formats), _layers(weights, formats, on_layer)
-        else:
-            # By index: a sequence's iterator would hold one layer while it reads the next.
-            ends = compressed.ends
-            layers = map(compressed.layers.__getitem__, range(config.num_layers))
-        packed = pack(decoder_config, ends, layers, formats)
-        if choice is not None:
-            packed = with_choice(packed, choice)
-        if not formats.lm_head_scan:
-            return packed
-        inputs = _head_inputs(packed, calibration or range(min(config.vocab_size, 256)), threads)
-        return with_scan(packed, make_scan(weights.lm_head, inputs))
-
-
-@contextmanager
-def told_as_model_errors() -> Iterator[None]:
-    try:
-        yield
-    except NonFiniteWeights as error:
-        raise CorruptCheckpoint(f"the weights are damaged: {error}") from error
-    except ScaleOverflow as error:
-        raise UnsupportedModel(f"the weights cannot be quantized: {error}") from error
-
-
-def _head_inputs(packed: PackedDecoder, token_ids: Sequence[int], threads: int) -> torch.Tensor:
-    """What the LM head gets after each of these tokens, [tokens, hidden]. But for the first of a sequence:
-    there all models have something of its own kind."""
-    parts = []
-    with Decoder(packed, threads=threads) as decoder:
-        table = range(-(-CALIBRATION_TOKENS // BLOCK_SIZE))
-        kv = huge_pages(len(table) * decoder.kv_block_bytes)
-        for begin in range(0, len(token_ids), CALIBRATION_TOKENS):
-            piece = token_ids[begin : begin + CALIBRATION_TOKENS]
-            sequence = SequenceInput(piece, 0, table, Phase.PREFILL)
-            parts.append(decoder.forward([sequence], kv, hidden_rows=range(1, len(piece))).hidden)
-    return llama.rms_norm(torch.cat(parts), packed.norm, packed.config.rms_norm_eps)
-
-
-def _ends(weights: ModelWeights, formats: DecoderFormats) -> EndTensors:
-    if formats.lm_head.quantized:
-        lm_head = quantize(weights.lm_head, formats.lm_head, "lm_head")
-        return EndTensors(weights.embedding, weights.norm, lm_head)
-    tied = weights.lm_head is weights.embedding
-    return EndTensors(weights.embedding, weights.norm, None if tied else weights.lm_head)
-
-
-def _layers(
-    weights: ModelWeights, formats: DecoderFormats, on_layer: QuantizeProgress
-) -> Iterator[LayerTensors]:
-    total = len(weights.layers)
-
-    def layer(index: int) -> LayerTensors:
-        tensors = layer_tensors(weights.layers[index])
-        made = quantize_layer(tensors, formats.layer(index), f"layer {index}: ")
-        if formats.quantized:
-            on_layer(index + 1, total)
-        return made
-
-    # By index: a sequence's iterator would hold one layer while it reads the next.
-    return map(layer, range(total))
-
-
-def layer_tensors(layer: LayerWeights) -> LayerTensors:
-    return LayerTensors(
-        q=layer.wq,
-        k=layer.wk,
-        v=layer.wv,
-        output=layer.wo,
-        gate=layer.w_gate,
-        up=layer.w_up,
-        down=layer.w_down,
-        attention_norm=layer.attn_norm,
-        mlp_norm=layer.mlp_norm,
-        q_bias=layer.bq,
-        k_bias=layer.bk,
-        v_bias=layer.bv,
-        output_bias=layer.bo,
-        q_norm=layer.q_norm,
-        k_norm=layer.k_norm,
-    )
-
-
-class CpuBackend:
+class NativeBackend:
     """See `sparserve.model.backend.Backend`."""
 
     def __init__(self, config: ModelConfig, decoder: Decoder, *, num_blocks: int) -> None:
-        """Raises MemoryError."""
+        """Raises MemoryError, or of a GPU's NativeCallError."""
         self.config = config
         self.num_blocks = num_blocks
         self._decoder = decoder
         # [num_layers, num_blocks, bytes of a block of one layer]
-        memory = huge_pages(num_blocks * decoder.kv_block_bytes)
-        self._kv = memory.view(config.num_layers, num_blocks, -1)
+        self._kv = decoder.new_kv(num_blocks)
+        self._layer_block_bytes = decoder.kv_block_bytes // config.num_layers
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
         torch.set_num_threads(1)
         weight_bytes, mlp_bytes = bytes_of_a_step(config, decoder.formats)
+        on_cpu = decoder.device == "cpu"
         self.info = BackendInfo(
-            "cpu",
-            "cpu",
+            "cpu" if on_cpu else "cuda",
+            "cpu" if on_cpu else str(describe(decoder.device)),
             str(decoder.formats),
             decoder.threads,
             choices=decoder.choices,
@@ -240,14 +70,30 @@ class CpuBackend:
             packed_bytes=decoder.packed_bytes,
             kv_dtype=KV_DTYPES[decoder.kv_bits],
             kv_bytes_per_token=decoder.kv_block_bytes // BLOCK_SIZE,
-            isa=decoder.isa,
+            isa=decoder.isa if on_cpu else "",
         )
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
-        return self._kv[:, list(block_ids)].transpose(0, 1).contiguous()
+        size = self._layer_block_bytes
+        blocks = torch.empty(len(block_ids), self.config.num_layers, size, dtype=torch.uint8)
+        for layer, places, offset in self._pieces(block_ids):
+            read = self._kv.read(offset, (places.stop - places.start) * size)
+            blocks[places, layer] = read.view(-1, size)
+        return blocks
 
     def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
-        self._kv[:, list(block_ids)] = blocks.transpose(0, 1)
+        for layer, places, offset in self._pieces(block_ids):
+            self._kv.write(offset, as_bytes(blocks[places, layer]))
+
+    def _pieces(self, block_ids: Sequence[int]) -> Iterator[tuple[int, slice, int]]:
+        """(layer, places in `block_ids`, offset in KV memory) of blocks that lie in one piece: to copy each
+        block of each layer by itself would take a GPU as long as a step."""
+        breaks = [i for i, (a, b) in enumerate(pairwise(block_ids), start=1) if b != a + 1]
+        pieces = list(pairwise([0, *breaks, len(block_ids)]))
+        for layer in range(self.config.num_layers):
+            for begin, end in pieces:
+                first = layer * self.num_blocks + block_ids[begin]
+                yield layer, slice(begin, end), first * self._layer_block_bytes
 
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         """Raises ValueError of a sequence that chooses neurons for more than SK_CHOICE_TOKENS tokens."""
