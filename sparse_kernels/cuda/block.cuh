@@ -26,6 +26,10 @@ __device__ inline float warp_sum(float v) {
   for (int mask = 16; mask != 0; mask /= 2) v += shuffle_xor(v, mask);
   return v;
 }
+__device__ inline uint32_t warp_sum(uint32_t v) {
+  for (int mask = 16; mask != 0; mask /= 2) v += shuffle_xor(v, mask);
+  return v;
+}
 __device__ inline float warp_largest(float v) {
   for (int mask = 16; mask != 0; mask /= 2) v = larger_of(v, shuffle_xor(v, mask));
   return v;
@@ -54,13 +58,12 @@ struct Largest {
   uint32_t least, equal, ties;
 };
 
-// Where the wanted-th largest is when there are own() numbers with the digit of each thread; this
-// digit, and what is left to choose among its numbers.
+// Among numbers of which bins[digit] have a digit, that of the wanted-th largest, and what is left
+// to choose among those that have it. Each thread looks at one digit.
 __device__ inline void choose_digit(const int32_t* bins, uint32_t wanted, Largest* chosen) {
   __shared__ uint32_t totals[kWarps];
   const uint32_t own = static_cast<uint32_t>(bins[threadIdx.x]);
-  uint32_t total = own;
-  for (int mask = 16; mask != 0; mask /= 2) total += shuffle_xor(total, mask);
+  const uint32_t total = warp_sum(own);
   if (lane() == 0) totals[warp()] = total;
   sync_threads();
   uint32_t above = 0;  // with larger digits
@@ -93,6 +96,19 @@ __device__ inline Largest find_largest(uint32_t n, uint32_t wanted, const KeyOf&
     found = {found.least << 8 | chosen.least, chosen.equal, chosen.ties};
   }
   return found;
+}
+
+// Where the ties that are among the largest end: they are those with the smallest i.
+template <typename KeyOf>
+__device__ inline uint32_t end_of_ties(uint32_t n, const Largest& largest, const KeyOf& key_of) {
+  if (largest.equal == largest.ties) return n;
+  const auto order_of_ties = [&](uint32_t i, uint32_t* key) {
+    uint32_t own;
+    const bool tied = key_of(i, &own) && own == largest.least;
+    *key = ~i;
+    return tied;
+  };
+  return ~find_largest(n, largest.equal, order_of_ties).least + 1;
 }
 
 }  // namespace cuda
