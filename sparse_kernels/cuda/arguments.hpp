@@ -235,6 +235,9 @@ struct CountArgs {
   uint32_t sequences, layers, layer;
 };
 
+constexpr uint32_t kScoreNorm = 0;  // sk_score
+constexpr uint32_t kScoreSignedCount = 2;
+
 // --- statistics: a block for each StatisticsUnit; scores are added to sums, as integers.
 struct StatisticsUnit {
   uint32_t row, count, score, reserved;
@@ -246,7 +249,6 @@ struct StatisticsArgs {
   const StatisticsUnit* units;
   uint32_t num_units, neurons, stride, widest, layer;
   const float* activations;
-  float* ranked;  // [units, stride], of a block's own
 };
 
 // --- candidates: a block for each output row; see sk_forward_args.

@@ -119,8 +119,12 @@ SK_KERNEL(finish_heads, HeadsArgs) {
   const uint64_t block =
       static_cast<uint64_t>(read_shared(table + position / kBlockPositions)) * args.kv_heads +
       (index - args.heads) % args.kv_heads;
-  const auto append = args.kv_bits == 16 ? append_bfloat16 : append_bytes;
-  append(head, is_key, args.dim, position % kBlockPositions, args.kv + block * args.kv_head_bytes);
+  uint8_t* to = args.kv + block * args.kv_head_bytes;
+  if (args.kv_bits == 16) {
+    append_bfloat16(head, is_key, args.dim, position % kBlockPositions, to);
+  } else {
+    append_bytes(head, is_key, args.dim, position % kBlockPositions, to);
+  }
 }
 
 // Of a head of a KV block, four dimensions of a key, and kPositions of one dimension of the values;
@@ -230,7 +234,7 @@ __device__ inline void score(const AttendArgs& args, const float* queries, uint3
     sync_threads();
     if (!sees) continue;
     const uint32_t end = (part + 1) * width / 2;
-#pragma unroll 4
+#pragma unroll 2
     for (uint32_t d = part * width / 2; d < end; d += 4) {
       float key[4];
       Kv::key(block, position % kBlockPositions, begin + d, key);

@@ -192,7 +192,6 @@ int32_t Pass::reserve_results() {
   const auto place = [&](uint8_t* base) {
     Pieces pieces(base);
     sums_ = pieces.take<int64_t>(units_.size() * layers * shape_.widest);
-    ranked_ = pieces.take<float>(units_.size() * m_.neurons);
     reads_ = pieces.take<uint64_t>(choosing_ ? (args_.num_sequences + 1) * layers * kReadKinds : 0);
     hidden_out_ = pieces.take<float>(hidden_.size() * shape_.hidden);
     return pieces.used();
@@ -442,7 +441,7 @@ int32_t Pass::feed_forward(uint32_t index) {
     const StatisticsArgs score = {device_units_, static_cast<uint32_t>(units_.size()),
                                   shape.neurons, stride,
                                   shape_.widest, index,
-                                  b.activations, ranked_};
+                                  b.activations};
     SK_TRY(start("statistics", {score.num_units, 1, 1}, score));
   }
   DownArgs down = {};

@@ -76,7 +76,6 @@ class Pass {
   // Of one memory, `result_bytes_` long.
   size_t result_bytes_ = 0;
   int64_t* sums_ = nullptr;      // [units, layers, widest]
-  float* ranked_ = nullptr;      // [units, neurons]
   uint64_t* reads_ = nullptr;    // [sequences + 1, layers, kReadKinds]
   float* hidden_out_ = nullptr;  // [hidden rows, hidden]
 };
