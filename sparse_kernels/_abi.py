@@ -557,15 +557,17 @@ def declare_functions(library: ctypes.CDLL) -> None:
         ctypes.POINTER(ctypes.c_uint64),
         ctypes.POINTER(ctypes.c_uint64),
     ]
-    library.sk_cpu_features.restype = ctypes.c_int32
-    library.sk_cpu_features.argtypes = [
-        ctypes.POINTER(sk_cpu_info),
-    ]
-    library.sk_read_probe.restype = ctypes.c_int32
-    library.sk_read_probe.argtypes = [
-        ctypes.POINTER(sk_read_probe_args),
-        ctypes.POINTER(sk_read_probe_result),
-    ]
+    if hasattr(library, "sk_cpu_features"):
+        library.sk_cpu_features.restype = ctypes.c_int32
+        library.sk_cpu_features.argtypes = [
+            ctypes.POINTER(sk_cpu_info),
+        ]
+    if hasattr(library, "sk_read_probe"):
+        library.sk_read_probe.restype = ctypes.c_int32
+        library.sk_read_probe.argtypes = [
+            ctypes.POINTER(sk_read_probe_args),
+            ctypes.POINTER(sk_read_probe_result),
+        ]
     library.sk_model_create.restype = ctypes.c_int32
     library.sk_model_create.argtypes = [
         ctypes.POINTER(sk_model_args),

@@ -37,6 +37,9 @@ IGNORED_DIRECTIVES = re.compile(
 )
 INTEGER_DEFINE = re.compile(r"#define (SK_[A-Z0-9_]+) (\d+)$")
 
+# Functions that only the library of the CPU, or of the GPU, has.
+OF_ONE_LIBRARY = ("sk_cpu_", "sk_read_probe", "sk_device_")
+
 
 class HeaderError(Exception):
     """The header holds something that this generator does not translate."""
@@ -183,7 +186,7 @@ def translate(text: str) -> tuple[str, str]:
             layout += table
         elif isinstance(kind, c_ast.FuncDecl):
             lines = function_lines(node.name, kind, known)
-            if node.name.startswith("sk_device_"):  # of one of the libraries
+            if node.name.startswith(OF_ONE_LIBRARY):
                 lines = [
                     f'    if hasattr(library, "{node.name}"):',
                     *(f"    {line}" for line in lines),

@@ -77,9 +77,8 @@ __device__ inline void append_bytes(const Head& head, bool is_key, uint32_t dim,
   const float scale = low_bfloat16(stored);
   const float factor = scale > kLeastKvScale ? 1.0f / scale : 0.0f;
   for (uint32_t i = lane(); i < dim; i += 32) {
-    const uint32_t place =
-        is_key ? (i / 4 * 16 + offset) * 4 + i % 4
-               : 16 * dim + (offset / 4 * dim + i) * 4 + offset % 4;
+    const uint32_t place = is_key ? (i / 4 * 16 + offset) * 4 + i % 4
+                                  : 16 * dim + (offset / 4 * dim + i) * 4 + offset % 4;
     const int32_t code = factor == 0 ? 0 : round_to_int(finished(head, i) * factor);
     block[place] = static_cast<uint8_t>(kKvZero + static_cast<uint32_t>(code));
   }
@@ -97,7 +96,8 @@ SK_KERNEL(finish_heads, HeadsArgs) {
   const uint32_t index = blockIdx.x, row = blockIdx.y * kWarps + warp();
   if (row >= args.rows) return;
   const uint32_t all = args.heads + 2 * args.kv_heads, half = args.head_dim / 2;
-  const bool is_query = index < args.heads, is_key = !is_query && index < args.heads + args.kv_heads;
+  const bool is_query = index < args.heads,
+             is_key = !is_query && index < args.heads + args.kv_heads;
   Head head = {};
   head.x = args.projected + (uint64_t{row} * all + index) * args.dim;
   head.half = half;
@@ -114,8 +114,8 @@ SK_KERNEL(finish_heads, HeadsArgs) {
     return;
   }
   const uint32_t position = read_shared(&args.tokens[row].position);
-  const int32_t* table = blocks_of(args.block_tables, args.table_begin,
-                                   read_shared(&args.tokens[row].sequence));
+  const int32_t* table =
+      blocks_of(args.block_tables, args.table_begin, read_shared(&args.tokens[row].sequence));
   const uint64_t block =
       static_cast<uint64_t>(read_shared(table + position / kBlockPositions)) * args.kv_heads +
       (index - args.heads) % args.kv_heads;

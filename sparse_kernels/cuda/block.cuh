@@ -2,14 +2,10 @@
 // fixed order.
 #pragma once
 
-#include "arguments.hpp"
-#include "device.cuh"
+#include "rounding.cuh"
 
 namespace sk {
 namespace cuda {
-
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-constexpr float kLargestFinite = 3.4e38f;  // of numbers that are rounded to integers
 
 __device__ inline uint32_t lane() { return threadIdx.x % 32; }
 __device__ inline uint32_t warp() { return threadIdx.x / 32; }
@@ -21,12 +17,6 @@ __device__ inline float magnitude_of(float v) {
   return size <= kLargestFinite ? size : float_of_bits(kInfinityBits);
 }
 
-// To the nearest, ties to even. A NaN whose payload is in the lower half would round to infinity.
-__device__ inline uint32_t bfloat16_of(float v) {
-  const uint32_t bits = bits_of_float(v);
-  if ((bits & 0x7fffffffu) > kInfinityBits) return bits >> 16 | 0x40u;
-  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-}
 __device__ inline float low_bfloat16(uint32_t pair) { return float_of_bits(pair << 16); }
 __device__ inline float high_bfloat16(uint32_t pair) { return float_of_bits(pair & 0xffff0000u); }
 

@@ -5,10 +5,7 @@
 // words, but for codes of 8 bits. A word of codes has those of a quad, a byte each.
 #pragma once
 
-// clang-format off: NVRTC has the types of arguments.hpp from device.cuh
-#include "device.cuh"
-#include "arguments.hpp"
-// clang-format on
+#include "rounding.cuh"
 
 namespace sk {
 namespace cuda {

@@ -120,17 +120,6 @@ __device__ inline void read_codes(const Weights& w, const Part& part, const Plac
   }
 }
 
-// What makes integers of numbers, and numbers of integers; see scale_for in integer.inl of the CPU.
-struct Scale {
-  float to, from;
-};
-__device__ inline Scale scale_for(float top, uint32_t activation_bits) {
-  const float limit = activation_bits == 16 ? 32512.0f : 127.0f;
-  if (!(top <= 3.4e38f)) return {0.0f, float_of_bits(0x7fc00000u)};
-  if (top < 1e-30f) return {0.0f, 0.0f};
-  return {limit / top, top / limit};
-}
-
 // Of a tile's four tokens what all lanes have of them, joined -> in lane (g, t) that of token g
 // / 2.
 template <class T, class Join>
@@ -328,13 +317,6 @@ struct DownOf {
   }
 };
 
-__device__ inline uint16_t bfloat16_of(float v) {
-  const uint32_t bits = bits_of_float(v);
-  // A NaN whose payload is in the lower half would round to infinity.
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
 // Sums of floats depend on what stands where: a neuron's place is its own, and what is added for
 // neurons that a token does not use is zero.
 template <>
@@ -401,8 +383,8 @@ struct DownOf<Bfloat16> {
     }
   }
   __device__ static uint16_t half_of(float v, bool low) {
-    const uint16_t high = bfloat16_of(v);
-    return low ? bfloat16_of(v - float_of_bits(uint32_t{high} << 16)) : high;
+    const uint32_t high = bfloat16_of(v);
+    return static_cast<uint16_t>(low ? bfloat16_of(v - float_of_bits(high << 16)) : high);
   }
 
   template <int kTiles>

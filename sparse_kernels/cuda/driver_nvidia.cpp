@@ -30,7 +30,7 @@ struct Gpu {
 
   // Set once, by what left it broken.
   std::atomic<bool> broken{false};
-  char why_broken[400] = "";
+  char why_broken[640] = "";
 
   std::mutex mutex;  // of opening, breaking and of what follows
   void* code = nullptr;
@@ -136,7 +136,8 @@ class Use {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!gpu->broken.load(std::memory_order_relaxed)) {
       std::snprintf(gpu->why_broken, sizeof(gpu->why_broken),
-                    "GPU %" PRIu32 ", %s, failed: %s: %s (%s). An earlier launch may be the cause "
+                    "GPU %" PRIu32
+                    ", %s, failed: %s: %s (%s). An earlier launch may be the cause "
                     "(CUDA_LAUNCH_BLOCKING=1 finds it); this process can no longer use the GPU, a "
                     "new one can",
                     gpu->number, gpu->name, asked, name, text);
@@ -177,7 +178,8 @@ int32_t need_code(Use& use) {
     }
   }
   return sk::fail(SK_STATUS_UNSUPPORTED,
-                  "GPU %" PRIu32 ", %s, has no kernels: %s. Install again with nvcc 12 or newer on "
+                  "GPU %" PRIu32
+                  ", %s, has no kernels: %s. Install again with nvcc 12 or newer on "
                   "the PATH, or install sparserve[cuda], which compiles them at first use",
                   gpu.number, gpu.name, gpu.why_no_code.c_str());
 }
@@ -308,6 +310,14 @@ int32_t copy_out(uint32_t device, uint64_t stream, void* to, const void* from, s
                    "copying %zu bytes from it", bytes);
 }
 
+int32_t copy_now(uint32_t device, void* to, const void* from, size_t bytes) {
+  Use use;
+  SK_TRY(use.begin(device));
+  SK_TRY(use.check(use.cuda->finish_all(), "waiting for its work"));
+  return use.check(use.cuda->copy_any(address_of(to), address_of(from), bytes), "copying %zu bytes",
+                   bytes);
+}
+
 int32_t launch(uint32_t device, uint64_t stream, const char* kernel, Grid grid, const void* args,
                size_t args_bytes) {
   Use use;
@@ -322,6 +332,13 @@ int32_t launch(uint32_t device, uint64_t stream, const char* kernel, Grid grid, 
                                     stream_of(stream), nullptr, extra),
                    "launch of %s, %" PRIu32 " x %" PRIu32 " x %" PRIu32 " blocks", kernel, grid.x,
                    grid.y, grid.z);
+}
+
+int32_t clear(uint32_t device, uint64_t stream, void* memory, size_t bytes) {
+  Use use;
+  SK_TRY(use.begin(device));
+  return use.check(use.cuda->fill_later(address_of(memory), 0, bytes, stream_of(stream)),
+                   "clearing %zu bytes of its memory", bytes);
 }
 
 int32_t wait(uint32_t device, uint64_t stream) {

@@ -33,12 +33,13 @@ struct Found {
     if (library == nullptr) {
       return refuse("no NVIDIA driver: libcuda.so.1 cannot be loaded (%s)", dlerror());
     }
-#define SK_LOAD(member, symbol, parameters)                                                 \
-  functions.member = reinterpret_cast<CudaResult(*) parameters>(dlsym(library, symbol));    \
-  if (functions.member == nullptr) {                                                        \
-    return refuse("the NVIDIA driver is too old: libcuda.so.1 has no %s; install one that " \
-                  "knows CUDA 12.0 (525 or newer)",                                         \
-                  symbol);                                                                  \
+#define SK_LOAD(member, symbol, parameters)                                              \
+  functions.member = reinterpret_cast<CudaResult(*) parameters>(dlsym(library, symbol)); \
+  if (functions.member == nullptr) {                                                     \
+    return refuse(                                                                       \
+        "the NVIDIA driver is too old: libcuda.so.1 has no %s; install one that "        \
+        "knows CUDA 12.0 (525 or newer)",                                                \
+        symbol);                                                                         \
   }
     SK_LIBCUDA(SK_LOAD)
 #undef SK_LOAD
@@ -51,9 +52,10 @@ struct Found {
       functions.version = static_cast<unsigned>(version);
     }
     if (functions.version < kOldestDriver) {
-      return refuse("the NVIDIA driver knows CUDA %u.%u; 12.0 is needed: install driver 525 or "
-                    "newer",
-                    functions.version / 1000, functions.version % 1000 / 10);
+      return refuse(
+          "the NVIDIA driver knows CUDA %u.%u; 12.0 is needed: install driver 525 or "
+          "newer",
+          functions.version / 1000, functions.version % 1000 / 10);
     }
     const CudaResult result = functions.init(0);
     if (result == kCudaOk) return true;

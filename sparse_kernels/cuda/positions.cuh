@@ -1,8 +1,7 @@
 // Which positions a token sees.
 #pragma once
 
-#include "arguments.hpp"
-#include "device.cuh"
+#include "rounding.cuh"
 
 namespace sk {
 namespace cuda {

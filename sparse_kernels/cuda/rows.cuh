@@ -1,4 +1,5 @@
-// Rows of the batch: embeddings, what layers add to the residual, norms, and the inputs of products.
+// Rows of the batch: embeddings, what layers add to the residual, norms, and the inputs of
+// products.
 #pragma once
 
 #include "block.cuh"
@@ -116,8 +117,8 @@ __device__ inline void merge_head(const PrepareArgs& args, uint32_t row, uint32_
       const bool larger = own > largest;
       const float factor = exponential(larger ? largest - own : own - largest);
       const float keep = larger ? factor : 1, take = larger ? 1 : factor;
-      const float4 more =
-          read_shared(reinterpret_cast<const float4*>(args.chunk_values + (at + chunk) * args.dim + d));
+      const float4 more = read_shared(
+          reinterpret_cast<const float4*>(args.chunk_values + (at + chunk) * args.dim + d));
       if (larger) largest = own;
       total = total * keep + read_shared(args.chunk_total + at + chunk) * take;
       values[0] = values[0] * keep + more.x * take;
@@ -174,17 +175,6 @@ __device__ inline void store_bfloat16(const PrepareArgs& args, uint32_t row, con
   }
 }
 
-// What makes integers of numbers up to `top`, and numbers of the integers; whoever depends on a
-// number that is not finite gets none.
-struct Scale {
-  float to, from;
-};
-__device__ inline Scale scale_for(float top, float limit) {
-  if (!(top <= kLargestFinite)) return {0, float_of_bits(0x7fc00000u)};
-  if (top < 1e-30f) return {0, 0};
-  return {limit / top, top / limit};
-}
-
 // Four columns of a lane; a group is some lanes side by side.
 __device__ inline void store_integers(const PrepareArgs& args, uint32_t row, const float* v) {
   const bool wide = args.activation_bits == 16;
@@ -204,7 +194,7 @@ __device__ inline void store_integers(const PrepareArgs& args, uint32_t row, con
       top = larger_of(top, shuffle_xor(top, mask));
       squares += shuffle_xor(squares, mask);
     }
-    const Scale scale = scale_for(top, wide ? 32512.0f : 127.0f);
+    const Scale scale = scale_for(top, args.activation_bits);
     int32_t sum = 0;
     uint32_t uppers = 0, lowers = 0;
     for (int i = 0; i < 4; ++i) {

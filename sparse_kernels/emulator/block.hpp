@@ -33,8 +33,8 @@ const Kernel* find_kernel(const std::string& name);
 // Runs all blocks of `kernel`, one after another. Throws Fault.
 void launch(const Kernel& kernel, const char* name, Dim3 grid, uint32_t threads, const void* args);
 
-// Memory of the device: what kernels read must lie in it. What they write a little beside a piece of
-// it is found after the launch.
+// Memory of the device: what kernels read must lie in it. What they write a little beside a piece
+// of it is found after the launch.
 void* allocate(size_t bytes);  // zeroed, aligned to 256; throws std::bad_alloc
 void release(void* memory);
 bool is_allocated(const void* at, size_t bytes);

@@ -152,6 +152,13 @@ int32_t copy_out(uint32_t device, uint64_t, void* to, const void* from, size_t b
   return SK_STATUS_OK;
 }
 
+int32_t copy_now(uint32_t device, void* to, const void* from, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  SK_TRY(check_copy(device, emulator::is_allocated(to, bytes) ? to : from, bytes));
+  if (bytes != 0) std::memcpy(to, from, bytes);
+  return SK_STATUS_OK;
+}
+
 int32_t launch(uint32_t device, uint64_t, const char* name, Grid grid, const void* args,
                size_t args_bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -170,6 +177,13 @@ int32_t launch(uint32_t device, uint64_t, const char* name, Grid grid, const voi
   } catch (const emulator::Fault& fault) {
     return break_down(fault.what());
   }
+  return SK_STATUS_OK;
+}
+
+int32_t clear(uint32_t device, uint64_t, void* memory, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  SK_TRY(check_copy(device, memory, bytes));
+  if (bytes != 0) std::memset(memory, 0, bytes);
   return SK_STATUS_OK;
 }
 

@@ -1,5 +1,6 @@
 /* The C ABI of the native libraries of sparse_kernels: one that computes on the CPU, one that
- * computes on an NVIDIA GPU. Functions of the name sk_device_ are of the second alone.
+ * computes on an NVIDIA GPU. sk_cpu_features and sk_read_probe are of the first alone, sk_device_
+ * of the second.
  *
  * Conventions, for every function and struct:
  *
