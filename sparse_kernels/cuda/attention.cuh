@@ -119,8 +119,14 @@ SK_KERNEL(finish_heads, HeadsArgs) {
   const uint64_t block =
       static_cast<uint64_t>(read_shared(table + position / kBlockPositions)) * args.kv_heads +
       (index - args.heads) % args.kv_heads;
-  const auto append = args.kv_bits == 16 ? append_bfloat16 : append_bytes;
-  append(head, is_key, args.dim, position % kBlockPositions, args.kv + block * args.kv_head_bytes);
+  const uint32_t offset = position % kBlockPositions;
+  uint8_t* const to = args.kv + block * args.kv_head_bytes;
+  // No pointer to one of the two: a called function spills registers.
+  if (args.kv_bits == 16) {
+    append_bfloat16(head, is_key, args.dim, offset, to);
+  } else {
+    append_bytes(head, is_key, args.dim, offset, to);
+  }
 }
 
 // Of a head of a KV block, four dimensions of a key, and kPositions of one dimension of the values;
