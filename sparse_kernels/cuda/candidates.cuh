@@ -45,21 +45,13 @@ __device__ inline void gather_ranks(const float* logits, uint32_t vocab, uint32_
     return *key >= reached;
   };
   const Largest largest = find_largest(vocab, kept, key_of);
-  uint32_t last = 0;  // ~id of the last of the ties that are kept
-  if (largest.equal < largest.ties) {
-    const auto tie_of = [=](uint32_t i, uint32_t* key) {
-      const bool ties = key_of_logit(read_shared(logits + i)) == largest.least;
-      *key = ~i;
-      return ties;
-    };
-    last = find_largest(vocab, largest.equal, tie_of).least;
-  }
+  const uint32_t end = end_of_ties(vocab, largest, key_of);
   if (threadIdx.x == 0) count = 0;
   ranks[threadIdx.x] = 0;
   sync_threads();
   for (uint32_t i = threadIdx.x; i < vocab; i += kThreads) {
     const uint32_t key = key_of_logit(read_shared(logits + i));
-    if (key < largest.least || (key == largest.least && ~i < last)) continue;
+    if (key < largest.least || (key == largest.least && i >= end)) continue;
     ranks[atomic_add_shared(&count, 1)] = uint64_t{key} << 32 | ~i;
   }
   sync_threads();
@@ -123,8 +115,7 @@ SK_KERNEL(candidates, CandidatesArgs) {
   const float inverse = 1.0f / temperature;
   const float factor = inverse < kLargestFloat ? inverse : kLargestFloat;
   const double plain = sum_of_exp(logits, args.vocab, top, 1.0f);
-  const double tempered =
-      temperature == 1.0f ? plain : sum_of_exp(logits, args.vocab, top, factor);
+  const double tempered = temperature == 1.0f ? plain : sum_of_exp(logits, args.vocab, top, factor);
   if (place != 0) return;
   args.log_normalizers_1[row] = static_cast<float>(logarithm(plain));
   args.log_normalizers[row] = static_cast<float>(logarithm(tempered));

@@ -79,19 +79,11 @@ __device__ inline void add_counts(const float* a, uint32_t neurons, bool positiv
   const uint32_t counted = below + (static_cast<double>(below) < eligible ? 1u : 0u);
   if (counted == 0) return;
   const Largest largest = find_largest(neurons, counted, key_of);
-  uint32_t last = 0;  // ~i of the last of the ties that count
-  if (largest.equal < largest.ties) {
-    const auto tie_of = [=](uint32_t i, uint32_t* key) {
-      const bool ties = key_of(i, key) && *key == largest.least;
-      *key = ~i;
-      return ties;
-    };
-    last = find_largest(neurons, largest.equal, tie_of).least;
-  }
+  const uint32_t end = end_of_ties(neurons, largest, key_of);
   for (uint32_t i = threadIdx.x; i < neurons; i += kThreads) {
     uint32_t key;
     if (!key_of(i, &key) || key < largest.least) continue;
-    if (key > largest.least || ~i >= last) sums[i] += kOne;
+    if (key > largest.least || i < end) sums[i] += kOne;
   }
 }
 

@@ -1,5 +1,7 @@
 #include "block.hpp"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -201,21 +203,28 @@ void launch(const Kernel& kernel, const char* name, Dim3 grid, uint32_t threads,
   check_fences(name);
 }
 
+static size_t mapped_bytes(size_t bytes) {
+  return (bytes + kFence - 1) / kFence * kFence + 2 * kFence;
+}
+
 void* allocate(size_t bytes) {
-  const size_t whole = (bytes + kFence - 1) / kFence * kFence + 2 * kFence;
-  auto* fenced = static_cast<uint8_t*>(std::aligned_alloc(kFence, whole));
-  if (fenced == nullptr) throw std::bad_alloc();
-  std::memset(fenced, kFenceByte, whole);
+  const size_t whole = mapped_bytes(bytes);
+  // Zero pages that nobody touches take no memory: a device may be larger than the host.
+  void* pages = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  auto* fenced = static_cast<uint8_t*>(pages);
   uint8_t* data = fenced + kFence;
-  std::memset(data, 0, bytes);
+  std::memset(fenced, kFenceByte, kFence);
+  std::memset(data + bytes, kFenceByte, whole - kFence - bytes);
   memory()[reinterpret_cast<uintptr_t>(data)] = bytes;
   return data;
 }
 
 void release(void* data) {
-  memory().erase(reinterpret_cast<uintptr_t>(data));
+  const auto piece = memory().find(reinterpret_cast<uintptr_t>(data));
+  munmap(static_cast<uint8_t*>(data) - kFence, mapped_bytes(piece->second));
+  memory().erase(piece);
   last_begin = last_end = 0;
-  std::free(static_cast<uint8_t*>(data) - kFence);
 }
 
 bool is_allocated(const void* at, size_t bytes) {

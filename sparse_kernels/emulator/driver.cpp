@@ -24,7 +24,7 @@ constexpr uint32_t kMostBlocks = 65535;  // in y and z, as CUDA has it
 
 // Of the device, and of the emulator, which runs one launch at a time.
 std::mutex mutex;
-size_t limit = size_t{1} << 30;
+size_t limit = size_t{16} << 30;
 size_t used = 0;
 uint64_t launches_to_failure = 0;  // 0: none fails by order
 std::string broken;                // why, or ""

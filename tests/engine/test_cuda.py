@@ -9,6 +9,7 @@ import pytest
 
 from sparse_kernels.native import EMULATED
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
+from sparserve.model import packing
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.sparsity.policy import Policy, PolicyKind
 
@@ -48,8 +49,13 @@ def token_ids(results) -> dict[str, list[int]]:
     return {key: [token.id for token in update.tokens] for (key, _), update in results.items()}
 
 
-def test_greedy_tokens_are_those_of_the_cpu(engines, finish_all):
-    on_cpu, on_gpu = (make() for make in engines)
+def test_greedy_tokens_are_those_of_the_cpu(engines, finish_all, monkeypatch):
+    make_on_cpu, make_on_gpu = engines
+    with monkeypatch.context() as patched:
+        # AMX rounds prompts in another way, which a random model's next token may depend on.
+        patched.setattr(packing, "Decoder", partial(packing.Decoder, isa="portable"))
+        on_cpu = make_on_cpu()
+    on_gpu = make_on_gpu()
     assert on_gpu.backend.info.name == "cuda"
     expected = token_ids(finish_all(on_cpu, greedy(6), stagger=2))
     assert token_ids(finish_all(on_gpu, greedy(6), stagger=2)) == expected
