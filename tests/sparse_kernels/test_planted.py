@@ -114,7 +114,7 @@ def test_tests_find_it(bug: Bug, compiler: str, host_objects: list[str], tmp_pat
     subprocess.run(command, check=True, timeout=240)
     arguments = ["-q", "-x", "-p", "no:cacheprovider", bug.test, "-k", bug.cases]
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
+        [sys.executable, "-P", "-m", "pytest", *arguments],  # of the installed package
         cwd=ROOT,
         env=os.environ | {native.EMULATED: str(library)},
         capture_output=True,
