@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <new>
 #include <system_error>
 
@@ -13,6 +12,7 @@
 #include "guard.hpp"
 #include "isa.hpp"
 #include "matrix.hpp"
+#include "registry.hpp"
 #include "scan.hpp"
 
 namespace sk {
@@ -36,13 +36,6 @@ void* Scratch::get(size_t bytes) {
 }
 
 namespace {
-
-std::mutex registry_mutex;
-std::map<uint64_t, std::shared_ptr<Model>>& registry() {
-  // Never destroyed: at exit Python may still hold models.
-  static auto* models = new std::map<uint64_t, std::shared_ptr<Model>>();
-  return *models;
-}
 
 const Kernels& kernels_for(sk_isa isa) {
 #if defined(__x86_64__)
@@ -87,10 +80,7 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   for (Layer& layer : model->layers) layer.partitions = partitions_of(layer.blocks);
   model->kv = args.kv_bits == 16 ? &model->kernels->kv_bfloat16 : &model->kernels->kv_int8;
   SK_TRY(take_scan(args, kinds, model.get()));
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  static uint64_t last_handle = 0;
-  registry()[++last_handle] = model;
-  info->model = last_handle;
+  info->model = Registry<Model>::get().add(model);
   info->kv_block_bytes = model->kv_bytes;
   info->device_bytes = 0;
   info->isa = isa;
@@ -100,24 +90,6 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
 
 }  // namespace
 
-int32_t no_such_model(uint64_t handle) {
-  return fail(SK_STATUS_BAD_VALUE, "there is no model %" PRIu64, handle);
-}
-
-int32_t find_model(uint64_t handle, std::shared_ptr<Model>* model) {
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(handle);
-  if (found == registry().end()) return no_such_model(handle);
-  if (found->second->process != getpid()) {
-    return fail(SK_STATUS_UNSUPPORTED,
-                "model %" PRIu64
-                " belongs to process %ld; its threads did not come along in a fork",
-                handle, static_cast<long>(found->second->process));
-  }
-  *model = found->second;
-  return SK_STATUS_OK;
-}
-
 }  // namespace sk
 
 int32_t sk_model_create(const sk_model_args* args, sk_model_info* info) {
@@ -126,17 +98,4 @@ int32_t sk_model_create(const sk_model_args* args, sk_model_info* info) {
   return sk::guarded([&] { return sk::create(*args, info); });
 }
 
-int32_t sk_model_destroy(uint64_t handle) {
-  return sk::guarded([&]() -> int32_t {
-    std::shared_ptr<sk::Model> model;
-    if (const int32_t status = sk::find_model(handle, &model)) return status;
-    {
-      const std::lock_guard<std::mutex> lock(sk::registry_mutex);
-      sk::registry().erase(handle);
-    }
-    // Calls that still wait for their turn find it ended: the weights are the caller's again.
-    const std::lock_guard<std::mutex> idle(model->mutex);
-    model->ended = true;
-    return SK_STATUS_OK;
-  });
-}
+int32_t sk_model_destroy(uint64_t handle) { return sk::Registry<sk::Model>::get().destroy(handle); }

@@ -46,6 +46,7 @@ struct ScanHead {
 };
 
 struct Model : Description {
+  static constexpr char kStaysBehind[] = "its threads did not come along";
   Model(uint32_t thread_count) : pool(thread_count), barrier(thread_count), scratch(thread_count) {}
 
   ScanHead scan;
@@ -63,9 +64,5 @@ struct Model : Description {
       chunk_state, output_operand, reduced, scan_operand, scan_inputs, correction_operand, squares;
   std::vector<Scratch> scratch;  // of each thread
 };
-
-// SK_STATUS_OK, or the failure, noted: no such model, or one of another process.
-int32_t find_model(uint64_t handle, std::shared_ptr<Model>* model);
-int32_t no_such_model(uint64_t handle);
 
 }  // namespace sk

@@ -1,66 +1,25 @@
 // The functions of the ABI, for a GPU.
-#include <cinttypes>
-#include <map>
-
 #include "error.hpp"
 #include "forward_checks.hpp"
 #include "guard.hpp"
 #include "model.hpp"
+#include "registry.hpp"
 
 namespace sk {
 namespace cuda {
 namespace {
 
-std::mutex registry_mutex;
-std::map<uint64_t, std::shared_ptr<Model>>& registry() {
-  // Never destroyed: at exit Python may still hold models, and the driver may be gone.
-  static auto* models = new std::map<uint64_t, std::shared_ptr<Model>>();
-  return *models;
-}
-
-int32_t no_such_model(uint64_t handle) {
-  return fail(SK_STATUS_BAD_VALUE, "there is no model %" PRIu64, handle);
-}
-
-int32_t find_model(uint64_t handle, std::shared_ptr<Model>* model) {
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(handle);
-  if (found == registry().end()) return no_such_model(handle);
-  if (found->second->process != getpid()) {
-    return fail(SK_STATUS_UNSUPPORTED,
-                "model %" PRIu64
-                " belongs to process %ld; a GPU's memory does not come along in a fork",
-                handle, static_cast<long>(found->second->process));
-  }
-  *model = found->second;
-  return SK_STATUS_OK;
-}
+using Models = Registry<Model>;
 
 int32_t create(const sk_model_args& args, sk_model_info* info) {
   std::shared_ptr<Model> model;
   SK_TRY(make_model(args, &model));
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  static uint64_t last_handle = 0;
-  registry()[++last_handle] = model;
-  info->model = last_handle;
+  info->model = Models::get().add(model);
   info->kv_block_bytes = model->shape.kv_bytes;
   info->device_bytes = model->weights.bytes() + model->work.bytes();
   info->isa = SK_ISA_CUDA;
   info->threads = 1;
   return SK_STATUS_OK;
-}
-
-// check(shape), then compute(model) when it is this call's turn.
-template <typename Check, typename Compute>
-int32_t call(uint64_t handle, Check&& check, Compute&& compute) {
-  return guarded([&]() -> int32_t {
-    std::shared_ptr<Model> model;
-    SK_TRY(find_model(handle, &model));
-    SK_TRY(check(model->shape));
-    const std::lock_guard<std::mutex> one_at_a_time(model->mutex);
-    if (model->ended) return no_such_model(handle);
-    return compute(*model);
-  });
 }
 
 int32_t check_memory(uint64_t address, const void* host) {
@@ -78,32 +37,19 @@ int32_t sk_model_create(const sk_model_args* args, sk_model_info* info) {
   return sk::guarded([&] { return sk::cuda::create(*args, info); });
 }
 
-int32_t sk_model_destroy(uint64_t handle) {
-  return sk::guarded([&]() -> int32_t {
-    std::shared_ptr<sk::cuda::Model> model;
-    SK_TRY(sk::cuda::find_model(handle, &model));
-    {
-      const std::lock_guard<std::mutex> lock(sk::cuda::registry_mutex);
-      sk::cuda::registry().erase(handle);
-    }
-    // Calls that still wait for their turn find it ended.
-    const std::lock_guard<std::mutex> idle(model->mutex);
-    model->ended = true;
-    return SK_STATUS_OK;
-  });
-}
+int32_t sk_model_destroy(uint64_t handle) { return sk::cuda::Models::get().destroy(handle); }
 
 int32_t sk_forward(uint64_t handle, const sk_forward_args* args) {
   if (const int32_t status = sk::check_struct(args, "sk_forward_args")) return status;
-  return sk::cuda::call(
-      handle, [&](const sk::Description& shape) { return sk::check_forward(shape, *args); },
+  return sk::cuda::Models::get().call(
+      handle, [&](const sk::cuda::Model& m) { return sk::check_forward(m.shape, *args); },
       [&](sk::cuda::Model& model) { return sk::cuda::run_forward(model, *args); });
 }
 
 int32_t sk_logits(uint64_t handle, const sk_logits_args* args) {
   if (const int32_t status = sk::check_struct(args, "sk_logits_args")) return status;
-  return sk::cuda::call(
-      handle, [&](const sk::Description& shape) { return sk::check_logits(shape, *args); },
+  return sk::cuda::Models::get().call(
+      handle, [&](const sk::cuda::Model& m) { return sk::check_logits(m.shape, *args); },
       [&](sk::cuda::Model& model) { return sk::cuda::run_logits(model, *args); });
 }
 

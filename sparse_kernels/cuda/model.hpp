@@ -48,6 +48,7 @@ struct Buffers {
 };
 
 struct Model {
+  static constexpr char kStaysBehind[] = "a GPU's memory does not come along";
   explicit Model(uint32_t number)
       : device(number),
         weights(number),
