@@ -8,7 +8,8 @@ import urllib.request
 
 import pytest
 
-from sparserve.api.server import check_ports, is_loopback
+from sparserve.api.addresses import check_addresses, is_loopback
+from sparserve.api.server import addresses
 from sparserve.client import AsyncClient
 from sparserve.config import ServerSettings
 from sparserve.errors import CallFailed, ConfigError
@@ -229,4 +230,12 @@ def test_only_addresses_of_this_machine_count_as_private():
 
 def test_equal_ports_are_refused():
     with pytest.raises(ConfigError, match="both 4999"):
-        check_ports(ServerSettings(port=4999, metrics_port=4999))
+        check_addresses(addresses(ServerSettings(port=4999, metrics_port=4999)))
+
+
+def test_adapters_are_kept_from_public_addresses_unless_told_otherwise():
+    public = {"adapters": "vllm", "adapters_host": "0.0.0.0", "adapters_port": 0}
+    with pytest.raises(ConfigError, match=r"--adapters-host 0\.0\.0\.0 .*--allow-public-adapters"):
+        addresses(ServerSettings(**public))
+    told = addresses(ServerSettings(**public, allow_public_adapters=True))
+    assert [address.host for address in told] == ["127.0.0.1", "127.0.0.1", "0.0.0.0"]

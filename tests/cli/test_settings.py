@@ -63,6 +63,10 @@ OTHER = {
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
     "metrics_compat": ("vllm", "vllm"),
+    "adapters": ("kserve, vllm", "kserve, vllm"),
+    "adapters_host": ("10.0.0.1", "10.0.0.1"),
+    "adapters_port": ("3333", 3333),
+    "allow_public_adapters": ("true", True),
 }
 
 

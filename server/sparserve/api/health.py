@@ -26,6 +26,9 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._closed = False
         self._changed = asyncio.Event()
 
+    def add(self, services: Sequence[str]) -> None:
+        self._names |= {*services}
+
     def set(self, status: pb.HealthCheckResponse.ServingStatus) -> None:
         self._status = status
         self._wake()

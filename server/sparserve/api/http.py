@@ -13,7 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from sparserve.errors import ConfigError
+from sparserve.api.addresses import Address, address_family
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +72,12 @@ class _QuietHandler(WSGIRequestHandler):
         pass
 
 
-def address_family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
 class HttpServer:
     """`is_alive` answers /healthz (the process works), `is_ready` /readyz (requests are welcome)."""
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        address: Address,
         registry: CollectorRegistry,
         is_alive: Callable[[], bool],
         is_ready: Callable[[], bool],
@@ -107,12 +102,11 @@ class HttpServer:
             return [body]
 
         try:
-            kind = _ServerV6 if address_family(host) is socket.AF_INET6 else _Server
-            self._server = make_server(host, port, app, kind, _QuietHandler)
+            v6 = address_family(address.host) is socket.AF_INET6
+            kind = _ServerV6 if v6 else _Server
+            self._server = make_server(address.host, address.port, app, kind, _QuietHandler)
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another --metrics-port"
-            ) from error
+            raise address.taken(error.strerror) from error
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_SECONDS,), name="http", daemon=True

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
-import socket
 
-import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from sparserve.api.adapters.registry import adapter
+from sparserve.api.addresses import Address, is_loopback
 from sparserve.api.control import ControlService
 from sparserve.api.health import HealthService
-from sparserve.api.http import HttpServer, address_family
+from sparserve.api.http import HttpServer
 from sparserve.api.inference import InferenceService
-from sparserve.api.interceptors import AccessLogInterceptor, ErrorInterceptor
+from sparserve.api.listener import Listener
 from sparserve.api.reflection import add_reflection
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, EngineState
@@ -31,23 +30,6 @@ SERVICES = (
 )
 # Calls whose requests are done get so long to be read to their end.
 _GRACE_SECONDS = 5.0
-
-
-def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    options = [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_concurrent_streams", 4096),
-        # Keep-alive pings of a client waiting for a long call must not end in "Too many pings".
-        ("grpc.http2.max_ping_strikes", 0),
-        # Two servers on one port would each get a share of the connections: a port in use is an error.
-        ("grpc.so_reuseport", 0),
-        # A client that vanishes without closing its connection is noticed, and its requests end.
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-    ]
-    if settings.max_connection_age:
-        options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)))
-    return options
 
 
 class Server:
@@ -66,21 +48,20 @@ class Server:
             max_stream_backlog=settings.max_stream_backlog,
             on_state=self._on_state,
         )
-        self._grpc = grpc.aio.server(
-            interceptors=[AccessLogInterceptor(), ErrorInterceptor()],
-            options=grpc_options(settings),
-        )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(self.engine, model_name), self._grpc
-        )
-        control_pb2_grpc.add_ControlServiceServicer_to_server(
-            ControlService(self.engine, model_name, settings), self._grpc
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        add_reflection(self._grpc, (*SERVICES, health.SERVICE_NAME))
-        self.port = 0
+        self._listener = self._own_listener(model_name)
+        self._adapters = self._adapter_listener(model_name) if settings.adapter_names else None
         self.ended = True  # False once a stop left the engine thread behind
         self.metrics_port = 0
+
+    @property
+    def port(self) -> int:
+        """Of our own services; 0 before `start`."""
+        return self._listener.port
+
+    @property
+    def adapters_port(self) -> int:
+        """Of the adapters; 0 before `start`, and without any."""
+        return self._adapters.port if self._adapters else 0
 
     @property
     def is_ready(self) -> bool:
@@ -96,16 +77,15 @@ class Server:
         settings, engine_metrics = self._settings, self.engine.engine.metrics
         try:
             self._http = HttpServer(
-                settings.host,
-                settings.metrics_port,
+                metrics_address(settings),
                 engine_metrics.exposition(vllm=settings.metrics_compat == "vllm"),
                 is_alive=lambda: self.engine.state is not EngineState.BROKEN,
                 is_ready=lambda: self.is_ready,
             )
             self.metrics_port = self._http.port
             await self.engine.warm_up()
-            self.port = self._listen()
-            await self._grpc.start()
+            for listener in self._listeners:
+                await listener.start()
         except BaseException:
             await self._close(grace=0)
             raise
@@ -146,20 +126,38 @@ class Server:
             stop.cancel()
             await self._close(grace=0)
 
-    def _listen(self) -> int:
-        """The port of the gRPC listener. Raises ConfigError."""
-        host, port = self._settings.host, self._settings.port
-        # gRPC logs a failed bind at length and keeps the reason, so a plain socket tries first.
-        _try_port(host, port, "gRPC", "--port")
-        try:
-            return self._grpc.add_insecure_port(
-                f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            )
-        except RuntimeError as error:
-            raise _cannot_listen(host, port, "gRPC", "--port", None) from error
+    def _own_listener(self, model_name: str) -> Listener:
+        settings = self._settings
+        listener = Listener(grpc_address(settings), settings)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self.engine, model_name), listener.server
+        )
+        control_pb2_grpc.add_ControlServiceServicer_to_server(
+            ControlService(self.engine, model_name, settings), listener.server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
+        add_reflection(listener.server, (*SERVICES, health.SERVICE_NAME))
+        return listener
+
+    def _adapter_listener(self, model_name: str) -> Listener:
+        settings = self._settings
+        listener = Listener(adapters_address(settings), settings)
+        services = [
+            service
+            for name in settings.adapter_names
+            for service in adapter(name)(listener.server, self.engine, model_name, settings)
+        ]
+        self._health.add(services)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
+        add_reflection(listener.server, (*services, health.SERVICE_NAME))
+        return listener
+
+    @property
+    def _listeners(self) -> list[Listener]:
+        return [self._listener, *([self._adapters] if self._adapters else [])]
 
     async def _close(self, grace: float) -> None:
-        await self._grpc.stop(grace)
+        await asyncio.gather(*(listener.stop(grace) for listener in self._listeners))
         self.ended = await self.engine.stop()
         if self._http is not None:
             self._http.stop()
@@ -172,31 +170,27 @@ class Server:
             self._asked_to_end.set()
 
 
-def check_ports(settings: ServerSettings) -> None:
-    """Raises ConfigError where a server with these settings could not listen."""
-    _try_port(settings.host, settings.port, "gRPC", "--port")
-    _try_port(settings.host, settings.metrics_port, "metrics", "--metrics-port")
-    if settings.port == settings.metrics_port != 0:
-        raise ConfigError(f"--port and --metrics-port are both {settings.port}; choose two")
+def grpc_address(settings: ServerSettings) -> Address:
+    return Address(settings.host, settings.port, "gRPC", "--port")
 
 
-def is_loopback(host: str) -> bool:
-    """Only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def metrics_address(settings: ServerSettings) -> Address:
+    return Address(settings.host, settings.metrics_port, "metrics", "--metrics-port")
 
 
-def _try_port(host: str, port: int, what: str, flag: str) -> None:
-    try:
-        socket.create_server((host, port), family=address_family(host)).close()
-    except OSError as error:
-        raise _cannot_listen(host, port, what, flag, error.strerror) from error
+def adapters_address(settings: ServerSettings) -> Address:
+    return Address(settings.adapters_host, settings.adapters_port, "adapters", "--adapters-port")
 
 
-def _cannot_listen(host: str, port: int, what: str, flag: str, reason: str | None) -> ConfigError:
-    reason = reason or "in use, or not an address of this machine"
-    return ConfigError(
-        f"cannot listen on {host}:{port} for {what}: {reason}; choose another {flag} or --host"
-    )
+def addresses(settings: ServerSettings) -> list[Address]:
+    """All that a server with these settings listens on. Raises ConfigError where one may not be used."""
+    found = [grpc_address(settings), metrics_address(settings)]
+    if not settings.adapter_names:
+        return found
+    host = settings.adapters_host
+    if not (is_loopback(host) or settings.allow_public_adapters):
+        raise ConfigError(
+            f"adapters have neither encryption nor authentication, and --adapters-host {host} can be reached by others: "
+            "use 127.0.0.1, or in a private network --allow-public-adapters"
+        )
+    return [*found, adapters_address(settings)]

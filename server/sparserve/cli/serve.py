@@ -20,11 +20,12 @@ def serve(settings: ServerSettings) -> None:
 
     Exits with status 1 where the GPU fails.
     """
-    from sparserve.api.server import Server, check_ports, is_loopback
+    from sparserve.api.addresses import check_addresses, is_loopback
+    from sparserve.api.server import Server, addresses
     from sparserve.engine.factory import build_engine
 
     logs.configure(settings.log_level, settings.log_format)
-    check_ports(settings)  # before the minutes that a large model takes to load
+    check_addresses(addresses(settings))  # before the minutes that a large model takes to load
     if not is_loopback(settings.host):
         log.warning(
             "%s is open to the network, without encryption or authentication: keep it in a private "
@@ -43,6 +44,8 @@ def serve(settings: ServerSettings) -> None:
             f"serving {built.model_name} on {settings.host}:{server.port} (gRPC), "
             f"metrics on http://{settings.host}:{server.metrics_port}/metrics"
         )
+        if settings.adapter_names:
+            told += f", {settings.adapters} on {settings.adapters_host}:{server.adapters_port}"
         if settings.log_format == "json":
             log.info(told)
         else:

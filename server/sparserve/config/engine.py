@@ -1,28 +1,14 @@
-"""The server's settings: one model that feeds flags, environment and a YAML file.
-
-Precedence: flag, then `SPARSERVE_<NAME>` in the environment, then the YAML file, then the default.
-"""
+"""Settings of the engine: model, formats, backend, policies, memory, scheduling."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast, get_args
+from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
-
-from sparserve.errors import ConfigError
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 PartDtype = Literal["same", "bfloat16", "int8", "int4"]
@@ -356,148 +342,3 @@ class EngineSettings(BaseSettings):
                 f"default_policy is {self.default_policy}, which is not in allowed_policies {self.allowed_policies}"
             )
         return self
-
-
-class ServerSettings(EngineSettings):
-    """Everything `sparserve serve` can be told."""
-
-    host: Annotated[
-        str,
-        Field(
-            description="Address to listen on; 0.0.0.0 for all interfaces. There is no encryption and no authentication yet: keep it private."
-        ),
-    ] = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535, description="gRPC port; 0 picks a free one.")] = (
-        50051
-    )
-    metrics_port: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=65535,
-            description="HTTP port of /metrics, /healthz and /readyz; 0 picks a free one.",
-        ),
-    ] = 9090
-    max_waiting: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=1_000_000,
-            description="Requests that may wait; one more is refused with RESOURCE_EXHAUSTED.",
-        ),
-    ] = 256
-    max_waiting_tokens: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=2**62,
-            description="Prompt tokens that may wait for their first answer; more are refused with RESOURCE_EXHAUSTED.",
-        ),
-    ] = 1_000_000
-    max_stream_backlog: Annotated[
-        int,
-        Field(
-            ge=1,
-            le=1_000_000,
-            description="Tokens a client may lag behind its stream; then its request is ended.",
-        ),
-    ] = 4096
-    max_message_mib: Annotated[
-        int, Field(ge=1, le=1024, description="Largest gRPC message accepted, in MiB.")
-    ] = 16
-    max_connection_age: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=7 * 86400,
-            description="Seconds after which a connection is asked to reconnect, so that balancers can rebalance; 0: never.",
-        ),
-    ] = 0
-    drain_timeout: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=86400,
-            description="Seconds that requests in flight get to finish after SIGTERM.",
-        ),
-    ] = 30
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Field(description="Least severe log lines to print."),
-    ] = "info"
-
-    log_format: Annotated[
-        Literal["text", "json"],
-        Field(description="Log lines as text, or as one JSON object a line."),
-    ] = "text"
-    metrics_compat: Annotated[
-        Literal["none", "vllm"],
-        Field(
-            description="vllm: /metrics shows vLLM's metric names and labels beside our own, for its dashboards and autoscalers."
-        ),
-    ] = "none"
-
-    @property
-    def max_message_bytes(self) -> int:
-        return self.max_message_mib << 20
-
-
-Settings = TypeVar("Settings", bound=EngineSettings)
-
-
-def load_settings(
-    kind: type[Settings], flags: Mapping[str, object], config: Path | None = None
-) -> Settings:
-    """Merge flags (None: not given), environment, YAML file and defaults into `kind`.
-
-    `model_fields_set` of the result names what the flags set. Raises ConfigError that names each wrong setting, its value and what is allowed.
-    """
-    from_file = {} if config is None else _read(config)
-
-    class Sourced(kind):  # type: ignore[misc, valid-type]
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return (init_settings, env_settings, InitSettingsSource(settings_cls, from_file))
-
-    try:
-        merged = Sourced(**{name: value for name, value in flags.items() if value is not None})
-        given = {name for name, value in flags.items() if value is not None}
-        return cast(Settings, kind.model_construct(given, **merged.model_dump()))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
-    except SettingsError as error:
-        raise ConfigError(f"the settings cannot be read: {error}") from error
-
-
-def _read(config: Path) -> dict[str, object]:
-    """The settings file's names and values, not checked yet. Raises ConfigError."""
-    try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"the settings file {config} does not exist") from error
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the settings file {config} cannot be read: {reason}") from error
-    if content is None:  # nothing but comments
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ConfigError(f"the settings file {config} must be lines of `name: value`")
-    return content
-
-
-def _explain(problem: ErrorDetails) -> str:
-    name = ".".join(map(str, problem["loc"]))
-    if not name:
-        return problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{name} is no setting; `sparserve serve --help` lists them"
-    flag = f"--{name.replace('_', '-')}, SPARSERVE_{name.upper()} or {name} in the settings file"
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"{name} is {problem['input']!r}: {reason} ({flag})"

@@ -1,0 +1,35 @@
+"""The adapters by name. Each is a module with `add`, which is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, cast
+
+import grpc
+
+from sparserve.config import ServerSettings
+from sparserve.engine.async_engine import AsyncEngine
+
+_MODULES: dict[str, str] = {}
+
+
+class AddAdapter(Protocol):
+    """Adds the services of a protocol to `server`, and returns their full names.
+
+    Raises ConfigError where a package that it needs is not installed.
+    """
+
+    def __call__(
+        self,
+        server: grpc.aio.Server,
+        engine: AsyncEngine,
+        model_name: str,
+        settings: ServerSettings,
+    ) -> Sequence[str]: ...
+
+
+def adapter(name: str) -> AddAdapter:
+    """`name` is one of `config.adapters.AdapterName`."""
+    module = import_module(f"sparserve.api.adapters.{_MODULES[name]}")
+    return cast(AddAdapter, module.add)
