@@ -18,6 +18,7 @@
         SparsityUnavailable       the server cannot choose neurons as asked
       QueueFull                   too many requests or prompt tokens wait
       SlowReader                  a stream was not read
+      FellBehind                  changes of the prefix cache were not read
       Unavailable                 draining, stopped or broken
         DeviceFailure             the GPU failed, and the server ends
       DeadlineExceeded            the request's own deadline passed
@@ -136,6 +137,15 @@ class SlowReader(SparserveError):
     def __init__(self, backlog: int, limit: int) -> None:
         super().__init__(
             f"{backlog} tokens were generated and not read, the limit is {limit}; the request was ended"
+        )
+
+
+class FellBehind(SparserveError):
+    """A watcher of the prefix cache did not read its changes, and lost count of them."""
+
+    def __init__(self, backlog: int, limit: int) -> None:
+        super().__init__(
+            f"{backlog} changes of the prefix cache were not read, the limit is {limit}; watch it anew"
         )
 
 
