@@ -11,7 +11,7 @@ import grpc
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 
-_MODULES: dict[str, str] = {}
+_MODULES: dict[str, str] = {"vllm": "vllm_engine"}
 
 
 class AddAdapter(Protocol):
