@@ -1,0 +1,473 @@
+"""`vllm.grpc.engine.VllmEngine`, called over its own stubs."""
+
+import asyncio
+import hashlib
+import importlib
+import io
+import json
+import re
+import sys
+import zipfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
+
+from sparserve.api.server import Server
+from sparserve.client import AsyncClient
+from sparserve.engine import cache_events
+from sparserve.errors import ConfigError
+from sparserve.model.backend import BLOCK_SIZE
+
+# "hello, world" to the tiny tokenizer
+HELLO = (71, 68, 75, 75, 78, 11, 220, 86, 78, 81, 75, 67)
+LONG = tuple(range(97, 97 + 26)) * 3  # 78 tokens: four whole blocks and a part
+
+
+@dataclass
+class Peer:
+    """A server with the adapter, and the stub that calls it."""
+
+    server: Server
+    stub: Any
+    channel: Any
+
+    async def generate(self, request: pb.GenerateRequest) -> list[Any]:
+        """What `request` was answered with, each a chunk or a complete."""
+        answers = [answer async for answer in self.stub.Generate(request)]
+        return [getattr(answer, answer.WhichOneof("response")) for answer in answers]
+
+    async def complete(self, **fields: Any) -> Any:
+        (answer,) = await self.generate(request_of(**fields))
+        return answer
+
+
+def request_of(
+    ids: tuple[int, ...] = HELLO, *, stream: bool = False, request_id: str = "", **params: Any
+) -> pb.GenerateRequest:
+    greedy = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 8}
+    return pb.GenerateRequest(
+        request_id=request_id,
+        tokenized=pb.TokenizedInput(input_ids=ids),
+        sampling_params=pb.SamplingParams(**{**greedy, **params}),
+        stream=stream,
+    )
+
+
+@pytest.fixture
+async def peers(serving) -> AsyncIterator[Any]:
+    """`await peers(max_running=…, …)`: a Peer; all end with the test."""
+    open_now = []
+
+    async def start(**settings: Any) -> Peer:
+        context = serving(adapters="vllm", adapters_port=0, **settings)
+        server = await context.__aenter__()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.adapters_port}")
+        open_now.append((context, channel))
+        return Peer(server, vllm_engine_pb2_grpc.VllmEngineStub(channel), channel)
+
+    yield start
+    for context, channel in reversed(open_now):
+        await channel.close()
+        await context.__aexit__(None, None, None)
+
+
+@pytest.fixture
+async def peer(peers) -> Peer:
+    return await peers()
+
+
+async def test_ids_and_text_give_the_tokens_of_our_own_api(peer):
+    async with AsyncClient(f"127.0.0.1:{peer.server.port}") as client:
+        own = await client.generate(
+            "hello, world", temperature=0.0, ignore_eos=True, max_tokens=8, token_ids=True
+        )
+    answer = await peer.complete()
+    assert list(answer.output_ids) == list(own.token_ids)
+    assert (answer.finish_reason, answer.index) == ("length", 0)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (12, 8)
+    text = request_of()
+    text.text = "hello, world"
+    (from_text,) = await peer.generate(text)
+    assert from_text.output_ids == answer.output_ids
+
+
+async def test_a_stream_has_each_token_once_and_then_all_for_each_choice(peer):
+    whole = await peer.generate(request_of(n=2, temperature=1.0, seed=7))
+    answers = await peer.generate(request_of(n=2, temperature=1.0, seed=7, stream=True))
+    for index in (0, 1):
+        own = [answer for answer in answers if answer.index == index]
+        *chunks, complete = own
+        assert isinstance(complete, pb.GenerateComplete)
+        ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+        assert sum(chunk.completion_tokens for chunk in chunks) == len(ids) == 8
+        assert all(chunk.prompt_tokens == 12 for chunk in chunks)
+        assert ids == list(complete.output_ids)
+        (same,) = (answer for answer in whole if answer.index == index)
+        assert same.output_ids == complete.output_ids
+    assert len({tuple(answer.output_ids) for answer in whole}) == 2
+
+
+async def test_log_probabilities_of_output_and_prompt(peer):
+    async with AsyncClient(f"127.0.0.1:{peer.server.port}") as client:
+        own = await client.generate(
+            "hello, world", temperature=0.0, ignore_eos=True, max_tokens=3, top_logprobs=2,
+            prompt_logprobs=1,
+        )  # fmt: skip
+    asked = {"max_tokens": 3, "logprobs": 2, "prompt_logprobs": 1}
+    answer = await peer.complete(**asked)
+    told = answer.output_logprobs
+    assert list(told.token_ids) == list(answer.output_ids)
+    assert list(told.token_logprobs) == pytest.approx([t.logprob for t in own.choices[0].tokens])
+    assert [list(top.token_ids) for top in told.top_logprobs] == [
+        [top.id for top in token.top] for token in own.choices[0].tokens
+    ]
+    prompt = answer.input_logprobs
+    assert list(prompt.token_ids) == list(HELLO)
+    assert not prompt.token_logprobs[0].HasField("value")
+    assert [one.value for one in prompt.token_logprobs[1:]] == pytest.approx(
+        [token.logprob for token in own.prompt[1:]]
+    )
+    first, *later, complete = await peer.generate(request_of(stream=True, **asked))
+    assert first.input_logprobs == prompt
+    assert not any(chunk.HasField("input_logprobs") for chunk in later)
+    streamed = [
+        value for chunk in (first, *later) for value in chunk.output_logprobs.token_logprobs
+    ]
+    assert streamed == list(told.token_logprobs)
+    assert not complete.HasField("output_logprobs")
+
+
+async def test_what_stopped_a_choice_is_named(peer):
+    free = await peer.complete()
+    second = free.output_ids[1]
+    by_id = await peer.complete(stop_token_ids=[second])
+    assert (by_id.finish_reason, by_id.matched_token_id) == ("stop", second)
+    assert list(by_id.output_ids) == list(free.output_ids[:2])
+    text = peer.server.engine.engine.tokenizer.token_text
+    by_text = await peer.complete(stop=[text(free.output_ids[0]) + text(second)])
+    assert by_text.finish_reason == "stop"
+    assert by_text.matched_stop_str == text(free.output_ids[0]) + text(second)
+
+
+async def test_bias_penalties_and_truncation_reach_the_engine(peer):
+    assert set((await peer.complete(logit_bias={65: 100.0})).output_ids) == {65}
+    plain = await peer.complete(max_tokens=24)
+    penalized = await peer.complete(max_tokens=24, frequency_penalty=2.0, presence_penalty=2.0)
+    assert len(set(penalized.output_ids)) > len(set(plain.output_ids))
+    cut = await peer.complete(truncate_prompt_tokens=5)
+    assert cut.prompt_tokens == 5
+    assert cut.output_ids == (await peer.complete(ids=HELLO[-5:])).output_ids
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"grammar": 'root ::= "a" "b"+ "c"'}, "ab+c"),
+        ({"choice": pb.ChoiceConstraint(choices=["yes", "no"])}, "yes|no"),
+        ({"json_schema": json.dumps({"enum": [12, True]})}, r"\s*(12|true)\s*"),
+        ({"json_object": True, "max_tokens": 200}, r"(?s)\{.*"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_a_constraint_shapes_the_text(peer, constraint, pattern):
+    answer = await peer.complete(**{"ignore_eos": False, "max_tokens": 40, **constraint})
+    text = peer.server.engine.engine.tokenizer.decode(answer.output_ids)
+    assert re.fullmatch(pattern, text), text
+
+
+REFUSED = {
+    "structural_tag": ({"structural_tag": "{}"}, {}, "sampling_params.structural_tag"),
+    "all logprobs": ({"logprobs": -1}, {}, "sampling_params.logprobs"),
+    "prompt logprobs": ({"prompt_logprobs": 65}, {}, "sampling_params.prompt_logprobs"),
+    "negative bias": ({"logit_bias": {-1: 1.0}}, {}, "sampling_params.logit_bias[-1]"),
+    "truncation": ({"truncate_prompt_tokens": -1}, {}, "sampling_params.truncate_prompt_tokens"),
+    "top_p": ({"top_p": 2.0}, {}, "sampling.top_p"),
+    "n": ({"n": 1000}, {}, "sampling.n"),
+    "schema": ({"json_schema": "{"}, {}, "constraint.json_schema"),
+    "no object": ({"json_object": False}, {}, "constraint.json_object"),
+    "no choices": ({"choice": pb.ChoiceConstraint()}, {}, "constraint.choice"),
+    "images": ({}, {"mm_inputs": pb.MultimodalInputs()}, "mm_inputs"),
+    "more images": ({}, {"extra_mm_inputs": [pb.MultimodalInputs()]}, "extra_mm_inputs"),
+    "references": ({}, {"media_refs": pb.MediaRefs()}, "media_refs"),
+    "transfer": ({}, {"kv_transfer_params_json": "{}"}, "kv_transfer_params_json"),
+    "old transfer": ({}, {"kv_transfer_params": pb.KvTransferParams()}, "kv_transfer_params"),
+    "rank": ({}, {"data_parallel_rank": 1}, "data_parallel_rank"),
+    "no such id": ({}, {"tokenized": pb.TokenizedInput(input_ids=[2**31])}, "tokenized.input_ids"),
+    "no token": ({}, {"tokenized": pb.TokenizedInput()}, "prompt"),
+}
+
+
+@pytest.mark.parametrize(("params", "fields", "name"), REFUSED.values(), ids=REFUSED)
+async def test_what_cannot_be_done_is_refused_by_its_name(peer, details_of, params, fields, name):
+    request = request_of(**params)
+    request.MergeFrom(pb.GenerateRequest(**fields))
+    if "tokenized" in fields:
+        request.tokenized.CopyFrom(fields["tokenized"])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await peer.generate(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = details_of(refused.value)["BadRequest"].field_violations
+    assert violation.field == name
+
+
+async def test_without_input_nothing_is_generated(peer):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await peer.generate(pb.GenerateRequest())
+    assert "set tokenized or text" in refused.value.details()
+
+
+@pytest.mark.parametrize("way", ["Abort", "cancel", "deadline"])
+async def test_who_leaves_frees_its_blocks_before_the_next_step(peer, controlled, until, way):
+    engine = peer.server.engine.engine
+    with controlled(peer.server) as forward:
+        # A step takes so long that the deadline passes in the middle.
+        forward.seconds = 0.02
+        timeout = 0.5 if way == "deadline" else None
+        call = peer.stub.Generate(
+            request_of(max_tokens=400, stream=True, request_id="long"), timeout=timeout
+        )
+        answers = aiter(call)
+        await anext(answers)
+        assert engine.used_blocks > 0
+        if way == "Abort":
+            await peer.stub.Abort(pb.AbortRequest(request_ids=["long", "unknown"]))
+            last = [answer async for answer in answers][-1]
+            assert last.complete.finish_reason == "abort"
+        elif way == "cancel":
+            call.cancel()
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                async for _ in answers:
+                    pass
+            assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: engine.used_blocks == 0, "all blocks are free")
+        await until(lambda: peer.server.engine.in_flight == 0)
+        calls = forward.calls
+        await asyncio.sleep(0.1)
+        assert forward.calls == calls
+
+
+async def test_info_tells_the_model_the_limits_and_the_load(peers, controlled, tiny_folder, until):
+    peer = await peers(max_running=2, max_context=128)
+    model = await peer.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert model == pb.GetModelInfoResponse(
+        model_path=tiny_folder.name,
+        served_model_name=tiny_folder.name,
+        is_generation=True,
+        max_context_length=128,
+        max_req_input_len=127,
+        vocab_size=259,
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        eos_token_ids=[257],
+        bos_token_id=256,
+    )
+    info = await peer.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert (info.max_num_seqs, info.block_size, info.is_paused) == (2, BLOCK_SIZE, False)
+    with controlled(peer.server) as forward:
+        forward.hold()
+        calls = [peer.stub.Generate(request_of(stream=True)) for _ in range(3)]
+        await until(lambda: peer.server.engine.in_flight == 3)
+        forward.allow_one()  # of the first alone; the next has two
+        await until(lambda: peer.server.engine.engine.num_running == 2)
+        await until(lambda: peer.server.engine.engine.num_waiting == 1)
+        (load,) = (await peer.stub.GetLoads(pb.GetLoadsRequest())).loads
+        assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs) == (2, 1, 3)
+        assert (load.max_running_requests, load.utilization) == (2, 1.0)
+        assert 0 < load.token_usage < 1
+        assert (
+            load.max_total_num_tokens == peer.server.engine.engine.backend.num_blocks * BLOCK_SIZE
+        )
+        for call in calls:
+            call.cancel()
+        forward.release()
+
+
+async def test_a_draining_server_says_so_and_refuses(peer):
+    health = health_pb2_grpc.HealthStub(peer.channel)
+    asked = health_pb2.HealthCheckRequest(service="vllm.grpc.engine.VllmEngine")
+    assert (await peer.stub.HealthCheck(pb.HealthCheckRequest())).healthy
+    assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.SERVING
+    watch = peer.stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest())
+    await watch.read()
+    await peer.server.engine.drain(1)
+    told = await peer.stub.HealthCheck(pb.HealthCheckRequest())
+    assert (told.healthy, told.message) == (False, "the server is draining")
+    assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    for call in (peer.stub.Generate(request_of()), watch):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_the_tokenizer_comes_as_a_zip_with_its_checksum_last(peer):
+    chunks = [c async for c in peer.stub.GetTokenizer(common_pb2.GetTokenizerRequest())]
+    data = b"".join(chunk.data for chunk in chunks)
+    assert chunks[-1].sha256 == hashlib.sha256(data).hexdigest()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+        assert set(archive.namelist()) == names
+
+
+@pytest.mark.parametrize(
+    ("method", "request_type"),
+    [
+        ("Embed", pb.EmbedRequest),
+        ("StartProfile", common_pb2.StartProfileRequest),
+        ("StopProfile", common_pb2.StopProfileRequest),
+    ],
+)
+async def test_what_is_not_served_says_so(peer, method, request_type):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await getattr(peer.stub, method)(request_type())
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert refused.value.details()
+
+
+def test_without_the_stubs_the_way_to_them_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("sparserve.api.adapters.vllm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "smg_grpc_proto", None)
+    with pytest.raises(ConfigError, match=re.escape("pip install 'sparserve[gateway]'")):
+        importlib.import_module("sparserve.api.adapters.vllm_engine")
+
+
+class Index:
+    """What a gateway makes of the events: which blocks a worker holds."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self.number = 0
+        self.events: list[Any] = []
+        self.blocks: dict[int, tuple[int | None, tuple[int, ...]]] = {}  # hash -> parent, tokens
+
+    async def read(self) -> list[str]:
+        """The kinds of events in the next batch, applied."""
+        batch = await self.call.read()
+        assert batch.sequence_number == self.number + 1
+        self.number = batch.sequence_number
+        self.events += batch.events
+        for event in batch.events:
+            getattr(self, event.WhichOneof("data"))(getattr(event, event.WhichOneof("data")))
+        return [event.WhichOneof("data") for event in batch.events]
+
+    def stored(self, event: Any) -> None:
+        parent = event.parent_block_hash if event.HasField("parent_block_hash") else None
+        for block in event.blocks:
+            assert block.block_size == len(block.token_ids) == BLOCK_SIZE
+            assert block.block_hash not in self.blocks
+            assert parent is None or parent in self.blocks
+            self.blocks[block.block_hash] = parent, tuple(block.token_ids)
+            parent = block.block_hash
+
+    def removed(self, event: Any) -> None:
+        for block_hash in event.block_hashes:
+            del self.blocks[block_hash]
+
+    def cleared(self, event: Any) -> None:
+        self.blocks.clear()
+
+    def prompts(self) -> set[tuple[int, ...]]:
+        """The tokens from the beginning to the end of each block."""
+        found = set()
+        for block_hash in self.blocks:
+            tokens: tuple[int, ...] = ()
+            step: int | None = block_hash
+            while step is not None:
+                parent, own = self.blocks[step]
+                tokens, step = own + tokens, parent
+            found.add(tokens)
+        return found
+
+
+def beginnings(ids: tuple[int, ...]) -> set[tuple[int, ...]]:
+    return {ids[:end] for end in range(BLOCK_SIZE, len(ids) + 1, BLOCK_SIZE)}
+
+
+@pytest.fixture
+def subscribe(peer):
+    return lambda **fields: Index(
+        peer.stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(**fields))
+    )
+
+
+async def test_a_subscriber_knows_what_is_cached(peer, subscribe):
+    early = subscribe()
+    assert await early.read() == ["cleared"]
+    await peer.complete(ids=LONG)
+    assert await early.read() == ["stored"]
+    assert early.prompts() == beginnings(LONG)
+    longer = LONG[:64] + tuple(range(48))  # four blocks are cached already
+    await peer.complete(ids=longer)
+    assert await early.read() == ["stored"]
+    assert len(early.events[-1].stored.blocks) == 3
+    assert early.prompts() == beginnings(LONG) | beginnings(longer)
+    late = subscribe()
+    await late.read()
+    assert late.prompts() == early.prompts()
+    assert (await peer.stub.FlushCache(common_pb2.FlushCacheRequest())).success
+    assert await early.read() == await late.read() == ["cleared"]
+    assert peer.server.engine.engine.cached_blocks == 0
+    again = await peer.complete(ids=LONG)
+    assert again.cached_tokens == 0
+
+
+async def test_prompts_under_a_salt_are_not_told(peer, subscribe):
+    index = subscribe()
+    await index.read()
+    async with AsyncClient(f"127.0.0.1:{peer.server.port}") as client:
+        await client.generate("secret" * 10, max_tokens=1, cache_salt="mine")
+    assert peer.server.engine.engine.cached_blocks > 0
+    await peer.complete(ids=LONG)
+    await index.read()
+    assert index.prompts() == beginnings(LONG)
+
+
+async def test_a_subscriber_cannot_resume(subscribe):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await subscribe(start_sequence_number=3).read()
+    assert refused.value.code() is grpc.StatusCode.OUT_OF_RANGE
+
+
+async def test_nothing_is_collected_once_the_last_subscriber_has_left(peer, subscribe, until):
+    index = subscribe()
+    await index.read()
+    blocks = peer.server.engine.engine._blocks
+    assert blocks.on_change is not None
+    index.call.cancel()
+    await until(lambda: blocks.on_change is None)
+    assert (await peer.complete(ids=LONG)).completion_tokens == 8
+
+
+async def test_a_watcher_that_reads_nothing_is_ended(peer, monkeypatch, until):
+    monkeypatch.setattr(cache_events, "MAX_BACKLOG", 6)
+    with peer.server.engine.watch_cache() as watch:
+        await until(lambda: watch._has_begun)
+        await peer.complete(ids=LONG)
+        assert watch._error is None
+        await peer.complete(ids=LONG[::-1])
+        with pytest.raises(cache_events.FellBehind, match="9 changes"):
+            await anext(watch)
+
+
+async def test_a_flush_waits_for_requests_in_flight(peer, controlled, until):
+    with controlled(peer.server) as forward:
+        forward.hold()
+        call = peer.stub.Generate(request_of(ids=LONG, stream=True))
+        await until(lambda: forward.calls == 1)
+        refused = await peer.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=0.05))
+        assert (refused.success, refused.message) == (False, "1 requests are in flight")
+        flush = peer.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=60))
+        await asyncio.sleep(0.05)
+        forward.release()
+        assert (await flush).success
+    assert peer.server.engine.engine.cached_blocks == 0
+    call.cancel()
