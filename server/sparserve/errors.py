@@ -23,6 +23,7 @@
         DeviceFailure             the GPU failed, and the server ends
       DeadlineExceeded            the request's own deadline passed
       EngineFailure               a step failed; carries an id that the log has too
+      ChildFailed                 a program that a command runs beside itself does not stay up
       CallFailed                  the client's view of a status that a server sent
 
 Each message names the value, the limit it met and, where there is one, the way out.
@@ -179,6 +180,10 @@ class EngineFailure(SparserveError):
             f"the engine failed on this request; error id {error_id} in the server's log"
         )
         self.error_id = error_id
+
+
+class ChildFailed(SparserveError):
+    """A program that a command runs beside itself does not stay up."""
 
 
 class CallFailed(SparserveError):
