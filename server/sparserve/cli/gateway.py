@@ -114,6 +114,7 @@ class _Gateway:
         )
         self._asked, self._impatient = asyncio.Event(), asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None  # of one of the programs
 
     async def run(self) -> None:
         """Raises ChildFailed where one of the programs cannot be kept running."""
@@ -121,10 +122,11 @@ class _Gateway:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         try:
-            if await self._unless_asked(self._start()):
-                await self._announce()
-                await self._unless_asked(asyncio.Event().wait())
-            if not self._impatient.is_set():
+            try:
+                if await self._unless_asked(self._start()):
+                    await self._announce()
+                    await self._unless_asked(asyncio.Event().wait())
+            finally:
                 await self._unless_impatient(self._end())
         finally:
             for child in (self._smg, *self._workers):
@@ -144,25 +146,30 @@ class _Gateway:
             await self._smg.ready()
 
     def _run(self, *children: Child) -> None:
-        self._running.update(asyncio.create_task(child.run()) for child in children)
+        for child in children:
+            task = asyncio.create_task(child.run())
+            task.add_done_callback(self._on_end)
+            self._running.add(task)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._failure = self._failure or failure
+            self._asked.set()
 
     async def _unless_asked(self, work: Awaitable[object]) -> bool:
-        """Whether `work` was done before a signal came. Raises what it or a program's end raises."""
+        """Whether `work` was done before a signal came. Raises ChildFailed where a program fails first."""
         task = asyncio.ensure_future(work)
         asked = asyncio.create_task(self._asked.wait())
-        try:
-            while True:
-                waiting = {task, asked, *self._running}
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for ended in done & self._running:
-                    ended.result()  # a program that could not be kept running
-                if task in done:
-                    task.result()
-                if done & {task, asked}:
-                    return task in done
-        finally:
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if self._failure is not None:
             task.cancel()
-            asked.cancel()
+            raise self._failure
+        if not task.done():
+            task.cancel()
+            return False
+        await task  # raises what it raised
+        return True
 
     async def _end(self) -> None:
         err.print("ending: the gateway first, then its workers; again to end at once")
@@ -184,7 +191,7 @@ class _Gateway:
         front = self._front
         listed = await asyncio.to_thread(get_json, f"{front.base_url}/v1/models")
         model = listed["data"][0]["id"] if listed else ""
-        err.print(f"ready: {model} on {len(self._urls)} workers, balancing {front.balancing.value}")
+        err.print(f"ready: {model}, workers {len(self._urls)}, balancing {front.balancing.value}")
         err.print(f"gateway: metrics http://127.0.0.1:{front.metrics_port}/metrics")
         out.print(f"OpenAI base URL: {front.base_url}/v1", soft_wrap=True)
         body = {"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
