@@ -196,8 +196,8 @@ async def test_completions_go_on_from_text(pair, direct):
 
 
 async def test_what_is_wrong_with_a_request_is_said_with_400(pair):
-    with pytest.raises(openai.BadRequestError, match="regex"):
-        await pair.chat("Hm", extra_body={"regex": "(", "ignore_eos": False})
+    with pytest.raises(openai.BadRequestError, match="a stop string has 300 characters"):
+        await pair.chat("Hm", stop="x" * 300)
 
 
 @pytest.mark.parametrize("stream", [True, False])
