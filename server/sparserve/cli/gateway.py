@@ -55,7 +55,9 @@ def gateway(
     balancing: Annotated[
         Balancing,
         typer.Option(
-            help="How a worker is chosen: cache_aware prefers the one that has a prompt's beginning in its cache."
+            metavar="<choice>",
+            help=f"How a worker is chosen, one of {', '.join(Balancing)}: cache_aware prefers the one that has a prompt's "
+            "beginning in its cache.",
         ),
     ] = Balancing.CACHE_AWARE,
     smg_flags: Annotated[

@@ -12,7 +12,7 @@ from sparserve.engine.request import MAX_TOP_LOGPROBS
 from sparserve.errors import InvalidRequest
 from sparserve.v1 import inference_pb2 as pb
 
-MAX_TOKEN_ID = 2**31 - 1
+MAX_INT = 2**31 - 1  # of our fields; theirs have a bit more
 _OTHER_TRANSFERS = "prefill and decode are one process here, no KV moves between servers"
 _NO_MEDIA = "the model reads text only"
 # Message fields that nothing here can serve.
@@ -41,8 +41,8 @@ def own_request(message: Any) -> pb.GenerateRequest:
         request_id=message.request_id,
         sampling=_sampling(params),
         stopping=pb.Stopping(
-            max_tokens=params.max_tokens if params.HasField("max_tokens") else None,
-            min_tokens=params.min_tokens,
+            max_tokens=_int(params, "max_tokens") if params.HasField("max_tokens") else None,
+            min_tokens=_int(params, "min_tokens"),
             stop=params.stop,
             stop_token_ids=_token_ids("sampling_params.stop_token_ids", params.stop_token_ids),
             ignore_eos=params.ignore_eos,
@@ -63,14 +63,14 @@ def _sampling(params: Any) -> pb.Sampling:
     return pb.Sampling(
         temperature=params.temperature if params.HasField("temperature") else None,
         top_p=params.top_p or None,
-        top_k=params.top_k,
+        top_k=params.top_k if params.top_k <= MAX_INT else 0,  # all, as no vocabulary is larger
         min_p=params.min_p,
         repetition_penalty=params.repetition_penalty or None,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         # OpenAI's seed may be negative, ours is its two's complement.
         seed=params.seed % 2**64 if params.HasField("seed") else None,
-        n=params.n or None,
+        n=_int(params, "n") or None,
         logit_bias=params.logit_bias,
     )
 
@@ -85,6 +85,14 @@ def _response(params: Any) -> pb.ResponseOptions:
         ),
         skip_special_tokens=params.skip_special_tokens,
     )
+
+
+def _int(params: Any, name: str) -> int:
+    value: int = getattr(params, name)
+    if value > MAX_INT:
+        field = f"sampling_params.{name}"
+        raise InvalidRequest(field, f"{field} is {value}, the limit is {MAX_INT}")
+    return value
 
 
 def _count(params: Any, name: str) -> int:
@@ -128,6 +136,6 @@ def _set_constraint(own: pb.GenerateRequest, params: Any) -> None:
 
 
 def _token_ids(name: str, ids: Sequence[int]) -> Sequence[int]:
-    if ids and (largest := max(ids)) > MAX_TOKEN_ID:
+    if ids and (largest := max(ids)) > MAX_INT:
         raise InvalidRequest(name, f"{name} has the token id {largest}, which no vocabulary has")
     return ids
