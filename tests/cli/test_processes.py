@@ -1,9 +1,11 @@
 """Programs that a command runs beside itself, real ones of a few lines."""
 
 import asyncio
+import signal
 import sys
 import time
 
+import psutil
 import pytest
 
 from sparserve.cli import processes
@@ -59,3 +61,25 @@ async def test_a_line_without_end_ends_no_program(capsys):
     with pytest.raises(ChildFailed):
         await asyncio.wait_for(run.run(), 60)
     assert "program | after" in capsys.readouterr().err
+
+
+RUN_ONE = """
+import asyncio, sys
+from sparserve.cli.processes import Child
+
+async def main():
+    async def is_ready():
+        return True
+    await Child("program", [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"], is_ready).run()
+
+asyncio.run(main())
+"""
+
+
+async def test_it_ends_with_the_process_that_started_it_even_where_that_is_killed(spawn_python):
+    parent = await spawn_python(RUN_ONE)
+    program = psutil.Process(int((await parent.line()).removeprefix("program | ")))
+    parent.signal(signal.SIGKILL)
+    await parent.ended()
+    await asyncio.to_thread(psutil.wait_procs, [program], 30)
+    assert not program.is_running()
