@@ -11,7 +11,7 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from sparserve.api.server import Server
 
-# "hello, world" to the tiny tokenizer
+# "hello, world" to the tiny tokenizer; test modules cannot import this one
 HELLO = (71, 68, 75, 75, 78, 11, 220, 86, 78, 81, 75, 67)
 
 

@@ -8,79 +8,19 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
-from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from sparserve.api.server import Server
 from sparserve.client import AsyncClient
-from sparserve.engine import cache_events
 from sparserve.errors import ConfigError
 from sparserve.model.backend import BLOCK_SIZE
 
 # "hello, world" to the tiny tokenizer
 HELLO = (71, 68, 75, 75, 78, 11, 220, 86, 78, 81, 75, 67)
-LONG = tuple(range(97, 97 + 26)) * 3  # 78 tokens: four whole blocks and a part
-
-
-@dataclass
-class Peer:
-    """A server with the adapter, and the stub that calls it."""
-
-    server: Server
-    stub: Any
-    channel: Any
-
-    async def generate(self, request: pb.GenerateRequest) -> list[Any]:
-        """What `request` was answered with, each a chunk or a complete."""
-        answers = [answer async for answer in self.stub.Generate(request)]
-        return [getattr(answer, answer.WhichOneof("response")) for answer in answers]
-
-    async def complete(self, **fields: Any) -> Any:
-        (answer,) = await self.generate(request_of(**fields))
-        return answer
-
-
-def request_of(
-    ids: tuple[int, ...] = HELLO, *, stream: bool = False, request_id: str = "", **params: Any
-) -> pb.GenerateRequest:
-    greedy = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 8}
-    return pb.GenerateRequest(
-        request_id=request_id,
-        tokenized=pb.TokenizedInput(input_ids=ids),
-        sampling_params=pb.SamplingParams(**{**greedy, **params}),
-        stream=stream,
-    )
-
-
-@pytest.fixture
-async def peers(serving) -> AsyncIterator[Any]:
-    """`await peers(max_running=…, …)`: a Peer; all end with the test."""
-    open_now = []
-
-    async def start(**settings: Any) -> Peer:
-        context = serving(adapters="vllm", adapters_port=0, **settings)
-        server = await context.__aenter__()
-        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.adapters_port}")
-        open_now.append((context, channel))
-        return Peer(server, vllm_engine_pb2_grpc.VllmEngineStub(channel), channel)
-
-    yield start
-    for context, channel in reversed(open_now):
-        await channel.close()
-        await context.__aexit__(None, None, None)
-
-
-@pytest.fixture
-async def peer(peers) -> Peer:
-    return await peers()
 
 
 async def test_ids_and_text_give_the_tokens_of_our_own_api(peer):
@@ -92,15 +32,15 @@ async def test_ids_and_text_give_the_tokens_of_our_own_api(peer):
     assert list(answer.output_ids) == list(own.token_ids)
     assert (answer.finish_reason, answer.index) == ("length", 0)
     assert (answer.prompt_tokens, answer.completion_tokens) == (12, 8)
-    text = request_of()
+    text = peer.request_of()
     text.text = "hello, world"
     (from_text,) = await peer.generate(text)
     assert from_text.output_ids == answer.output_ids
 
 
 async def test_a_stream_has_each_token_once_and_then_all_for_each_choice(peer):
-    whole = await peer.generate(request_of(n=2, temperature=1.0, seed=7))
-    answers = await peer.generate(request_of(n=2, temperature=1.0, seed=7, stream=True))
+    whole = await peer.generate(peer.request_of(n=2, temperature=1.0, seed=7))
+    answers = await peer.generate(peer.request_of(n=2, temperature=1.0, seed=7, stream=True))
     for index in (0, 1):
         own = [answer for answer in answers if answer.index == index]
         *chunks, complete = own
@@ -134,7 +74,7 @@ async def test_log_probabilities_of_output_and_prompt(peer):
     assert [one.value for one in prompt.token_logprobs[1:]] == pytest.approx(
         [token.logprob for token in own.prompt[1:]]
     )
-    first, *later, complete = await peer.generate(request_of(stream=True, **asked))
+    first, *later, complete = await peer.generate(peer.request_of(stream=True, **asked))
     assert first.input_logprobs == prompt
     assert not any(chunk.HasField("input_logprobs") for chunk in later)
     streamed = [
@@ -207,7 +147,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("params", "fields", "name"), REFUSED.values(), ids=REFUSED)
 async def test_what_cannot_be_done_is_refused_by_its_name(peer, details_of, params, fields, name):
-    request = request_of(**params)
+    request = peer.request_of(**params)
     request.MergeFrom(pb.GenerateRequest(**fields))
     if "tokenized" in fields:
         request.tokenized.CopyFrom(fields["tokenized"])
@@ -232,7 +172,7 @@ async def test_who_leaves_frees_its_blocks_before_the_next_step(peer, controlled
         forward.seconds = 0.02
         timeout = 0.5 if way == "deadline" else None
         call = peer.stub.Generate(
-            request_of(max_tokens=400, stream=True, request_id="long"), timeout=timeout
+            peer.request_of(max_tokens=400, stream=True, request_id="long"), timeout=timeout
         )
         answers = aiter(call)
         await anext(answers)
@@ -274,7 +214,7 @@ async def test_info_tells_the_model_the_limits_and_the_load(peers, controlled, t
     assert (info.max_num_seqs, info.block_size, info.is_paused) == (2, BLOCK_SIZE, False)
     with controlled(peer.server) as forward:
         forward.hold()
-        calls = [peer.stub.Generate(request_of(stream=True)) for _ in range(3)]
+        calls = [peer.stub.Generate(peer.request_of(stream=True)) for _ in range(3)]
         await until(lambda: peer.server.engine.in_flight == 3)
         forward.allow_one()  # of the first alone; the next has two
         await until(lambda: peer.server.engine.engine.num_running == 2)
@@ -302,7 +242,7 @@ async def test_a_draining_server_says_so_and_refuses(peer):
     told = await peer.stub.HealthCheck(pb.HealthCheckRequest())
     assert (told.healthy, told.message) == (False, "the server is draining")
     assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    for call in (peer.stub.Generate(request_of()), watch):
+    for call in (peer.stub.Generate(peer.request_of()), watch):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -338,136 +278,3 @@ def test_without_the_stubs_the_way_to_them_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "smg_grpc_proto", None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'sparserve[gateway]'")):
         importlib.import_module("sparserve.api.adapters.vllm_engine")
-
-
-class Index:
-    """What a gateway makes of the events: which blocks a worker holds."""
-
-    def __init__(self, call: Any) -> None:
-        self.call = call
-        self.number = 0
-        self.events: list[Any] = []
-        self.blocks: dict[int, tuple[int | None, tuple[int, ...]]] = {}  # hash -> parent, tokens
-
-    async def read(self) -> list[str]:
-        """The kinds of events in the next batch, applied."""
-        batch = await self.call.read()
-        assert batch.sequence_number == self.number + 1
-        self.number = batch.sequence_number
-        self.events += batch.events
-        for event in batch.events:
-            getattr(self, event.WhichOneof("data"))(getattr(event, event.WhichOneof("data")))
-        return [event.WhichOneof("data") for event in batch.events]
-
-    def stored(self, event: Any) -> None:
-        parent = event.parent_block_hash if event.HasField("parent_block_hash") else None
-        for block in event.blocks:
-            assert block.block_size == len(block.token_ids) == BLOCK_SIZE
-            assert block.block_hash not in self.blocks
-            assert parent is None or parent in self.blocks
-            self.blocks[block.block_hash] = parent, tuple(block.token_ids)
-            parent = block.block_hash
-
-    def removed(self, event: Any) -> None:
-        for block_hash in event.block_hashes:
-            del self.blocks[block_hash]
-
-    def cleared(self, event: Any) -> None:
-        self.blocks.clear()
-
-    def prompts(self) -> set[tuple[int, ...]]:
-        """The tokens from the beginning to the end of each block."""
-        found = set()
-        for block_hash in self.blocks:
-            tokens: tuple[int, ...] = ()
-            step: int | None = block_hash
-            while step is not None:
-                parent, own = self.blocks[step]
-                tokens, step = own + tokens, parent
-            found.add(tokens)
-        return found
-
-
-def beginnings(ids: tuple[int, ...]) -> set[tuple[int, ...]]:
-    return {ids[:end] for end in range(BLOCK_SIZE, len(ids) + 1, BLOCK_SIZE)}
-
-
-@pytest.fixture
-def subscribe(peer):
-    return lambda **fields: Index(
-        peer.stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(**fields))
-    )
-
-
-async def test_a_subscriber_knows_what_is_cached(peer, subscribe):
-    early = subscribe()
-    assert await early.read() == ["cleared"]
-    await peer.complete(ids=LONG)
-    assert await early.read() == ["stored"]
-    assert early.prompts() == beginnings(LONG)
-    longer = LONG[:64] + tuple(range(48))  # four blocks are cached already
-    await peer.complete(ids=longer)
-    assert await early.read() == ["stored"]
-    assert len(early.events[-1].stored.blocks) == 3
-    assert early.prompts() == beginnings(LONG) | beginnings(longer)
-    late = subscribe()
-    await late.read()
-    assert late.prompts() == early.prompts()
-    assert (await peer.stub.FlushCache(common_pb2.FlushCacheRequest())).success
-    assert await early.read() == await late.read() == ["cleared"]
-    assert peer.server.engine.engine.cached_blocks == 0
-    again = await peer.complete(ids=LONG)
-    assert again.cached_tokens == 0
-
-
-async def test_prompts_under_a_salt_are_not_told(peer, subscribe):
-    index = subscribe()
-    await index.read()
-    async with AsyncClient(f"127.0.0.1:{peer.server.port}") as client:
-        await client.generate("secret" * 10, max_tokens=1, cache_salt="mine")
-    assert peer.server.engine.engine.cached_blocks > 0
-    await peer.complete(ids=LONG)
-    await index.read()
-    assert index.prompts() == beginnings(LONG)
-
-
-async def test_a_subscriber_cannot_resume(subscribe):
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await subscribe(start_sequence_number=3).read()
-    assert refused.value.code() is grpc.StatusCode.OUT_OF_RANGE
-
-
-async def test_nothing_is_collected_once_the_last_subscriber_has_left(peer, subscribe, until):
-    index = subscribe()
-    await index.read()
-    blocks = peer.server.engine.engine._blocks
-    assert blocks.on_change is not None
-    index.call.cancel()
-    await until(lambda: blocks.on_change is None)
-    assert (await peer.complete(ids=LONG)).completion_tokens == 8
-
-
-async def test_a_watcher_that_reads_nothing_is_ended(peer, monkeypatch, until):
-    monkeypatch.setattr(cache_events, "MAX_BACKLOG", 6)
-    with peer.server.engine.watch_cache() as watch:
-        await until(lambda: watch._has_begun)
-        await peer.complete(ids=LONG)
-        assert watch._error is None
-        await peer.complete(ids=LONG[::-1])
-        with pytest.raises(cache_events.FellBehind, match="9 changes"):
-            await anext(watch)
-
-
-async def test_a_flush_waits_for_requests_in_flight(peer, controlled, until):
-    with controlled(peer.server) as forward:
-        forward.hold()
-        call = peer.stub.Generate(request_of(ids=LONG, stream=True))
-        await until(lambda: forward.calls == 1)
-        refused = await peer.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=0.05))
-        assert (refused.success, refused.message) == (False, "1 requests are in flight")
-        flush = peer.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=60))
-        await asyncio.sleep(0.05)
-        forward.release()
-        assert (await flush).success
-    assert peer.server.engine.engine.cached_blocks == 0
-    call.cancel()
