@@ -1,4 +1,5 @@
-// A pass: some rows of a batch through all layers, as a sequence of launches.
+// A pass: some rows of a batch through all layers. What it computes and where that stands is in
+// pass_layout.cpp, its launches in launches.cpp, what it tells in results.cpp.
 #pragma once
 
 #include <chrono>
@@ -9,6 +10,8 @@
 
 namespace sk {
 namespace cuda {
+
+inline uint32_t blocks_of(uint32_t count, uint32_t unit) { return (count + unit - 1) / unit; }
 
 // Rows [first, first + count) of the tokens of all sequences.
 struct PassRows {
