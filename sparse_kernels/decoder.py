@@ -62,6 +62,15 @@ class Rows(NamedTuple):
     hidden: torch.Tensor  # [hidden rows, hidden_size] after the last layer, before the norm
 
 
+class GraphCounts(NamedTuple):
+    """CUDA graphs of steps that came again; see sk_graphs_info."""
+
+    captures: int  # graphs made
+    launches: int  # forwards that were the launch of one
+    kept: int
+    why_not: str  # "", or why none are made any more
+
+
 class Decoder:
     """A model of the library, over packed weights: on the CPU with threads, keeping the weights alive;
     on a GPU over a copy in its memory, all else in main memory.
@@ -77,6 +86,7 @@ class Decoder:
         threads: int = 1,
         isa: str = "auto",
         kv_bits: int = 16,
+        graphs: bool = True,
     ) -> None:
         """
         Args:
@@ -84,6 +94,7 @@ class Decoder:
             threads: of the CPU; a GPU takes 1.
             isa: the CPU's level; a GPU takes auto.
             kv_bits: of keys and values in the cache, 16 (bfloat16) or 8.
+            graphs: on a GPU, whether steps that come again are launched as CUDA graphs.
 
         Raises NativeCallError, of a CPU that lacks `isa` or a GPU without room for example, or
         NativeLibraryError.
@@ -109,6 +120,7 @@ class Decoder:
         self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
         arguments.device = index
+        arguments.graphs = int(graphs and kind != "cpu")
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
         native.check(self._library, status)
@@ -209,6 +221,16 @@ class Decoder:
         status = self._library.sk_logits(self._model, ctypes.byref(arguments))
         native.check(self._library, status)
         return logits
+
+    def graphs(self) -> GraphCounts | None:
+        """How steps were launched on a GPU; None on the CPU."""
+        if self.device == "cpu":
+            return None
+        info = native.new_struct(_abi.sk_graphs_info)
+        status = self._library.sk_device_graphs(self._model, ctypes.byref(info))
+        native.check(self._library, status)
+        why_not = bytes(info.why_not).split(b"\0")[0].decode(errors="replace")
+        return GraphCounts(info.captures, info.launches, info.kept, why_not)
 
     def close(self) -> None:
         """End the model and let go of the weights."""

@@ -68,6 +68,16 @@ int32_t sk_device_load(uint32_t device, const void* image, uint64_t bytes) {
   return sk::guarded([&] { return sk::cuda::load_code(device, image, bytes); });
 }
 
+int32_t sk_device_graphs(uint64_t handle, sk_graphs_info* info) {
+  if (const int32_t status = sk::check_struct(info, "sk_graphs_info")) return status;
+  return sk::cuda::Models::get().call(
+      handle, [](const sk::cuda::Model&) { return SK_STATUS_OK; },
+      [&](sk::cuda::Model& model) {
+        model.graphs.tell(info);
+        return SK_STATUS_OK;
+      });
+}
+
 int32_t sk_device_allocate(uint32_t device, uint64_t bytes, uint64_t* address) {
   if (address == nullptr) return sk::fail(SK_STATUS_NULL_POINTER, "address is a null pointer");
   return sk::guarded([&]() -> int32_t {

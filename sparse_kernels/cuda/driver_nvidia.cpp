@@ -36,6 +36,9 @@ struct Gpu {
   void* code = nullptr;
   std::string why_no_code;  // of the library's own image; "" before it was tried
   std::map<std::string, void*, std::less<>> kernels;
+
+  // Held while a stream captures: nothing may wait for the whole GPU meanwhile.
+  std::mutex capturing;
 };
 
 struct Gpus {
@@ -247,6 +250,7 @@ int32_t allocate(uint32_t device, size_t bytes, void** memory) {
     return use.check(result, "%zu bytes of its memory are wanted, %zu of %zu are free", wanted,
                      free, total);
   }
+  const std::lock_guard<std::mutex> lock(use.gpu->capturing);
   // The fill is of the default stream, which streams of their own do not wait for.
   CudaResult filled = use.cuda->fill(address, 0, wanted);
   if (filled == kCudaOk) filled = use.cuda->synchronize(nullptr);
@@ -313,6 +317,7 @@ int32_t copy_out(uint32_t device, uint64_t stream, void* to, const void* from, s
 int32_t copy_now(uint32_t device, void* to, const void* from, size_t bytes) {
   Use use;
   SK_TRY(use.begin(device));
+  const std::lock_guard<std::mutex> lock(use.gpu->capturing);
   SK_TRY(use.check(use.cuda->finish_all(), "waiting for its work"));
   return use.check(use.cuda->copy_any(address_of(to), address_of(from), bytes), "copying %zu bytes",
                    bytes);
@@ -332,6 +337,46 @@ int32_t launch(uint32_t device, uint64_t stream, const char* kernel, Grid grid, 
                                     stream_of(stream), nullptr, extra),
                    "launch of %s, %" PRIu32 " x %" PRIu32 " x %" PRIu32 " blocks", kernel, grid.x,
                    grid.y, grid.z);
+}
+
+int32_t begin_capture(uint32_t device, uint64_t stream) {
+  Use use;
+  SK_TRY(use.begin(device));
+  use.gpu->capturing.lock();
+  const int32_t status =
+      use.check(use.cuda->begin_capture(stream_of(stream), kCaptureOfThread), "capturing a graph");
+  if (status != SK_STATUS_OK) use.gpu->capturing.unlock();
+  return status;
+}
+
+int32_t end_capture(uint32_t device, uint64_t stream, void** graph) {
+  Use use;
+  const int32_t begun = use.begin(device);
+  if (use.gpu == nullptr) return begun;
+  const std::lock_guard<std::mutex> lock(use.gpu->capturing, std::adopt_lock);
+  SK_TRY(begun);
+  void *captured = nullptr, *executable = nullptr;
+  SK_TRY(use.check(use.cuda->end_capture(stream_of(stream), &captured), "ending a capture"));
+  int32_t status = SK_STATUS_OK;
+  if (graph != nullptr) {
+    status = use.check(use.cuda->instantiate(&executable, captured, 0), "making a graph");
+  }
+  use.cuda->release_graph(captured);
+  if (status == SK_STATUS_OK && graph != nullptr) *graph = executable;
+  return status;
+}
+
+int32_t launch_graph(uint32_t device, uint64_t stream, void* graph) {
+  Use use;
+  SK_TRY(use.begin(device));
+  return use.check(use.cuda->launch_graph(graph, stream_of(stream)), "launch of a graph");
+}
+
+void release_graph(uint32_t device, void* graph) {
+  Use use;
+  if (use.begin(device) == SK_STATUS_OK) {
+    use.check(use.cuda->release_executable(graph), "freeing a graph");
+  }
 }
 
 int32_t clear(uint32_t device, uint64_t stream, void* memory, size_t bytes) {

@@ -6,18 +6,31 @@
 namespace sk {
 namespace cuda {
 
+namespace {
+
+uint32_t power_of_two(uint32_t at_least) {
+  uint32_t power = 1;
+  while (power < at_least) power *= 2;
+  return power;
+}
+
+}  // namespace
+
 Pass::Pass(Model& model, const sk_forward_args& args, PassRows rows)
     : m_(model), args_(args), shape_(model.shape), rows_(rows), step_(model) {}
 
 int32_t Pass::run() {
   mark_ = Clock::now();
   lay_out();
+  repeats_ = m_.graphs.on() && may_repeat();
+  // Blocks beyond a row's chunks do nothing, so that longer contexts come with the same graph.
+  if (repeats_) most_chunks_ = power_of_two(most_chunks_);
   SK_TRY(reserve_chunks());
   SK_TRY(reserve_results());
   SK_TRY(send());
-  SK_TRY(embed());
-  for (uint32_t i = 0; i < m_.layers.size(); ++i) SK_TRY(layer(i));
-  return end();
+  const auto launches = [this] { return launch_all(); };
+  SK_TRY(repeats_ ? m_.graphs.run(m_.stream, key(), launches) : launches());
+  return tell();
 }
 
 int32_t run_forward(Model& model, const sk_forward_args& args) {

@@ -105,6 +105,12 @@ uint8_t* Pass::kv_of(uint32_t layer) const {
   return static_cast<uint8_t*>(args_.kv) + shape_.layers[layer].kv_offset * args_.kv_num_blocks;
 }
 
+int32_t Pass::launch_all() {
+  SK_TRY(embed());
+  for (uint32_t i = 0; i < m_.layers.size(); ++i) SK_TRY(layer(i));
+  return end();
+}
+
 int32_t Pass::embed() {
   EmbedArgs args = {};
   args.tokens = device_tokens_;
@@ -296,11 +302,25 @@ int32_t Pass::end() {
                            static_cast<uint32_t>(hidden_.size()), shape_.hidden};
     SK_TRY(start("copy_rows", {copy.rows, 1, 1}, copy));
   }
-  SK_TRY(tell());
-  for (uint32_t i = 0; i < outputs_.size(); i += kHeadRows) {
-    SK_TRY(head(i, std::min<uint32_t>(kHeadRows, static_cast<uint32_t>(outputs_.size()) - i)));
-  }
-  return SK_STATUS_OK;
+  return outputs_.empty() ? SK_STATUS_OK : head(0);
+}
+
+int32_t Pass::head(uint32_t first) {
+  const uint32_t count = head_rows(first);
+  SK_TRY(head_logits(m_, output_rows_ + first, count));
+  SK_TRY(tick(SK_PHASE_HEAD));
+  const HeadResults at = head_results(shape_, count, m_.buffers.head_results);
+  CandidatesArgs args = {};
+  args.logits = m_.buffers.logits;
+  args.rows = count;
+  args.vocab = shape_.vocab;
+  args.kept = kept_candidates(shape_);
+  args.temperatures = temperatures_ + first;
+  args.ids = at.ids;
+  args.values = at.values;
+  args.log_normalizers = at.normalizers;
+  args.log_normalizers_1 = at.normalizers_1;
+  return start("candidates", {count, 1, 1}, args);
 }
 
 }  // namespace cuda

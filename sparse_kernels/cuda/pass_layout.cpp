@@ -69,6 +69,28 @@ void Pass::lay_out_statistics(uint32_t index, uint32_t begin, uint32_t end) {
   }
 }
 
+bool Pass::may_repeat() const {
+  return args_.prompts == 0 && args_.phase_seconds == nullptr && units_.empty() &&
+         hidden_.empty() && rows_.first == 0 && rows_.count <= kGraphRows;
+}
+
+StepKey Pass::key() const {
+  StepKey key = {};
+  key.rows = rows_.count;
+  key.sequences = args_.num_sequences;
+  key.outputs = static_cast<uint32_t>(outputs_.size());
+  key.chunks = most_chunks_;
+  key.kv_blocks = args_.kv_num_blocks;
+  key.choosing = choosing_;
+  key.planes = planes_;
+  key.corrections = !corrections_.empty();
+  key.kv = args_.kv;
+  key.step = m_.step.data();
+  key.chunk_results = m_.chunks.data();
+  key.results = m_.results.data();
+  return key;
+}
+
 int32_t Pass::reserve_chunks() {
   size_t of_row = 0;
   for (const Layer& layer : shape_.layers) {
@@ -121,13 +143,21 @@ int32_t Pass::send() {
     choices[s].choosing = 1;
     choices[s].kind = from->kind;
     choices[s].correction = from->correction;
-    cores[s] = step_.add(from->core, from->core_count);
-    thresholds[s] = step_.add(from->thresholds, from->thresholds_count);
   }
-  const size_t tokens = step_.add(tokens_), table = step_.add(tables), begin = step_.add(begins),
+  const size_t tokens = step_.add(tokens_), begin = step_.add(begins),
                outputs = step_.add(outputs_), hidden = step_.add(hidden_),
                cold = step_.add(temperatures), units = step_.add(units_),
                chosen = step_.add(choices), corrections = step_.add(corrections_);
+  // Trap: what stands above is as large in all steps of a StepKey, so that its places are fixed.
+  // Of what may be larger in one than in another, kernels are told by what stands above, but for
+  // the beginning of the tables.
+  const size_t table = step_.add(tables);
+  for (size_t s = 0; s < choices.size(); ++s) {
+    const sk_choice* from = args_.sequences[s].choice;
+    if (from == nullptr) continue;
+    cores[s] = step_.add(from->core, from->core_count);
+    thresholds[s] = step_.add(from->thresholds, from->thresholds_count);
+  }
   SK_TRY(step_.reserve());
   device_tokens_ = step_.at<Token>(tokens);
   block_tables_ = step_.at<int32_t>(table);

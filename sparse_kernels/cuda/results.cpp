@@ -6,67 +6,59 @@
 namespace sk {
 namespace cuda {
 
-int32_t Pass::head(uint32_t first, uint32_t count) {
-  SK_TRY(head_logits(m_, output_rows_ + first, count));
-  SK_TRY(tick(SK_PHASE_HEAD));
-  const Buffers& b = m_.buffers;
-  const uint32_t kept = std::min<uint32_t>(SK_NUM_CANDIDATES, shape_.vocab);
-  CandidatesArgs args = {b.logits,
-                         count,
-                         shape_.vocab,
-                         kept,
-                         temperatures_ + first,
-                         b.candidate_ids,
-                         b.candidate_logits,
-                         b.normalizers,
-                         b.normalizers + kHeadRows};
-  SK_TRY(start("candidates", {count, 1, 1}, args));
-  Pieces sizes(nullptr);
-  const auto land = [&](Pieces pieces, float** logits, int32_t** ids, float** values,
-                        float** normalizers) {
-    *logits = pieces.take<float>(size_t{count} * shape_.vocab);
-    *ids = pieces.take<int32_t>(size_t{count} * kept);
-    *values = pieces.take<float>(size_t{count} * kept);
-    *normalizers = pieces.take<float>(2 * size_t{kHeadRows});
-    return pieces.used();
-  };
-  float *logits, *values, *normalizers;
-  int32_t* ids;
-  SK_TRY(m_.landing.reserve(land(sizes, &logits, &ids, &values, &normalizers)));
-  land(Pieces(m_.landing.data()), &logits, &ids, &values, &normalizers);
-  const auto bring = [&](void* to, const void* from, size_t bytes) {
-    return copy_out(m_.device, m_.stream, to, from, bytes);
-  };
-  SK_TRY(bring(logits, b.logits, size_t{count} * shape_.vocab * sizeof(float)));
-  SK_TRY(bring(ids, b.candidate_ids, size_t{count} * kept * sizeof(int32_t)));
-  SK_TRY(bring(values, b.candidate_logits, size_t{count} * kept * sizeof(float)));
-  SK_TRY(bring(normalizers, b.normalizers, 2 * size_t{kHeadRows} * sizeof(float)));
-  SK_TRY(wait(m_.device, m_.stream));
-  for (uint32_t i = 0; i < count; ++i) {
-    const size_t place = output_places_[first + i];
-    std::copy_n(logits + size_t{i} * shape_.vocab, shape_.vocab,
-                args_.logits + place * shape_.vocab);
-    std::copy_n(ids + size_t{i} * kept, kept, args_.candidate_ids + place * kept);
-    std::copy_n(values + size_t{i} * kept, kept, args_.candidate_logits + place * kept);
-    args_.log_normalizers[place] = normalizers[i];
-    args_.log_normalizers_1[place] = normalizers[kHeadRows + i];
-    if (args_.needed != nullptr) args_.rescored[place] = shape_.vocab;
-  }
-  return tick(SK_PHASE_CANDIDATES);
+HeadResults head_results(const Description& shape, uint32_t rows, uint8_t* at) {
+  const size_t numbers = size_t{rows} * kept_candidates(shape);
+  HeadResults out = {};
+  out.ids = reinterpret_cast<int32_t*>(at);
+  out.values = reinterpret_cast<float*>(at) + numbers;
+  out.normalizers = out.values + numbers;
+  out.normalizers_1 = out.normalizers + rows;
+  return out;
 }
 
 int32_t Pass::tell() {
-  const size_t layers = m_.layers.size();
-  // sums_, reads_ and hidden_out_ are pieces of one memory, which comes in one copy.
-  if (result_bytes_ == 0) return SK_STATUS_OK;
-  SK_TRY(m_.landing.reserve(result_bytes_));
-  SK_TRY(copy_out(m_.device, m_.stream, m_.landing.data(), m_.results.data(), result_bytes_));
-  SK_TRY(wait(m_.device, m_.stream));
+  uint32_t first = 0;
+  do {
+    if (first != 0) SK_TRY(head(first));
+    SK_TRY(bring(first));
+    if (first == 0) tell_results();
+    tell_head(first);
+    SK_TRY(tick(SK_PHASE_CANDIDATES));
+    first += kHeadRows;
+  } while (first < outputs_.size());
+  return SK_STATUS_OK;
+}
+
+int32_t Pass::bring(uint32_t first) {
+  const uint32_t count = head_rows(first);
+  const size_t result_bytes = first == 0 ? result_bytes_ : 0;
+  const size_t head_bytes = head_results_bytes(shape_, count);
+  const size_t logits_bytes = size_t{count} * shape_.vocab * sizeof(float);
+  const auto place = [&](uint8_t* base) {
+    Pieces pieces(base);
+    landed_results_ = pieces.take<uint8_t>(result_bytes);
+    landed_head_ = pieces.take<uint8_t>(head_bytes);
+    landed_logits_ = pieces.take<uint8_t>(logits_bytes);
+    return pieces.used();
+  };
+  SK_TRY(m_.landing.reserve(place(nullptr)));
+  place(m_.landing.data());
+  const auto copy = [&](void* to, const void* from, size_t bytes) -> int32_t {
+    return bytes == 0 ? SK_STATUS_OK : copy_out(m_.device, m_.stream, to, from, bytes);
+  };
+  SK_TRY(copy(landed_results_, m_.results.data(), result_bytes));
+  SK_TRY(copy(landed_head_, m_.buffers.head_results, head_bytes));
+  SK_TRY(copy(landed_logits_, m_.buffers.logits, logits_bytes));
+  return wait(m_.device, m_.stream);
+}
+
+void Pass::tell_results() {
+  // sums_, reads_ and hidden_out_ are pieces of one memory.
   const auto landed = [&](const auto* piece) {
     return reinterpret_cast<decltype(piece)>(
-        m_.landing.data() + (reinterpret_cast<const uint8_t*>(piece) - m_.results.data()));
+        landed_results_ + (reinterpret_cast<const uint8_t*>(piece) - m_.results.data()));
   };
-  const size_t block_sums = layers * shape_.widest;
+  const size_t layers = m_.layers.size(), block_sums = layers * shape_.widest;
   for (size_t i = 0; i < units_.size(); ++i) {
     const int64_t* from = landed(sums_) + i * block_sums;
     for (size_t j = 0; j < block_sums; ++j) unit_sums_[i][j] += from[j];
@@ -80,7 +72,21 @@ int32_t Pass::tell() {
     std::copy_n(landed(hidden_out_) + i * shape_.hidden, shape_.hidden,
                 args_.hidden + size_t{hidden_places_[i]} * shape_.hidden);
   }
-  return SK_STATUS_OK;
+}
+
+void Pass::tell_head(uint32_t first) {
+  const uint32_t count = head_rows(first), vocab = shape_.vocab, kept = kept_candidates(shape_);
+  const HeadResults from = head_results(shape_, count, landed_head_);
+  const auto* logits = reinterpret_cast<const float*>(landed_logits_);
+  for (uint32_t i = 0; i < count; ++i) {
+    const size_t place = output_places_[first + i];
+    std::copy_n(logits + size_t{i} * vocab, vocab, args_.logits + place * vocab);
+    std::copy_n(from.ids + size_t{i} * kept, kept, args_.candidate_ids + place * kept);
+    std::copy_n(from.values + size_t{i} * kept, kept, args_.candidate_logits + place * kept);
+    args_.log_normalizers[place] = from.normalizers[i];
+    args_.log_normalizers_1[place] = from.normalizers_1[i];
+    if (args_.needed != nullptr) args_.rescored[place] = vocab;
+  }
 }
 
 }  // namespace cuda

@@ -44,6 +44,7 @@ OTHER = {
     "max_context": ("100", 100),
     "kv_cache_gib": ("0.5", 0.5),
     "gpu_memory_utilization": ("0.5", 0.5),
+    "cuda_graphs": ("false", False),
     "max_running": ("4", 4),
     "max_batched_tokens": ("64", 64),
     "mixed_prefill_tokens": ("32", 32),

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
 from sparse_kernels import native, reference
-from sparse_kernels.choice import NeuronChoice, Score
+from sparse_kernels.choice import NeuronChoice, Score, core_words
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
 from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.pack import PackedDecoder, pack, with_choice
@@ -148,6 +149,44 @@ def make_tiny(
 def tiny_decoder() -> Callable[..., Tiny]:
     """`tiny_decoder(hidden_size=…, …)`: its constants and random weights."""
     return make_tiny
+
+
+@pytest.fixture(scope="session")
+def chooser() -> Callable[..., Tiny]:
+    """`chooser(formats, **shape)`: a tiny decoder whose sequences can choose in every way, two corrections."""
+
+    def make(formats: DecoderFormats, **shape: Any) -> Tiny:
+        tiny = make_tiny(**shape, formats=formats)
+        layers, hidden = tiny.config.layers, tiny.config.hidden_size
+        widest = max(layer.intermediate_size for layer in layers)
+        generator = torch.Generator().manual_seed(3)
+
+        def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+            inputs, outputs = torch.randn(2, rank, hidden, generator=generator) * hidden**-0.5
+            return inputs.bfloat16(), outputs.bfloat16()
+
+        factors = torch.rand(2, len(layers), widest, generator=generator) + 0.5
+        tensors = ChoiceTensors(
+            factors[0] if formats.gate_up.low_bits else None,
+            factors[1],
+            [[pair(rank) for _ in layers] for rank in (5, 32)],
+        )
+        return replace(tiny, choice=tensors)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_core() -> Callable[..., torch.Tensor]:
+    """`random_core(tiny, share, seed)` -> words."""
+
+    def make(tiny: Tiny, share: float, seed: int = 0) -> torch.Tensor:
+        layers = tiny.config.layers
+        widest = max(layer.intermediate_size for layer in layers)
+        generator = torch.Generator().manual_seed(seed)
+        return core_words(torch.rand(len(layers), widest, generator=generator) < share)
+
+    return make
 
 
 @pytest.fixture(scope="session")

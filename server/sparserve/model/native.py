@@ -7,6 +7,7 @@ with bfloat16 weights in prompts and decode alike, with integers in each of them
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -35,6 +36,8 @@ from sparserve.model.merge import Call, kept, merged
 from sparserve.model.weight_bytes import bytes_of_a_step, layer_neuron_bytes
 from sparserve.sparsity.statistics import NeuronStatistics
 
+log = logging.getLogger(__name__)
+
 # Of the KV cache, by the bits of a number: its name, and the bytes of a head's scale for one token.
 KV_DTYPES = {16: "bfloat16", 8: "int8"}
 KV_SCALE_BYTES = {16: 0, 8: 2}
@@ -50,6 +53,7 @@ class NativeBackend:
         self.config = config
         self.num_blocks = num_blocks
         self._decoder = decoder
+        self._graphs_told = decoder.graphs() is None  # in the log
         # [num_layers, num_blocks, bytes of a block of one layer]
         self._kv = decoder.new_kv(num_blocks)
         self._layer_block_bytes = decoder.kv_block_bytes // config.num_layers
@@ -150,6 +154,8 @@ class NativeBackend:
             rescored=rescored if with_scan else None,
             union_reads=read,
         )
+        if not self._graphs_told:
+            self._tell_graphs()
         statistics = [
             None if own.statistics is None else _by_block(sequence, own.statistics)
             for sequence, own in zip(sequences, wanted, strict=True)
@@ -174,6 +180,16 @@ class NativeBackend:
             reads if union else (),
             None if read is None else NeuronReads(read, 1),
         )
+
+    def _tell_graphs(self) -> None:
+        """Why a GPU's steps are not launched as graphs, as soon as it is so."""
+        counts = self._decoder.graphs()
+        if counts is not None and counts.why_not:
+            log.warning(
+                "decoding steps are launched kernel by kernel, without CUDA graphs: %s",
+                counts.why_not,
+            )
+            self._graphs_told = True
 
     def _wanted(self, sequence: SequenceInput) -> Wanted:
         chooses = sequence.phase is Phase.DECODE and not sequence.choice.is_dense

@@ -43,6 +43,7 @@ def make_decoder(
     threads: int,
     device: str = "cpu",
     kv_bits: int = 16,
+    graphs: bool = True,
     calibration: Sequence[int] = (),
     choice: ChoiceTensors | None = None,
     compressed: CompressedWeights | None = None,
@@ -62,7 +63,7 @@ def make_decoder(
         on_layer=on_layer,
     )
     own_threads = threads if device == "cpu" else 1
-    return Decoder(packed, device=device, threads=own_threads, kv_bits=kv_bits)
+    return Decoder(packed, device=device, threads=own_threads, kv_bits=kv_bits, graphs=graphs)
 
 
 def pack_model(
