@@ -35,6 +35,7 @@ SK_MAX_VOCAB = 4194304
 SK_MAX_TOKENS = 65536
 SK_MAX_POSITIONS = 1073741824
 SK_NUM_PHASES = 6
+SK_LEFT_LOGITS = 64
 
 
 class sk_status(enum.IntEnum):
@@ -623,6 +624,14 @@ def declare_functions(library: ctypes.CDLL) -> None:
         library.sk_device_load.argtypes = [
             ctypes.c_uint32,
             ctypes.c_void_p,
+            ctypes.c_uint64,
+        ]
+    if hasattr(library, "sk_device_logits"):
+        library.sk_device_logits.restype = ctypes.c_int32
+        library.sk_device_logits.argtypes = [
+            ctypes.c_uint64,
+            ctypes.c_uint32,
+            ctypes.POINTER(ctypes.c_float),
             ctypes.c_uint64,
         ]
     if hasattr(library, "sk_device_graphs"):

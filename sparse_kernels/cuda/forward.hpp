@@ -65,6 +65,11 @@ class Pass {
   // Copies from the device what is there after head(first), and the results, and waits.
   int32_t bring(uint32_t first);
   void tell_results();
+  // Where head(first) writes logits: those that stay are side by side, of all passes.
+  float* logits_of(uint32_t first) const {
+    const size_t row = args_.logits == nullptr ? left_before_ + first : 0;
+    return m_.buffers.logits + row * shape_.vocab;
+  }
   void tell_head(uint32_t first);
   uint32_t head_rows(uint32_t first) const {
     return std::min<uint32_t>(kHeadRows, static_cast<uint32_t>(outputs_.size()) - first);
@@ -104,6 +109,8 @@ class Pass {
   const StatisticsUnit* device_units_ = nullptr;
   const CorrectionArgs* device_corrections_ = nullptr;
 
+  uint32_t left_before_ = 0;  // rows of logits that earlier passes left
+
   // On the host.
   uint8_t *landed_results_ = nullptr, *landed_head_ = nullptr, *landed_logits_ = nullptr;
 
@@ -117,9 +124,8 @@ class Pass {
 // The kernel for so many rows of a batch, and blocks that they make.
 std::string kernel_for(const char* name, const Weights& weights, uint32_t rows, uint32_t* blocks);
 
-// Rows of x, normed by the last norm, through the LM head -> model.buffers.logits. At most
-// kHeadRows.
-int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows);
+// Rows of x, normed by the last norm, through the LM head -> logits. At most kHeadRows.
+int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows, float* logits);
 
 }  // namespace cuda
 }  // namespace sk

@@ -82,14 +82,14 @@ std::string kernel_for(const char* name, const Weights& weights, uint32_t rows, 
   return std::string(name) + "_" + format_of(weights) + "_" + std::to_string(tiles);
 }
 
-int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows) {
+int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows, float* logits) {
   PrepareArgs args = prepare_of(model, kFromResidual, rows);
   args.row_list = row_list;
   args.norm = model.norm;
   put_operand(model, model.lm_head, {}, &args);
   SK_TRY(launch(model.device, model.stream, "prepare", {rows, 1, 1}, &args, sizeof(args)));
-  return multiply(model, model.lm_head, rows, model.shape.vocab, model.buffers.logits,
-                  model.shape.vocab, false, nullptr);
+  return multiply(model, model.lm_head, rows, model.shape.vocab, logits, model.shape.vocab, false,
+                  nullptr);
 }
 
 int32_t Pass::tick(sk_phase phase) {
@@ -307,11 +307,11 @@ int32_t Pass::end() {
 
 int32_t Pass::head(uint32_t first) {
   const uint32_t count = head_rows(first);
-  SK_TRY(head_logits(m_, output_rows_ + first, count));
+  SK_TRY(head_logits(m_, output_rows_ + first, count, logits_of(first)));
   SK_TRY(tick(SK_PHASE_HEAD));
   const HeadResults at = head_results(shape_, count, m_.buffers.head_results);
   CandidatesArgs args = {};
-  args.logits = m_.buffers.logits;
+  args.logits = logits_of(first);
   args.rows = count;
   args.vocab = shape_.vocab;
   args.kept = kept_candidates(shape_);

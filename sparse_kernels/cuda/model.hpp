@@ -22,7 +22,7 @@ constexpr uint32_t kPassRows = 256;
 // Rows of a step that may become a graph, at most.
 constexpr uint32_t kGraphRows = 32;
 // Rows whose logits are in memory at once.
-constexpr uint32_t kHeadRows = 64;
+constexpr uint32_t kHeadRows = SK_LEFT_LOGITS;
 
 // Of a low-rank term.
 struct Basis {
@@ -74,6 +74,8 @@ struct Model {
   uint32_t num_corrections;
   uint32_t parts_stride, normed_stride, neurons /* widest, in whole blocks */, groups /* most */;
   Buffers buffers;
+  // Of each output of the last forward, where it left logits: the row of buffers.logits.
+  std::vector<uint32_t> left_logits;
 
   DeviceMemory weights, work, chunks;
   DeviceMemory step, results;     // what a forward brings, and what it takes away
@@ -90,6 +92,7 @@ int32_t make_model(const sk_model_args& args, std::shared_ptr<Model>* out);
 
 int32_t run_forward(Model& model, const sk_forward_args& args);
 int32_t run_logits(Model& model, const sk_logits_args& args);
+int32_t tell_left_logits(Model& model, uint32_t row, float* logits);
 
 }  // namespace cuda
 }  // namespace sk

@@ -42,6 +42,9 @@ void Pass::lay_out() {
       places->push_back(i);
     }
   };
+  left_before_ = static_cast<uint32_t>(
+      std::count_if(args_.output_rows, args_.output_rows + args_.num_outputs,
+                    [&](uint32_t row_of_output) { return row_of_output < rows_.first; }));
   take(args_.output_rows, args_.num_outputs, &outputs_, &output_places_);
   take(args_.hidden_rows, args_.num_hidden, &hidden_, &hidden_places_);
 }

@@ -33,7 +33,8 @@ int32_t Pass::bring(uint32_t first) {
   const uint32_t count = head_rows(first);
   const size_t result_bytes = first == 0 ? result_bytes_ : 0;
   const size_t head_bytes = head_results_bytes(shape_, count);
-  const size_t logits_bytes = size_t{count} * shape_.vocab * sizeof(float);
+  const size_t logits_bytes =
+      args_.logits == nullptr ? 0 : size_t{count} * shape_.vocab * sizeof(float);
   const auto place = [&](uint8_t* base) {
     Pieces pieces(base);
     landed_results_ = pieces.take<uint8_t>(result_bytes);
@@ -48,7 +49,7 @@ int32_t Pass::bring(uint32_t first) {
   };
   SK_TRY(copy(landed_results_, m_.results.data(), result_bytes));
   SK_TRY(copy(landed_head_, m_.buffers.head_results, head_bytes));
-  SK_TRY(copy(landed_logits_, m_.buffers.logits, logits_bytes));
+  SK_TRY(copy(landed_logits_, logits_of(first), logits_bytes));
   return wait(m_.device, m_.stream);
 }
 
@@ -80,7 +81,11 @@ void Pass::tell_head(uint32_t first) {
   const auto* logits = reinterpret_cast<const float*>(landed_logits_);
   for (uint32_t i = 0; i < count; ++i) {
     const size_t place = output_places_[first + i];
-    std::copy_n(logits + size_t{i} * vocab, vocab, args_.logits + place * vocab);
+    if (args_.logits != nullptr) {
+      std::copy_n(logits + size_t{i} * vocab, vocab, args_.logits + place * vocab);
+    } else {
+      m_.left_logits[place] = left_before_ + first + i;
+    }
     std::copy_n(from.ids + size_t{i} * kept, kept, args_.candidate_ids + place * kept);
     std::copy_n(from.values + size_t{i} * kept, kept, args_.candidate_logits + place * kept);
     args_.log_normalizers[place] = from.normalizers[i];

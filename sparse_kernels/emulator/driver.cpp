@@ -29,6 +29,7 @@ constexpr uint32_t kMostBlocks = 65535;  // in y and z, as CUDA has it
 std::mutex mutex;
 size_t limit = size_t{16} << 30;
 size_t used = 0;
+uint64_t bytes_out = 0;            // that copy_out copied
 uint64_t launches_to_failure = 0;  // 0: none fails by order
 std::string broken;                // why, or ""
 
@@ -191,6 +192,7 @@ int32_t copy_out(uint32_t device, uint64_t, void* to, const void* from, size_t b
   const std::lock_guard<std::mutex> lock(mutex);
   SK_TRY(check_copy(device, from, bytes));
   if (bytes != 0) std::memcpy(to, from, bytes);
+  bytes_out += bytes;
   return SK_STATUS_OK;
 }
 
@@ -289,6 +291,12 @@ SK_API void sk_emulator_fail_launch(uint64_t number) {
 SK_API void sk_emulator_fail_graph(uint32_t what) {
   const std::lock_guard<std::mutex> lock(sk::cuda::mutex);
   sk::cuda::graph_failure = static_cast<sk::cuda::OfGraph>(what);
+}
+
+// That forwards copied to the host so far.
+SK_API uint64_t sk_emulator_bytes_out(void) {
+  const std::lock_guard<std::mutex> lock(sk::cuda::mutex);
+  return sk::cuda::bytes_out;
 }
 
 // Counts anew; sectors only where asked for, they take time.

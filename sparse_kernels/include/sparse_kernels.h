@@ -58,6 +58,7 @@
 #define SK_MAX_TOKENS 65536 /* of a forward */
 #define SK_MAX_POSITIONS 1073741824
 #define SK_NUM_PHASES 6
+#define SK_LEFT_LOGITS 64 /* rows of logits that a GPU can keep */
 
 #ifdef __cplusplus
 extern "C" {
@@ -396,10 +397,11 @@ struct sk_forward_args {
   const uint32_t* output_rows; /* [num_outputs] */
   const float* temperatures;   /* [num_outputs] > 0 */
   const uint32_t* hidden_rows; /* [num_hidden] */
-  uint64_t logits_count;       /* num_outputs * vocab_size */
+  uint64_t logits_count;       /* num_outputs * vocab_size; where logits is null, 0 */
   uint64_t candidates_count;   /* num_outputs * min(SK_NUM_CANDIDATES, vocab_size) */
   uint64_t hidden_count;       /* num_hidden * hidden_size */
-  float* logits;               /* [num_outputs, vocab_size] */
+  float* logits;               /* [num_outputs, vocab_size]. On a GPU null: they stay there, for
+                                  sk_device_logits; num_outputs is then at most SK_LEFT_LOGITS */
   int32_t* candidate_ids;      /* [num_outputs, candidates] */
   float* candidate_logits;     /* [num_outputs, candidates] */
   float* log_normalizers;      /* [num_outputs] logsumexp((row - its largest) / temperature) */
@@ -511,6 +513,10 @@ SK_API int32_t sk_device_describe(uint32_t device, struct sk_device_info* info);
 
 /* Gives a GPU its code, a cubin or PTX of cuda/kernels.cu, where the library was built without. */
 SK_API int32_t sk_device_load(uint32_t device, const void* image, uint64_t bytes);
+
+/* A row of logits that the last sk_forward, with null as its `logits`, left on the GPU: of its
+ * row-th output. The next sk_forward or sk_logits overwrites them. */
+SK_API int32_t sk_device_logits(uint64_t model, uint32_t row, float* logits, uint64_t count);
 
 SK_API int32_t sk_device_graphs(uint64_t model, struct sk_graphs_info* info);
 

@@ -210,6 +210,26 @@ def levels(request: pytest.FixtureRequest, cpu_levels: list[str]) -> list[str]:
     return [request.param]
 
 
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return _loaded(request.param)
+
+
+@pytest.fixture
+def emulator() -> Iterator[str]:
+    """For tests in which it fails by order; it works again after them."""
+    yield _loaded("emulator")
+    native.load("emulator").sk_emulator_reset()
+
+
+def _loaded(kind: str) -> str:
+    try:
+        native.load(kind)
+    except native.NativeLibraryError as error:
+        pytest.skip(str(error))
+    return kind
+
+
 @pytest.fixture(scope="session", params=[16, 8], ids=["bfloat16 KV", "int8 KV"])
 def kv_bits(request: pytest.FixtureRequest) -> int:
     """Of keys and values in the cache, each in turn."""

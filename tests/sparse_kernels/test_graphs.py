@@ -1,7 +1,7 @@
 """Steps that a GPU repeats as graphs: the bits of the same steps, launched kernel by kernel."""
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -20,26 +20,6 @@ ONE_LAYER = [LayerShape(4, 2, 96)]
 IN_PLANES = DecoderFormats(
     MatrixFormat(8, 64), MatrixFormat(8, 64, 4), MatrixFormat(8, 64), MatrixFormat(8, 64)
 )
-
-
-@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return _loaded(request.param)
-
-
-@pytest.fixture
-def emulator() -> Iterator[str]:
-    """For tests in which it fails by order; it works again after them."""
-    yield _loaded("emulator")
-    native.load("emulator").sk_emulator_reset()
-
-
-def _loaded(kind: str) -> str:
-    try:
-        native.load(kind)
-    except native.NativeLibraryError as error:
-        pytest.skip(str(error))
-    return kind
 
 
 class Pair:

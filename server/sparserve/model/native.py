@@ -153,6 +153,7 @@ class NativeBackend:
             needed=needed if with_scan else None,
             rescored=rescored if with_scan else None,
             union_reads=read,
+            leave_logits=not hidden_rows,  # whose logits would overwrite them
         )
         if not self._graphs_told:
             self._tell_graphs()
@@ -173,7 +174,7 @@ class NativeBackend:
         scores = list(self._scores(sequences, rows.hidden))
         counts = _head_counts(needed, known, rescored)
         return ForwardOutput(
-            _candidates(rows, known),
+            self._candidates(rows, known),
             statistics,
             scores,
             counts,
@@ -190,6 +191,16 @@ class NativeBackend:
                 counts.why_not,
             )
             self._graphs_told = True
+
+    def _candidates(self, rows: Rows, known: Sequence[int]) -> Candidates:
+        return Candidates(
+            token_ids=rows.candidate_ids,
+            logits=rows.candidate_logits,
+            log_normalizer=rows.log_normalizers,
+            log_normalizer_1=rows.log_normalizers_1,
+            full_logits=lambda row: self._decoder.row_of_logits(rows, row),
+            known=known,
+        )
 
     def _wanted(self, sequence: SequenceInput) -> Wanted:
         chooses = sequence.phase is Phase.DECODE and not sequence.choice.is_dense
@@ -250,17 +261,6 @@ def _head_counts(
         tried = 0 not in needed and sum(needed) <= SK_SCAN_NEEDED
         return HeadCounts(widened=len(known)) if tried else HeadCounts(whole=len(known))
     return HeadCounts(scanned=len(known), rescored=sum(rescored))
-
-
-def _candidates(rows: Rows, known: Sequence[int]) -> Candidates:
-    return Candidates(
-        token_ids=rows.candidate_ids,
-        logits=rows.candidate_logits,
-        log_normalizer=rows.log_normalizers,
-        log_normalizer_1=rows.log_normalizers_1,
-        full_logits=lambda row: rows.logits[row],
-        known=known,
-    )
 
 
 def _by_block(sequence: SequenceInput, sums: torch.Tensor) -> list[NeuronStatistics]:
