@@ -75,7 +75,7 @@ class Use {
     SK_TRY(find_libcuda(&cuda));
     const Gpus& gpus = find_gpus(*cuda);
     if (device >= gpus.count) {
-      return sk::fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; there are %" PRIu32 " GPUs",
+      return sk::fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; the number of GPUs is %" PRIu32,
                       device, gpus.count);
     }
     gpu = &gpus.all[device];
@@ -155,12 +155,40 @@ class Use {
 DevicePointer address_of(const void* memory) { return reinterpret_cast<DevicePointer>(memory); }
 void* stream_of(uint64_t stream) { return reinterpret_cast<void*>(stream); }
 
+// Why a GPU and its driver cannot have some code, and what to do; null for other failures.
+const char* why_no_image(CudaResult result) {
+  switch (static_cast<int>(result)) {
+    case 218:  // INVALID_PTX
+    case 221:  // JIT_COMPILER_NOT_FOUND
+    case 222:  // UNSUPPORTED_PTX_VERSION
+    case 223:  // JIT_COMPILATION_DISABLED
+      return "there is no machine code for it and the driver cannot compile what there is; install "
+             "a newer driver, or sparserve again where nvcc is not newer than the driver";
+    case 200:  // INVALID_IMAGE
+    case 209:  // NO_BINARY_FOR_GPU
+      return "the code is for other GPUs or is damaged; install sparserve again, with this GPU in "
+             "SPARSE_KERNELS_CUDA_ARCHITECTURES";
+    default:
+      return nullptr;
+  }
+}
+
 int32_t load_module(Use& use, const void* image, const char* compiled_by) {
   void* code = nullptr;
-  SK_TRY(use.check(use.cuda->load_module(&code, image),
-                   "its driver knows CUDA %u.%u; loading kernels%s%s", use.cuda->version / 1000,
-                   use.cuda->version % 1000 / 10, *compiled_by == 0 ? "" : " compiled by CUDA ",
-                   compiled_by));
+  const CudaResult result = use.cuda->load_module(&code, image);
+  const unsigned known = use.cuda->version;
+  const char* of_cuda = *compiled_by == 0 ? "" : " compiled by CUDA ";
+  if (const char* why = why_no_image(result)) {
+    const char* name = "an unknown error";
+    use.cuda->error_name(result, &name);
+    return fail(SK_STATUS_UNSUPPORTED,
+                "GPU %" PRIu32 ", %s, of compute capability %" PRIu32 ".%" PRIu32
+                ", whose driver knows CUDA %u.%u, takes no kernels%s%s (%s): %s",
+                use.gpu->number, use.gpu->name, use.gpu->capability / 10, use.gpu->capability % 10,
+                known / 1000, known % 1000 / 10, of_cuda, compiled_by, name, why);
+  }
+  SK_TRY(use.check(result, "its driver knows CUDA %u.%u; loading kernels%s%s", known / 1000,
+                   known % 1000 / 10, of_cuda, compiled_by));
   // An earlier module stays: its kernels may run.
   use.gpu->code = code;
   use.gpu->kernels.clear();

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <string>
 #include <vector>
 
 #include "step.hpp"
@@ -81,8 +80,8 @@ class Pass {
   int32_t tick(sk_phase phase);
 
   template <typename Args>
-  int32_t start(const std::string& kernel, Grid grid, const Args& args) {
-    return launch(m_.device, m_.stream, kernel.c_str(), grid, &args, sizeof(args));
+  int32_t start(const char* kernel, Grid grid, const Args& args) {
+    return launch(m_.device, m_.stream, kernel, grid, &args, sizeof(args));
   }
 
   Model& m_;
@@ -122,7 +121,8 @@ class Pass {
 };
 
 // The kernel for so many rows of a batch, and blocks that they make.
-std::string kernel_for(const char* name, const Weights& weights, uint32_t rows, uint32_t* blocks);
+enum Product : uint32_t { kDot = 0, kActivate = 1, kDown = 2 };
+const char* kernel_for(Product product, const Weights& weights, uint32_t rows, uint32_t* blocks);
 
 // Rows of x, normed by the last norm, through the LM head -> logits. At most kHeadRows.
 int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows, float* logits);

@@ -8,10 +8,20 @@ namespace sk {
 namespace cuda {
 namespace {
 
-const char* format_of(const Weights& weights) {
-  if (weights.bits == 16) return "bfloat16";
-  if (weights.low_bits != 0) return "planes";
-  return weights.bits == 8 ? "int8" : "int4";
+// By kind of product, format of the weights, and 1, 4 or 8 tiles of rows.
+#define SK_OF_TILES(name) {name "_1", name "_4", name "_8"}
+#define SK_OF_FORMATS(name)                                                               \
+  {SK_OF_TILES(name "_bfloat16"), SK_OF_TILES(name "_planes"), SK_OF_TILES(name "_int8"), \
+   SK_OF_TILES(name "_int4")}
+constexpr const char* kKernels[3][4][3] = {SK_OF_FORMATS("dot"), SK_OF_FORMATS("activate"),
+                                           SK_OF_FORMATS("down")};
+#undef SK_OF_FORMATS
+#undef SK_OF_TILES
+
+uint32_t format_of(const Weights& weights) {
+  if (weights.bits == 16) return 0;
+  if (weights.low_bits != 0) return 1;
+  return weights.bits == 8 ? 2 : 3;
 }
 
 // A code of 4 bits in all: a factor of a low-rank term is in two of them.
@@ -69,17 +79,18 @@ int32_t multiply(Model& model, const Weights& weights, uint32_t rows, uint32_t v
   args.add = add;
   args.bias = bias;
   uint32_t tiles;
-  const std::string kernel = kernel_for("dot", weights, rows, &tiles);
-  return launch(model.device, model.stream, kernel.c_str(), {weights.rows / SK_ROW_TILE, tiles, 1},
-                &args, sizeof(args));
+  const char* kernel = kernel_for(kDot, weights, rows, &tiles);
+  return launch(model.device, model.stream, kernel, {weights.rows / SK_ROW_TILE, tiles, 1}, &args,
+                sizeof(args));
 }
 
 }  // namespace
 
-std::string kernel_for(const char* name, const Weights& weights, uint32_t rows, uint32_t* blocks) {
-  const uint32_t tiles = rows <= kTokensOfTile ? 1 : rows <= 4 * kTokensOfTile ? 4 : 8;
-  *blocks = blocks_of(rows, tiles * kTokensOfTile);
-  return std::string(name) + "_" + format_of(weights) + "_" + std::to_string(tiles);
+const char* kernel_for(Product product, const Weights& weights, uint32_t rows, uint32_t* blocks) {
+  const uint32_t size = rows <= kTokensOfTile ? 0 : rows <= 4 * kTokensOfTile ? 1 : 2;
+  constexpr uint32_t kTiles[] = {1, 4, 8};
+  *blocks = blocks_of(rows, kTiles[size] * kTokensOfTile);
+  return kKernels[product][format_of(weights)][size];
 }
 
 int32_t head_logits(Model& model, const uint32_t* row_list, uint32_t rows, float* logits) {
@@ -258,7 +269,7 @@ int32_t Pass::feed_forward(uint32_t index) {
     make.masks = b.masks;
   }
   uint32_t tiles;
-  const std::string activate = kernel_for("activate", own.gate, rows_.count, &tiles);
+  const char* activate = kernel_for(kActivate, own.gate, rows_.count, &tiles);
   SK_TRY(start(activate, {stride / SK_ROW_TILE, tiles, 1}, make));
   if (choosing_) {
     const CountArgs count = {b.masks,
@@ -289,7 +300,7 @@ int32_t Pass::feed_forward(uint32_t index) {
   down.parts = b.parts;
   down.parts_stride = m_.parts_stride;
   down.activation_bits = shape_.activation_bits;
-  const std::string kernel = kernel_for("down", own.down, rows_.count, &tiles);
+  const char* kernel = kernel_for(kDown, own.down, rows_.count, &tiles);
   return start(kernel, {own.down.columns / SK_COLUMN_TILE, own.slices, tiles}, down);
 }
 

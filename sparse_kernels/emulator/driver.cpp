@@ -51,7 +51,7 @@ std::map<void*, size_t>& sizes() {
 
 int32_t begin(uint32_t device) {
   if (device != 0) {
-    return fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; there are 1 GPUs", device);
+    return fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; there is 1 GPU", device);
   }
   if (!broken.empty()) return fail(SK_STATUS_DEVICE, "%s", broken.c_str());
   return SK_STATUS_OK;

@@ -128,7 +128,19 @@ CASES = {
     ),
     "code that does not load": (
         {"FAKE_LOAD": "209"},
-        ["coded 0", "sk_device_load: GPU 0, FAKE: ", "ERROR_209"],
+        [
+            "coded 0",
+            "sk_device_load: GPU 0, FAKE, of compute capability 9.0, whose driver knows CUDA 13.0, takes no kernels",
+            "(ERROR_209): the code is for other GPUs or is damaged; install sparserve again",
+        ],
+    ),
+    "code that the driver is too old for": (
+        {"FAKE_LOAD": "222", "FAKE_VERSION": "12020"},
+        ["coded 0", "knows CUDA 12.2, takes no kernels", "(ERROR_222): ", "install a newer driver"],
+    ),
+    "code that does not load for another reason": (
+        {"FAKE_LOAD": "304"},
+        ["coded 0", "sk_device_load: GPU 0, FAKE: its driver knows", "ERROR_304"],
     ),
     "a GPU that fails": (
         {"FAKE_SYNCHRONIZE": "700"},
