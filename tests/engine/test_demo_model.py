@@ -26,7 +26,7 @@ def requests(engine: Engine) -> list[GenerationRequest]:
             str(index),
             engine.tokenizer.encode(prompt, 255),
             SamplingParams(temperature=0.0 if index % 2 else 0.9, seed=index),
-            StoppingParams(max_tokens=24),
+            StoppingParams(max_tokens=24 if engine.backend.info.name == "cpu" else 8),
         )
         for index, prompt in enumerate(PROMPTS)
     ]

@@ -210,6 +210,19 @@ def levels(request: pytest.FixtureRequest, cpu_levels: list[str]) -> list[str]:
     return [request.param]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`soak_on_emulator(*words, unless=…)`: what has one of these words in its name, and none of `unless`, is no part
+    of the default run where it is for the emulator, which takes seconds where a CPU takes milliseconds."""
+    for item in items:
+        mark = item.get_closest_marker("soak_on_emulator")
+        if mark is None or "emulator" not in item.name:
+            continue
+        named = not mark.args or any(word in item.name for word in mark.args)
+        if named and not any(word in item.name for word in mark.kwargs.get("unless", ())):
+            item.add_marker(pytest.mark.soak)
+
+
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return _loaded(request.param)

@@ -44,6 +44,8 @@ SHAPES = {
 }
 COUNTS = (1, 2, 9, 16, 5, 1)
 NUM_TOKENS = sum(COUNTS)
+# Of a GPU's kernels these are all there are.
+ON_EMULATOR = ("bfloat16", "int8 in 4 + 4", "int4, down in 2 + 2")
 TYPICAL = {16: 1e-3, 8: 2e-2}
 
 
@@ -109,6 +111,7 @@ def test_words_of_a_core_are_its_members():
         assert bool(word >> neuron % 64 & 1) == bool(members[layer, neuron])
 
 
+@pytest.mark.soak_on_emulator("wide", unless=ON_EMULATOR)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_every_level_computes_what_a_choice_means(
@@ -127,6 +130,7 @@ def test_every_level_computes_what_a_choice_means(
             assert torch.equal(reads, expected)
 
 
+@pytest.mark.soak_on_emulator(unless=ON_EMULATOR)
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_all_neurons_are_dense_to_the_bit(
     formats, levels, chooser, make_machine, make_run, random_tokens, random_core
@@ -146,6 +150,7 @@ def test_all_neurons_are_dense_to_the_bit(
             assert_same_rows(run, dense)
 
 
+@pytest.mark.soak_on_emulator(unless=ON_EMULATOR)
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_bits_depend_on_the_sequence_alone(
     formats, levels, chooser, make_machine, make_run, random_tokens, random_core
