@@ -11,7 +11,9 @@ import grpc
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 
-_MODULES: dict[str, str] = {}
+_MODULES = {
+    "vllm-inference": "vllm_inference",
+}
 
 
 class AddAdapter(Protocol):
