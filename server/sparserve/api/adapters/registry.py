@@ -12,6 +12,7 @@ from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 
 _MODULES = {
+    "kserve": "kserve",
     "vllm-inference": "vllm_inference",
 }
 

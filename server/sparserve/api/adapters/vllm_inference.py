@@ -16,11 +16,12 @@ from sparserve.api.control import MAX_ABORT_IDS
 from sparserve.api.generation import parse_generation
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, RequestStream
-from sparserve.errors import InvalidRequest, PromptTooLong
+from sparserve.errors import InvalidRequest, PromptTooLong, RequestError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.protocols import vllm_control_pb2 as control_pb
 from sparserve.protocols import vllm_control_pb2_grpc, vllm_inference_pb2_grpc
 from sparserve.protocols import vllm_inference_pb2 as pb
+from sparserve.v1 import inference_pb2 as own_pb
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"]
 CONTROL = control_pb.DESCRIPTOR.services_by_name["Control"]
@@ -66,14 +67,21 @@ class InferenceService(vllm_inference_pb2_grpc.InferenceServicer):
     async def _submit(
         self, request: pb.GenerateRequest, context: Any
     ) -> tuple[Responder, RequestStream]:
-        tokenizer = self._engine.engine.tokenizer
+        own = await self._translated(request)
         try:
-            own = await own_request(request, tokenizer)
             generation = await parse_generation(own, context, self._engine, self._model_name)
             updates = self._engine.submit(generation)
         except (InvalidRequest, PromptTooLong) as error:
             raise renamed(error) from error
         return Responder(request.response, generation.prompt_token_ids), updates
+
+    async def _translated(self, request: pb.GenerateRequest) -> own_pb.GenerateRequest:
+        engine = self._engine.engine
+        try:
+            return await own_request(request, engine.tokenizer)
+        except RequestError:
+            engine.metrics.requests_rejected.labels(reason="invalid").inc()
+            raise
 
 
 class ControlService(vllm_control_pb2_grpc.ControlServicer):
