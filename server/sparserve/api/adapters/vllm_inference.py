@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -30,20 +31,36 @@ CONTROL = control_pb.DESCRIPTOR.services_by_name["Control"]
 def add(
     server: grpc.aio.Server, engine: AsyncEngine, model_name: str, settings: ServerSettings
 ) -> Sequence[str]:
-    vllm_inference_pb2_grpc.add_InferenceServicer_to_server(
-        InferenceService(engine, model_name), server
-    )
-    vllm_control_pb2_grpc.add_ControlServicer_to_server(ControlService(engine, model_name), server)
+    names = ModelNames(model_name, settings.model)
+    vllm_inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(engine, names), server)
+    vllm_control_pb2_grpc.add_ControlServicer_to_server(ControlService(engine, names), server)
     server.add_generic_rpc_handlers((Unserved(INFERENCE), Unserved(CONTROL)))
     return INFERENCE.full_name, CONTROL.full_name
+
+
+class ModelNames:
+    """What requests may call the model: vllm-router takes its tokenizer from the folder, or the Hugging Face
+    repository, that a request names as its model.
+    """
+
+    def __init__(self, served: str, source: str) -> None:
+        """`source` is the server's setting `model`."""
+        path = Path(source)
+        self.served = served
+        self.source = str(path.resolve()) if path.exists() else source
+        self.aliases = sorted({self.source, source} - {served})
+
+    def own(self, name: str) -> str:
+        """The name by which the server knows the model that a request calls `name`."""
+        return self.served if name in self.aliases else name
 
 
 class InferenceService(vllm_inference_pb2_grpc.InferenceServicer):
     """Messages to engine calls; every error is raised and becomes a status in the interceptor."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, names: ModelNames) -> None:
         self._engine = engine
-        self._model_name = model_name
+        self._names = names
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         if request.sampling.num_sequences > 1:
@@ -69,7 +86,7 @@ class InferenceService(vllm_inference_pb2_grpc.InferenceServicer):
     ) -> tuple[Responder, RequestStream]:
         own = await self._translated(request)
         try:
-            generation = await parse_generation(own, context, self._engine, self._model_name)
+            generation = await parse_generation(own, context, self._engine, self._names.served)
             updates = self._engine.submit(generation)
         except (InvalidRequest, PromptTooLong) as error:
             raise renamed(error) from error
@@ -78,16 +95,18 @@ class InferenceService(vllm_inference_pb2_grpc.InferenceServicer):
     async def _translated(self, request: pb.GenerateRequest) -> own_pb.GenerateRequest:
         engine = self._engine.engine
         try:
-            return await own_request(request, engine.tokenizer)
+            own = await own_request(request, engine.tokenizer)
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()
             raise
+        own.model = self._names.own(own.model)
+        return own
 
 
 class ControlService(vllm_control_pb2_grpc.ControlServicer):
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, names: ModelNames) -> None:
         self._engine = engine
-        self._model_name = model_name
+        self._names = names
         self._instance_id = uuid.uuid4().hex
 
     async def GetServerInfo(
@@ -116,8 +135,9 @@ class ControlService(vllm_control_pb2_grpc.ControlServicer):
         self, request: control_pb.GetModelInfoRequest, context: Any
     ) -> control_pb.ModelInfo:
         return control_pb.ModelInfo(
-            model_id=self._model_name,
-            served_model_name=self._model_name,
+            model_id=self._names.source,
+            served_model_name=self._names.served,
+            served_model_aliases=self._names.aliases,
             supports_text_input=True,
             supports_token_ids_input=True,
         )
