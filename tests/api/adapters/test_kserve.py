@@ -317,6 +317,7 @@ BAD_RAW = [
 BAD_PARAMETERS = [
     ("{", ["Invalid JSON"]),
     ("[]", ["must be a JSON object"]),
+    (json.dumps({"x" * 9000: 1}), ["xxx"]),
     ('{"heat": 1}', ["'heat' is unknown", "temperature, top_p"]),
     ('{"temperature": "warm"}', ["temperature is 'warm'", "valid number"]),
     ('{"temperature": 3}', ["sampling.temperature is 3", "[0, 2]"]),
@@ -422,3 +423,14 @@ async def test_readiness_goes_when_the_server_drains(kserve, server):
 async def test_a_broken_engine_is_not_live(kserve, server):
     server.engine._break(EngineFailure("x"))
     assert not (await kserve.ServerLive(pb.ServerLiveRequest())).live
+
+
+async def test_each_request_of_a_stream_has_its_line_in_the_log(kserve, caplog):
+    caplog.set_level("INFO", "sparserve.access")
+    await streamed(kserve, asked(tokens=3), asked(parameters={"min_p": 3}))
+    lines = [r for r in caplog.records if r.message == "request of a stream ended"]
+    told = {line.code: line for line in lines}
+    assert told["OK"].completion_tokens == 3
+    assert told["OK"].finish_reason == "length"
+    assert told["INVALID_ARGUMENT"].field == "inputs[sampling_parameters].min_p"
+    assert "hello" not in caplog.text

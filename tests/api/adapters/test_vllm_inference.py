@@ -256,6 +256,7 @@ async def test_the_lower_priority_number_goes_first(serving, controlled, until):
 
 
 REFUSALS = [
+    ({"priority": -101}, INVALID, ["priority is -101", "[-100, 100]"]),
     ({"temperature": 3}, INVALID, ["temperature is 3", "[0, 2]"]),
     ({"sampling": pb.RandomSampling(top_p=2)}, INVALID, ["sampling.top_p is 2", "(0, 1]"]),
     ({"sampling": pb.RandomSampling(top_k=2**31)}, INVALID, ["sampling.top_k", "2147483647"]),

@@ -10,6 +10,7 @@ from sparserve.errors import InvalidRequest
 from sparserve.v1 import inference_pb2 as own_pb
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+_MAX_PATH = 100  # characters
 _POLICIES = {
     name.removeprefix("SPARSITY_POLICY_").lower(): number
     for name, number in own_pb.SparsityPolicy.items()
@@ -126,7 +127,7 @@ def _set_sparsity(sparsity: own_pb.Sparsity, given: SamplingParameters) -> None:
 
 def _blamed(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False)[0]
-    path = ".".join(map(str, first["loc"]))
+    path = ".".join(map(str, first["loc"]))[:_MAX_PATH]  # names in it are the client's
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return _wrong(
             path, f"{path!r} is unknown; there are {', '.join(SamplingParameters.model_fields)}"

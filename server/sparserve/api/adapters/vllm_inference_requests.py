@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable
 
 from sparserve.api.inference import MAX_TOKENS
+from sparserve.engine.request import MAX_PRIORITY
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong
 from sparserve.protocols import vllm_inference_pb2 as pb
@@ -61,7 +62,7 @@ async def own_request(
         stopping=_stopping(message.stopping),
         response=_response(message.response),
         constraint=_constraint(message.decoding),
-        priority=-message.priority if message.priority > -_MAX_INT32 else _MAX_INT32,
+        priority=_priority(message.priority),
         # A salt that no other request has finds nothing in the cache.
         cache_salt=uuid.uuid4().hex if message.kv.bypass_prefix_cache else message.kv.cache_salt,
     )
@@ -165,6 +166,15 @@ def _constraint(decoding: pb.DecodingParameters) -> own_pb.Constraint | None:
         case "json_object" if decoding.json_object:
             return own_pb.Constraint(json_object=True)
     return None
+
+
+def _priority(value: int) -> int:
+    """Ours goes by the higher, theirs by the lower."""
+    if abs(value) > MAX_PRIORITY:
+        raise InvalidRequest(
+            "priority", f"priority is {value}; it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]"
+        )
+    return -value
 
 
 def _int32(path: str, value: int) -> int:
