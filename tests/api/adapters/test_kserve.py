@@ -434,3 +434,20 @@ async def test_each_request_of_a_stream_has_its_line_in_the_log(kserve, caplog):
     assert told["OK"].finish_reason == "length"
     assert told["INVALID_ARGUMENT"].field == "inputs[sampling_parameters].min_p"
     assert "hello" not in caplog.text
+
+
+async def test_a_full_queue_is_told_on_the_stream(serving, controlled, until):
+    settings = {"adapters": "kserve", "adapters_port": 0, "max_running": 1, "max_waiting": 1}
+    async with (
+        serving(**settings) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.adapters_port}") as channel,
+    ):
+        kserve = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with controlled(server) as forward:
+            forward.hold()
+            taken = [asyncio.ensure_future(kserve.ModelInfer(asked(tokens=2))) for _ in range(2)]
+            await until(lambda: server.engine.in_flight == 2)
+            (refused,) = await streamed(kserve, asked())
+            forward.release()
+            await asyncio.gather(*taken)
+    assert refused.error_message.startswith("RESOURCE_EXHAUSTED: the queue is full")
