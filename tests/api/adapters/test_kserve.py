@@ -268,8 +268,23 @@ async def test_parameters_are_those_of_our_own_api(kserve, client):
     )
     text = text_of(await kserve.ModelInfer(stopped))
     assert text == own.text[: own.text.index(stop) + 1]
-    only = {"allowed_token_ids": [65], "logit_bias": {"65": 1}, "min_tokens": 2, "policy": "dense"}
-    assert text_of(await kserve.ModelInfer(asked("x", parameters=only)))
+    only = {"allowed_token_ids": [32], "logit_bias": {"32": 1}, "min_tokens": 2, "policy": "dense"}
+    assert text_of(await kserve.ModelInfer(asked("x", parameters=only))) == "x" + 8 * "A"
+
+
+async def test_a_request_chooses_its_sparsity(kserve, client):
+    sparse = {"policy": "core", "density": 0.4}
+    prompt = "a prompt of some tokens"
+    asks = [
+        asked(prompt, parameters=p, tokens=24, exclude_input_in_output=True) for p in ({}, sparse)
+    ]
+    dense_text, sparse_text = [text_of(await kserve.ModelInfer(ask)) for ask in asks]
+    own = await client.generate(prompt, max_tokens=24, **GREEDY, **sparse)
+    assert sparse_text == own.text != dense_text
+    needs_index = asked(prompt, parameters={"target_kl": 0.1, "policy": "core"})
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await kserve.ModelInfer(needs_index)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def test_structured_output(kserve):

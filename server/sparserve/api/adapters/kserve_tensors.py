@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 from sparserve.api.status import shortened
 from sparserve.errors import InvalidRequest
@@ -145,7 +146,8 @@ def _raw_element(spec: TensorSpec, raw: bytes) -> Element:
 
 def _packed(datatype: DataType, values: Sequence[Element]) -> bytes:
     if datatype is DataType.BYTES:
-        return b"".join(_LENGTH.pack(len(v)) + v for v in values if isinstance(v, bytes))
+        elements = cast(Sequence[bytes], values)
+        return b"".join(_LENGTH.pack(len(element)) + element for element in elements)
     return struct.pack(f"<{len(values)}{_NUMBERS[datatype]}", *values)
 
 

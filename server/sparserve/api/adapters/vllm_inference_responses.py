@@ -42,7 +42,7 @@ class Responder:
             prompt, finish = update.prompt or prompt, update.finish
         merged = Update("", text="".join(texts), tokens=tuple(tokens), finish=finish)
         return pb.GenerateResponse(
-            prompt_info=await asyncio.to_thread(self._prompt_info, prompt),
+            prompt_info=await self._prompt_info(prompt),
             outputs=self._output(merged),
         )
 
@@ -52,9 +52,7 @@ class Responder:
         response = pb.GenerateResponse(outputs=self._output(update))
         if self._is_first:
             self._is_first = False
-            # That of a long prompt with many tokens beside each takes a second.
-            info = await asyncio.to_thread(self._prompt_info, update.prompt)
-            response.prompt_info.CopyFrom(info)
+            response.prompt_info.CopyFrom(await self._prompt_info(update.prompt))
         return response
 
     def _output(self, update: Update) -> pb.SequenceOutput:
@@ -73,8 +71,14 @@ class Responder:
             output.candidate_tokens.extend(map(_candidates, tokens))
         return output
 
-    def _prompt_info(self, tokens: Sequence[PromptToken]) -> pb.PromptInfo:
+    async def _prompt_info(self, tokens: Sequence[PromptToken]) -> pb.PromptInfo:
         """`tokens` are empty unless log probabilities of the prompt were asked for."""
+        if not tokens:
+            return self._make_prompt_info(tokens)
+        # A long prompt with many tokens beside each takes a second.
+        return await asyncio.to_thread(self._make_prompt_info, tokens)
+
+    def _make_prompt_info(self, tokens: Sequence[PromptToken]) -> pb.PromptInfo:
         options = self._options
         info = pb.PromptInfo(
             num_prompt_tokens=len(self._prompt),
