@@ -199,12 +199,12 @@ async def test_requests_of_one_stream_run_together_and_one_that_fails_ends_alone
         forward.seconds = 0.005
         responses = await streamed(kserve, *requests)
     finals = [r.infer_response.id for r in responses if is_final(r.infer_response)]
-    assert finals == ["bad", "short", "long"]
+    assert sorted(finals) == ["bad", "long", "short"]
+    assert finals.index("short") < finals.index("long")
     (failed,) = [r for r in responses if r.error_message]
     assert failed.infer_response.id == "bad"
     assert failed.error_message.startswith("INVALID_ARGUMENT: input sampling_parameters: ")
     assert "temperature is 9; it must be in [0, 2]" in failed.error_message
-    assert forward.calls < 90
 
 
 async def test_a_stream_that_is_cancelled_frees_all_of_its_requests(
@@ -398,7 +398,7 @@ async def test_another_model_is_not_found(kserve):
         assert "'other' is not served here" in refused.value.details()
 
 
-async def test_statistics_are_the_servers_own_counts(kserve, server):
+async def test_statistics_are_the_servers_own_counts(kserve, server, controlled, until):
     async def counted() -> pb.ModelStatistics:
         answer = await kserve.ModelStatistics(pb.ModelStatisticsRequest())
         return answer.model_stats[0]
@@ -407,16 +407,21 @@ async def test_statistics_are_the_servers_own_counts(kserve, server):
     assert (before.inference_count, before.last_inference) == (0, 0)
     await kserve.ModelInfer(asked(tokens=20))
     await streamed(kserve, asked(tokens=5, stream=True), asked(tokens=5))
-    with pytest.raises(grpc.aio.AioRpcError):
-        await kserve.ModelInfer(asked(tokens=400), timeout=0.05)
+    with controlled(server) as forward:
+        forward.seconds = 0.01
+        left = asyncio.ensure_future(kserve.ModelInfer(asked(tokens=400)))
+        await until(lambda: server.engine.engine.used_blocks > 0)
+        left.cancel()
+        while (after := await counted()).inference_stats.fail.count == 0:
+            await asyncio.sleep(0.005)
     after = await counted()
     stats = after.inference_stats
-    assert (after.inference_count, stats.success.count) == (3, 3)
-    assert stats.fail.count <= 1
+    assert (after.inference_count, stats.success.count, stats.fail.count) == (3, 3, 1)
     assert after.execution_count - before.execution_count >= 20
     assert after.last_inference > 1.7e12
-    assert stats.queue.count >= 3
-    assert stats.success.ns > stats.compute_infer.ns > stats.compute_input.ns > 0
+    assert stats.queue.count == 4
+    assert stats.success.ns > stats.compute_infer.ns + stats.compute_input.ns
+    assert min(stats.compute_infer.ns, stats.compute_input.ns, stats.queue.ns) > 0
 
 
 async def test_readiness_goes_when_the_server_drains(kserve, server):
