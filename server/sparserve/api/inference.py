@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
-from sparserve.api import requests
-from sparserve.api.requests import check_model
+from sparserve.api.generation import parse_generation
+from sparserve.api.requests import check_model, conversation_of
 from sparserve.api.responses import Responder
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.limits import check_token_ids
 from sparserve.engine.request import GenerationRequest
 from sparserve.engine.tokenizer import TextTokenizer
-from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, RequestError
-from sparserve.logs import current_call
+from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong
 from sparserve.v1 import inference_pb2 as pb
 from sparserve.v1 import inference_pb2_grpc
 
@@ -86,36 +83,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _parse(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> tuple[GenerationRequest, Responder]:
-        arrival = time.monotonic()
-        call = current_call()
-        call.request_id, call.user = request.request_id, request.user
-        self._engine.check_room()  # before the work of tokenizing
-        engine = self._engine.engine
-        try:
-            check_model(request.model, self._model_name)
-            seconds_left = context.time_remaining()
-            generation, constraint = await asyncio.to_thread(
-                lambda: (
-                    requests.parse_request(
-                        request,
-                        engine.tokenizer,
-                        engine.limits.max_context - 1,
-                        engine.policies,
-                        seconds_left,
-                        arrival,
-                    ),
-                    requests.constraint_of(request),
-                )
-            )
-            if constraint is not None:
-                compiled = await self._engine.compile(constraint)
-                generation = replace(generation, constraint=compiled)
-        except RequestError:
-            engine.metrics.requests_rejected.labels(reason="invalid").inc()
-            raise
-        call.request_id = generation.request_id
-        call.prompt_tokens = len(generation.prompt_token_ids)
-        responder = Responder(generation, request.response, engine.tokenizer, self._model_name)
+        generation = await parse_generation(request, context, self._engine, self._model_name)
+        responder = Responder(generation, request.response, self._tokenizer, self._model_name)
         return generation, responder
 
 
@@ -125,7 +94,7 @@ def _tokenize(request: pb.TokenizeRequest, tokenizer: TextTokenizer) -> tuple[st
         text = request.text
         ids = tokenizer.encode(text, MAX_TOKENS)
     elif kind == "chat":
-        text = tokenizer.render_chat(requests.conversation_of(request.chat))
+        text = tokenizer.render_chat(conversation_of(request.chat))
         ids = tokenizer.encode_chat(text, MAX_TOKENS)
     else:
         raise InvalidRequest("input", "the request has no input; set text or chat")

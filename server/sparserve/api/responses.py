@@ -135,16 +135,9 @@ class Responder:
         )
 
     def _note(self, update: Update) -> None:
-        call = current_call()
-        call.completion_tokens += len(update.tokens)
+        note_in_log(update)
         if update.finish is not None:
             self._finishes[update.index] = update.finish
-            call.finish_reasons.append(update.finish.reason.value)
-            call.policy = update.finish.sparsity.policy.value
-            call.densities.append(update.finish.sparsity.density)
-            if update.index == 0:
-                call.cached_tokens = update.finish.cached_tokens
-                call.ttft_seconds = update.finish.timings.ttft
 
     def _in_order(self) -> list[tuple[int, Finish]]:
         return sorted(self._finishes.items(), key=lambda item: item[0])
@@ -160,6 +153,19 @@ class Responder:
             timings=_timings(whole),
             sparsity=_sparsity_report(whole),
         )
+
+
+def note_in_log(update: Update) -> None:
+    """For the line that ends the call."""
+    call = current_call()
+    call.completion_tokens += len(update.tokens)
+    if update.finish is not None:
+        call.finish_reasons.append(update.finish.reason.value)
+        call.policy = update.finish.sparsity.policy.value
+        call.densities.append(update.finish.sparsity.density)
+        if update.index == 0:
+            call.cached_tokens = update.finish.cached_tokens
+            call.ttft_seconds = update.finish.timings.ttft
 
 
 def _finished(index: int, finish: Finish) -> pb.Finished:

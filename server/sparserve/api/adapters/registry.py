@@ -11,7 +11,10 @@ import grpc
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 
-_MODULES: dict[str, str] = {}
+_MODULES = {
+    "kserve": "kserve",
+    "vllm-inference": "vllm_inference",
+}
 
 
 class AddAdapter(Protocol):
