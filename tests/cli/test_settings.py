@@ -58,7 +58,10 @@ OTHER = {
     "max_waiting_tokens": ("1000", 1000),
     "max_stream_backlog": ("10", 10),
     "max_message_mib": ("2", 2),
+    "max_metadata_kib": ("8", 8),
+    "max_concurrent_streams": ("100", 100),
     "max_connection_age": ("2.5", 2.5),
+    "max_connection_age_grace": ("1.5", 1.5),
     "drain_timeout": ("1.5", 1.5),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
@@ -67,6 +70,16 @@ OTHER = {
     "adapters_host": ("10.0.0.1", "10.0.0.1"),
     "adapters_port": ("3333", 3333),
     "allow_public_adapters": ("true", True),
+    "tls_cert": ("cert.pem", "cert.pem"),
+    "tls_key": ("key.pem", "key.pem"),
+    "tls_client_ca": ("ca.pem", "ca.pem"),
+    "api_keys": ("keys.yaml", "keys.yaml"),
+    "allow_insecure_keys": ("true", True),
+    "open_reflection": ("true", True),
+    "key_requests_per_minute": ("60", 60),
+    "key_tokens_per_minute": ("6000", 6000),
+    "key_concurrent": ("2", 2),
+    "share_prefix_cache": ("true", True),
 }
 
 

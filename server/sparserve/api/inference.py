@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,7 +12,8 @@ from typing import Any
 from sparserve.api import requests
 from sparserve.api.requests import check_model
 from sparserve.api.responses import Responder
-from sparserve.engine.async_engine import AsyncEngine
+from sparserve.api.security.auth import current_caller
+from sparserve.engine.async_engine import AsyncEngine, RequestStream
 from sparserve.engine.limits import check_token_ids
 from sparserve.engine.request import GenerationRequest
 from sparserve.engine.tokenizer import TextTokenizer
@@ -27,9 +29,13 @@ MAX_TOKENS = 1 << 20
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Messages to engine calls; every error is raised and becomes a status in the interceptor."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(
+        self, engine: AsyncEngine, model_name: str, *, share_prefix_cache: bool = True
+    ) -> None:
+        """Without `share_prefix_cache` each key finds only its own prompts in the prefix cache."""
         self._engine = engine
         self._model_name = model_name
+        self._share_prefix_cache = share_prefix_cache
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         return await self._whole(request, context)
@@ -72,16 +78,30 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> pb.GenerateResponse:
         generation, responder = await self._parse(request, context)
-        with self._engine.submit(generation) as updates:
+        with self._submit(generation) as updates:
             return await responder.whole(updates)
 
     async def _stream(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         generation, responder = await self._parse(request, context)
-        with self._engine.submit(generation) as updates:
+        with self._submit(generation) as updates:
             async for event in responder.stream(updates):
                 yield event
+
+    def _submit(self, generation: GenerationRequest) -> RequestStream:
+        """Raises KeyLimitReached, and what the engine's `submit` does."""
+        caller, tokens = current_caller(), len(generation.prompt_token_ids)
+        caller.check_tokens(tokens)
+        stream = self._engine.submit(generation, caller.charge)
+        caller.charge(tokens)
+        return stream
+
+    def _of_caller(self, generation: GenerationRequest) -> GenerationRequest:
+        name, salt = current_caller().name, generation.cache_salt
+        if name and not self._share_prefix_cache:
+            salt = hashlib.sha256(f"{name}\0{salt}".encode()).hexdigest()
+        return replace(generation, owner=name, cache_salt=salt)
 
     async def _parse(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
@@ -90,6 +110,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         call = current_call()
         call.request_id, call.user = request.request_id, request.user
         self._engine.check_room()  # before the work of tokenizing
+        current_caller().check_tokens()
         engine = self._engine.engine
         try:
             check_model(request.model, self._model_name)
@@ -110,6 +131,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if constraint is not None:
                 compiled = await self._engine.compile(constraint)
                 generation = replace(generation, constraint=compiled)
+            generation = self._of_caller(generation)
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()
             raise
