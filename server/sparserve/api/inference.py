@@ -13,7 +13,7 @@ from sparserve.api import requests
 from sparserve.api.requests import check_model
 from sparserve.api.responses import Responder
 from sparserve.api.security.auth import current_caller
-from sparserve.engine.async_engine import AsyncEngine, RequestStream
+from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.limits import check_token_ids
 from sparserve.engine.request import GenerationRequest
 from sparserve.engine.tokenizer import TextTokenizer
@@ -78,24 +78,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> pb.GenerateResponse:
         generation, responder = await self._parse(request, context)
-        with self._submit(generation) as updates:
+        with self._engine.submit(generation, current_caller()) as updates:
             return await responder.whole(updates)
 
     async def _stream(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         generation, responder = await self._parse(request, context)
-        with self._submit(generation) as updates:
+        with self._engine.submit(generation, current_caller()) as updates:
             async for event in responder.stream(updates):
                 yield event
-
-    def _submit(self, generation: GenerationRequest) -> RequestStream:
-        """Raises KeyLimitReached, and what the engine's `submit` does."""
-        caller, tokens = current_caller(), len(generation.prompt_token_ids)
-        caller.check_tokens(tokens)
-        stream = self._engine.submit(generation, caller.charge)
-        caller.charge(tokens)
-        return stream
 
     def _of_caller(self, generation: GenerationRequest) -> GenerationRequest:
         name, salt = current_caller().name, generation.cache_salt

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from sparserve.cli.connection import Connection
 from sparserve.cli.output import progress_bars
 from sparserve.client import AsyncClient
 from sparserve.config import EngineSettings, ServerSettings, load_settings
@@ -48,11 +49,11 @@ def build_with_bars(settings: EngineSettings) -> BuiltEngine:
 
 
 @asynccontextmanager
-async def connected(target: str | None, settings: EngineSettings) -> AsyncIterator[AsyncClient]:
-    """A client of the server at `target`, or of one of our own."""
-    if target is not None:
+async def connected(to: Connection | None, settings: EngineSettings) -> AsyncIterator[AsyncClient]:
+    """A client of the server there, or of one of our own."""
+    if to is not None:
         _refuse_engine_flags(settings)
-        async with AsyncClient(target) as client:
+        async with AsyncClient(to.target, **to.security) as client:
             yield client
         return
     own = server_settings(settings)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sparserve.engine.constraint import CompiledConstraint, Constraint
 from sparserve.engine.engine import Engine
@@ -51,6 +51,16 @@ class EngineState(Enum):
     STOPPED = "stopped"
 
 
+class Meter(Protocol):
+    """Who is told of a request's tokens, on the event loop."""
+
+    def admit(self, prompt_tokens: int) -> None:
+        """Once, when all else speaks for the request; what this raises refuses it."""
+
+    def charge(self, tokens: int) -> None:
+        """New tokens, read or not."""
+
+
 class RequestStream:
     """Updates of one request; iterate inside `with`, which aborts it when left early.
 
@@ -66,11 +76,11 @@ class RequestStream:
         on_close: Callable[[], None],
         prompt_tokens: int = 0,
         owner: str = "",
-        on_tokens: Callable[[int], None] = lambda tokens: None,
+        meter: Meter | None = None,
     ) -> None:
         self.request_id = request_id
         self.owner = owner
-        self._on_tokens = on_tokens
+        self._meter = meter
         self.choices = choices
         self.waiting_tokens = prompt_tokens  # none once something was put
         self._on_close = on_close
@@ -97,8 +107,8 @@ class RequestStream:
     def put(self, update: Update) -> None:
         """Called by the engine's owner on the event loop."""
         self.waiting_tokens = 0
-        if update.tokens:
-            self._on_tokens(len(update.tokens))
+        if self._meter is not None and update.tokens:
+            self._meter.charge(len(update.tokens))
         if self.is_complete:
             return
         if update.finish is not None:
@@ -187,17 +197,14 @@ class AsyncEngine:
     def in_flight(self) -> int:
         return len(self._streams)
 
-    def submit(
-        self,
-        request: GenerationRequest,
-        on_tokens: Callable[[int], None] = lambda tokens: None,
-    ) -> RequestStream:
-        """Take a request; use the stream as a context manager. `on_tokens` gets the number of new tokens
-        whenever there are some, read or not.
+    def submit(self, request: GenerationRequest, meter: Meter | None = None) -> RequestStream:
+        """Take a request; use the stream as a context manager.
 
-        Raises InvalidRequest, PromptTooLong, DuplicateRequest, QueueFull or Unavailable.
+        Raises InvalidRequest, PromptTooLong, DuplicateRequest, QueueFull or Unavailable, and what the meter does.
         """
         self._check_admission(request)
+        if meter is not None:
+            meter.admit(len(request.prompt_token_ids))
         # The engine gets a key of its own: an id may be used again while the last updates of its
         # former, aborted request are still on their way.
         key = f"{request.request_id}#{next(self._counter)}"
@@ -218,7 +225,7 @@ class AsyncEngine:
             close,
             len(request.prompt_token_ids),
             request.owner,
-            on_tokens,
+            meter,
         )
         self._keys[request.owner, request.request_id] = key
         self._idle.clear()

@@ -63,7 +63,10 @@ ACCESS: Mapping[str, Access] = {
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever makes the call that this code runs in; without keys nobody has a name and all may do all."""
+    """Whoever makes the call that this code runs in, the `Meter` of their requests.
+
+    Without keys nobody has a name and all may do all.
+    """
 
     name: str = ""
     control: bool = True
@@ -75,8 +78,11 @@ class Caller:
         if self.quota is not None:
             self.quota.check_tokens(tokens)
 
+    def admit(self, prompt_tokens: int) -> None:
+        self.check_tokens(prompt_tokens)
+        self.charge(prompt_tokens)
+
     def charge(self, tokens: int) -> None:
-        """For tokens of a prompt that was taken, and for new ones as they are made."""
         if self.quota is not None:
             self.quota.charge(tokens)
         self.count_tokens(tokens)
@@ -129,13 +135,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return await continuation(handler_call_details)
         try:
             caller = self._authenticate(handler_call_details.invocation_metadata)
-            if access is Access.CONTROL and not caller.control:
-                raise PermissionDenied(caller.name, handler_call_details.method)
-        except (Unauthenticated, PermissionDenied) as error:
-            reason = "permission" if isinstance(error, PermissionDenied) else "key"
-            self._metrics.auth_refusals.labels(reason=reason).inc()
+        except Unauthenticated as error:
+            self._metrics.auth_refusals.labels(reason="key").inc()
             return _refusal(error)
         handler = await continuation(handler_call_details)
+        if handler is not None and access is Access.CONTROL and not caller.control:
+            self._metrics.auth_refusals.labels(reason="permission").inc()
+            handler = _refusal(PermissionDenied(caller.name, handler_call_details.method))
         return self._run_as(caller, access is Access.LIMITED, handler)
 
     def _access(self, method: str) -> Access:

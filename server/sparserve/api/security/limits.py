@@ -32,7 +32,7 @@ class Bucket:
         self._at = now
 
     def resize(self, per_minute: int, now: float) -> None:
-        """What was used stays used."""
+        """What was used stays used, up to the new minute's worth: nobody pays off a larger one for hours."""
         self._fill(now)
         used = self._per_minute - self._level
         self._level, self._per_minute = per_minute - min(used, float(per_minute)), per_minute
