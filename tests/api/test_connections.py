@@ -6,7 +6,9 @@ import time
 import grpc
 import pytest
 
+from sparserve.api.server import addresses
 from sparserve.client import AsyncClient, make_request
+from sparserve.config import ServerSettings
 from sparserve.errors import CallFailed
 from sparserve.v1 import control_pb2 as pb
 
@@ -64,3 +66,9 @@ async def test_an_old_connection_is_left_by_new_calls_and_its_own_end_by_the_gra
 
 async def _last(pieces):
     return [piece async for piece in pieces][-1]
+
+
+def test_metrics_may_have_an_address_of_their_own():
+    settings = ServerSettings(host="0.0.0.0", metrics_host="127.0.0.1")
+    assert [each.host for each in addresses(settings)] == ["0.0.0.0", "127.0.0.1"]
+    assert [each.host for each in addresses(ServerSettings(host="::"))] == ["::", "::"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 from datetime import UTC, datetime
 
 import grpc
@@ -277,14 +278,18 @@ async def test_other_kinds_of_keys_serve_too(serving, authority, tmp_path, key):
         assert await models(client_of(server, authority))
 
 
-def test_an_expired_certificate_is_warned_of_with_its_date(authority, tmp_path, caplog):
+async def test_an_expired_certificate_is_warned_of_with_its_date(
+    serving, authority, tmp_path, caplog
+):
     chain, key = authority.issue(tmp_path, "server", days=-3)
-    files = certificate_files(ServerSettings(tls_cert=str(chain), tls_key=str(key)))
-    assert files.value.expires < datetime.now(UTC)
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith(
-        f"the certificate of CN=server expired on {files.value.expires.isoformat()}"
-    )
+    async with serving(tls_cert=str(chain), tls_key=str(key)) as server:
+        ended = server.engine.engine.metrics.tls_expiry._value.get()
+        assert ended < time.time() - 2 * 86400
+        with pytest.raises(CallFailed, match="UNAVAILABLE"):
+            await models(client_of(server, authority))
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    date = datetime.fromtimestamp(ended, UTC).isoformat()
+    assert line == f"{chain}: the certificate of CN=server expired on {date}"
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ OTHER = {
     "default_max_tokens": ("9", 9),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("1234", 1234),
+    "metrics_host": ("10.0.0.1", "10.0.0.1"),
     "metrics_port": ("4321", 4321),
     "max_waiting": ("0", 0),
     "max_waiting_tokens": ("1000", 1000),

@@ -185,7 +185,8 @@ def grpc_address(settings: ServerSettings) -> Address:
 
 
 def metrics_address(settings: ServerSettings) -> Address:
-    return Address(settings.host, settings.metrics_port, "metrics", "--metrics-port")
+    host = settings.metrics_host or settings.host
+    return Address(host, settings.metrics_port, "metrics", "--metrics-port")
 
 
 def adapters_address(settings: ServerSettings) -> Address:

@@ -23,7 +23,7 @@ def server_settings(settings: EngineSettings | None = None) -> ServerSettings:
     flags = (
         {name: getattr(settings, name) for name in settings.model_fields_set} if settings else {}
     )
-    own = {"host": "127.0.0.1", "port": 0, "metrics_port": 0}
+    own = {"host": "127.0.0.1", "port": 0, "metrics_host": "", "metrics_port": 0}
     # Its one client is this process, whatever the environment says for other servers.
     unguarded = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca", "api_keys"), "")
     return load_settings(ServerSettings, {**flags, **own, **unguarded})

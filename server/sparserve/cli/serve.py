@@ -41,7 +41,7 @@ def serve(settings: ServerSettings) -> None:
         await server.start()
         told = (
             f"serving {built.model_name} on {settings.host}:{server.port} (gRPC), "
-            f"metrics on http://{settings.host}:{server.metrics_port}/metrics"
+            f"metrics on http://{settings.metrics_host or settings.host}:{server.metrics_port}/metrics"
         )
         if settings.adapter_names:
             told += f", {settings.adapters} on {settings.adapters_host}:{server.adapters_port}"

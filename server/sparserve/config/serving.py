@@ -23,6 +23,12 @@ class ServerSettings(EngineSettings, AdapterSettings, SecuritySettings):
     port: Annotated[int, Field(ge=0, le=65535, description="gRPC port; 0 picks a free one.")] = (
         50051
     )
+    metrics_host: Annotated[
+        str,
+        Field(
+            description="Address of metrics_port, which has neither encryption nor authentication. Empty: that of host."
+        ),
+    ] = ""
     metrics_port: Annotated[
         int,
         Field(

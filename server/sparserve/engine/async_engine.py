@@ -271,7 +271,7 @@ class AsyncEngine:
         self._command(run)
         await done
 
-    def abort(self, request_id: str, owner: str | None = None) -> bool:
+    def abort(self, request_id: str, owner: str | None = "") -> bool:
         """End the owner's request, None: those of all owners with this id, with FinishReason.CANCELLED.
 
         False where none is in flight.

@@ -41,7 +41,7 @@ class Guard:
         self.interceptors: list[AuthInterceptor] = []
         if self._certificate is not None:
             self.credentials = server_credentials(self._certificate)
-            self._tell_expiry()
+            self._tell_certificate()
         if self._keys is not None:
             defaults = Limits(
                 settings.key_requests_per_minute,
@@ -67,14 +67,17 @@ class Guard:
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
             try:
-                await _reload(self._certificate, metrics.tls_reloads, self._tell_expiry)
+                await _reload(self._certificate, metrics.tls_reloads, self._tell_certificate)
                 await _reload(self._keys, metrics.key_reloads, self._tell_keys)
             except Exception:
                 log.exception("the files of TLS and API keys were not read again")
 
-    def _tell_expiry(self) -> None:
+    def _tell_certificate(self) -> None:
         if self._certificate is not None:
-            self._metrics.tls_expiry.set(self._certificate.value.expires.timestamp())
+            certificate = self._certificate.value
+            self._metrics.tls_expiry.set(certificate.expires.timestamp())
+            for warning in certificate.warnings:
+                log.warning("%s", warning)
 
     def _tell_keys(self) -> None:
         for interceptor in self.interceptors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,8 +19,6 @@ from sparserve.api.security.reloading import ReloadedFiles
 from sparserve.config.security import SecuritySettings
 from sparserve.errors import ConfigError
 
-log = logging.getLogger(__name__)
-
 _CURVES = (ec.SECP256R1, ec.SECP384R1)
 
 
@@ -33,6 +30,9 @@ class ServerCertificate:
     key: bytes
     client_ca: bytes | None
     expires: datetime
+    warnings: tuple[
+        str, ...
+    ]  # of certificates out of their time, ours and the clients' authorities
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration(
@@ -83,13 +83,12 @@ def _certificate(paths: Sequence[Path], contents: Sequence[bytes]) -> ServerCert
     chain = _certificates(paths[0], contents[0])
     key = _private_key(paths[1], contents[1])
     _check_pair(paths, chain, key)
-    _warn_of_dates(paths[0], chain[0])
-    client_ca = None
-    if len(contents) > 2:
-        client_ca = contents[2]
-        for authority in _certificates(paths[2], client_ca):
-            _warn_of_dates(paths[2], authority)
-    return ServerCertificate(contents[0], contents[1], client_ca, chain[0].not_valid_after_utc)
+    client_ca = contents[2] if len(contents) > 2 else None
+    authorities = [] if client_ca is None else _certificates(paths[2], client_ca)
+    dated = [(paths[0], chain[0]), *((paths[2], authority) for authority in authorities)]
+    warnings = tuple(text for each in dated if (text := _out_of_time(*each)))
+    expires = chain[0].not_valid_after_utc
+    return ServerCertificate(contents[0], contents[1], client_ca, expires, warnings)
 
 
 def _certificates(path: Path, content: bytes) -> list[x509.Certificate]:
@@ -132,12 +131,13 @@ def _check_pair(
         )
 
 
-def _warn_of_dates(path: Path, certificate: x509.Certificate) -> None:
-    now, subject = datetime.now(UTC), certificate.subject.rfc4514_string()
+def _out_of_time(path: Path, certificate: x509.Certificate) -> str | None:
+    """None: it is valid now."""
+    now, who = (
+        datetime.now(UTC),
+        f"{path}: the certificate of {certificate.subject.rfc4514_string()}",
+    )
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if ends < now:
-        log.warning("%s: the certificate of %s expired on %s", path, subject, ends.isoformat())
-    elif begins > now:
-        log.warning(
-            "%s: the certificate of %s is not valid before %s", path, subject, begins.isoformat()
-        )
+        return f"{who} expired on {ends.isoformat()}"
+    return f"{who} is not valid before {begins.isoformat()}" if begins > now else None
