@@ -45,7 +45,7 @@ async def test_more_calls_than_a_connection_may_have_wait(serving, connect, cont
 async def test_an_old_connection_is_left_by_new_calls_and_its_own_end_by_the_grace(
     serving, controlled, grace
 ):
-    ages = {"max_connection_age": 0.3, "max_connection_age_grace": grace}
+    ages = {"max_connection_age": 0.3, "max_connection_grace": grace}
     async with serving(**ages) as server:
         with controlled(server) as forward:
             forward.seconds = 0.01

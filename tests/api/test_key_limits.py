@@ -184,7 +184,7 @@ async def test_a_place_among_the_calls_at_once_is_free_again_however_one_ends(
 
 async def test_keys_have_the_servers_limits_where_they_say_nothing(limited, details_of):
     """And 0 of their own is none."""
-    defaults = {"key_requests_per_minute": 2, "key_tokens_per_minute": 100, "key_concurrent": 1}
+    defaults = {"key_rpm": 2, "key_tpm": 100, "key_concurrent": 1}
     async with limited({"requests_per_minute": 0}, **defaults) as (_, client):
         for _ in range(5):
             await client.tokenize("x")

@@ -32,8 +32,8 @@ def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
     ]
     if settings.max_connection_age:
         options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)))
-    if settings.max_connection_age_grace:
-        grace = int(settings.max_connection_age_grace * 1000)
+    if settings.max_connection_grace:
+        grace = int(settings.max_connection_grace * 1000)
         options.append(("grpc.max_connection_age_grace_ms", grace))
     return options
 

@@ -47,7 +47,7 @@ class SecuritySettings(BaseSettings):
     open_reflection: Annotated[
         bool, Field(description="Let server reflection be asked without a key.")
     ] = False
-    key_requests_per_minute: Annotated[
+    key_rpm: Annotated[
         int,
         Field(
             ge=0,
@@ -55,7 +55,7 @@ class SecuritySettings(BaseSettings):
             description="Calls of InferenceService a minute, for keys that say nothing else; 0: any number.",
         ),
     ] = 0
-    key_tokens_per_minute: Annotated[
+    key_tpm: Annotated[
         int,
         Field(
             ge=0,

@@ -79,7 +79,7 @@ class ServerSettings(EngineSettings, AdapterSettings, SecuritySettings):
             description="Seconds after which a connection is asked to reconnect, so that balancers can rebalance; 0: never.",
         ),
     ] = 0
-    max_connection_age_grace: Annotated[
+    max_connection_grace: Annotated[
         float,
         Field(
             ge=0,

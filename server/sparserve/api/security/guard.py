@@ -44,8 +44,8 @@ class Guard:
             self._tell_certificate()
         if self._keys is not None:
             defaults = Limits(
-                settings.key_requests_per_minute,
-                settings.key_tokens_per_minute,
+                settings.key_rpm,
+                settings.key_tpm,
                 settings.key_concurrent,
             )
             auth = AuthInterceptor(
