@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -29,13 +28,9 @@ MAX_TOKENS = 1 << 20
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Messages to engine calls; every error is raised and becomes a status in the interceptor."""
 
-    def __init__(
-        self, engine: AsyncEngine, model_name: str, *, share_prefix_cache: bool = True
-    ) -> None:
-        """Without `share_prefix_cache` each key finds only its own prompts in the prefix cache."""
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
         self._engine = engine
         self._model_name = model_name
-        self._share_prefix_cache = share_prefix_cache
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         return await self._whole(request, context)
@@ -77,23 +72,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _whole(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> pb.GenerateResponse:
+        caller = current_caller()
+        caller.check_tokens()  # before the work of tokenizing
         generation, responder = await self._parse(request, context)
-        with self._engine.submit(generation, current_caller()) as updates:
+        with self._engine.submit(caller.claim(generation), caller) as updates:
             return await responder.whole(updates)
 
     async def _stream(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        caller = current_caller()
+        caller.check_tokens()  # before the work of tokenizing
         generation, responder = await self._parse(request, context)
-        with self._engine.submit(generation, current_caller()) as updates:
+        with self._engine.submit(caller.claim(generation), caller) as updates:
             async for event in responder.stream(updates):
                 yield event
-
-    def _of_caller(self, generation: GenerationRequest) -> GenerationRequest:
-        name, salt = current_caller().name, generation.cache_salt
-        if name and not self._share_prefix_cache:
-            salt = hashlib.sha256(f"{name}\0{salt}".encode()).hexdigest()
-        return replace(generation, owner=name, cache_salt=salt)
 
     async def _parse(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
@@ -102,7 +95,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         call = current_call()
         call.request_id, call.user = request.request_id, request.user
         self._engine.check_room()  # before the work of tokenizing
-        current_caller().check_tokens()
         engine = self._engine.engine
         try:
             check_model(request.model, self._model_name)
@@ -123,7 +115,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if constraint is not None:
                 compiled = await self._engine.compile(constraint)
                 generation = replace(generation, constraint=compiled)
-            generation = self._of_caller(generation)
         except RequestError:
             engine.metrics.requests_rejected.labels(reason="invalid").inc()
             raise

@@ -137,10 +137,9 @@ class Server:
             interceptors=self._guard.interceptors,
             credentials=self._guard.credentials,
         )
-        inference = InferenceService(
-            self.engine, model_name, share_prefix_cache=settings.share_prefix_cache
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self.engine, model_name), listener.server
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, listener.server)
         control_pb2_grpc.add_ControlServiceServicer_to_server(
             ControlService(self.engine, model_name, settings), listener.server
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from sparserve.api.interceptors import Continuation, Handler, wrapped
 from sparserve.api.security.keys import KeyEntry, KeyRing
 from sparserve.api.security.limits import Limits, Quota
 from sparserve.api.security.reloading import ReloadedFiles
+from sparserve.engine.request import GenerationRequest
 from sparserve.errors import KeyLimitReached, PermissionDenied, Unauthenticated
 from sparserve.logs import current_call
 from sparserve.metrics import Metrics
@@ -70,8 +72,16 @@ class Caller:
 
     name: str = ""
     control: bool = True
+    own_cache: bool = False  # prompts of others are not found in the prefix cache
     quota: Quota | None = None
     count_tokens: Callable[[float], None] = lambda tokens: None
+
+    def claim(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as this caller's own."""
+        salt = request.cache_salt
+        if self.own_cache:
+            salt = hashlib.sha256(f"{self.name}\0{salt}".encode()).hexdigest()
+        return replace(request, owner=self.name, cache_salt=salt)
 
     def check_tokens(self, tokens: int = 1) -> None:
         """Raises KeyLimitReached where a prompt of so many tokens may not begin now."""
@@ -106,11 +116,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metrics: Metrics,
         *,
         open_reflection: bool = False,
+        share_prefix_cache: bool = False,
     ) -> None:
         self._files = files
         self._defaults = defaults
         self._metrics = metrics
         self._open_reflection = open_reflection
+        self._own_cache = not share_prefix_cache
         self._quotas: dict[str, Quota] = {}
         self.reloaded()
 
@@ -163,7 +175,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if quota is None:  # the file was read a moment ago
             quota = self._quotas[entry.name] = Quota(entry.name, self._limits(entry))
         count_tokens = self._metrics.api_key_tokens.labels(key=entry.name).inc
-        return Caller(entry.name, entry.control, quota, count_tokens)
+        return Caller(entry.name, entry.control, self._own_cache, quota, count_tokens)
 
     def _limits(self, entry: KeyEntry) -> Limits:
         """The key's own, and the server's where it says nothing."""

@@ -49,7 +49,11 @@ class Guard:
                 settings.key_concurrent,
             )
             auth = AuthInterceptor(
-                self._keys, defaults, metrics, open_reflection=settings.open_reflection
+                self._keys,
+                defaults,
+                metrics,
+                open_reflection=settings.open_reflection,
+                share_prefix_cache=settings.share_prefix_cache,
             )
             self.interceptors = [auth]
 
