@@ -312,6 +312,7 @@ async def test_an_expired_certificate_is_warned_of_with_its_date(
 def test_what_a_client_is_given_says_how_it_connects(target, arguments, expected):
     to = connection(target, **arguments)
     assert (to.target, to.credentials is not None, to.authorization) == expected
+    assert "Bearer" not in repr(to)
 
 
 @pytest.mark.parametrize(

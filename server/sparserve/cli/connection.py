@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +53,7 @@ class Connection:
     """What a client is made of."""
 
     target: str
-    security: Security
+    security: Security = field(repr=False)
 
 
 def connection(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TypedDict
@@ -37,7 +37,7 @@ class Connection:
 
     target: str
     credentials: grpc.ChannelCredentials | None
-    authorization: str | None = None
+    authorization: str | None = field(default=None, repr=False)
 
 
 def connection(

@@ -30,9 +30,7 @@ class ServerCertificate:
     key: bytes
     client_ca: bytes | None
     expires: datetime
-    warnings: tuple[
-        str, ...
-    ]  # of certificates out of their time, ours and the clients' authorities
+    warnings: tuple[str, ...]  # one for each certificate that is not valid now
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration(
