@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ class ServerCertificate:
     """All in PEM; `client_ca` None: clients need no certificate."""
 
     chain: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     client_ca: bytes | None
     expires: datetime
     warnings: tuple[str, ...]  # one for each certificate that is not valid now
