@@ -19,6 +19,7 @@ from sparserve.cli import (
     demo,
     evaluate,
     generate,
+    keys,
     models,
     report,
     serve,
@@ -46,6 +47,7 @@ app.command("compress", cls=Command)(compress.compress)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
 app.command("report", cls=Command)(report.report)
 app.add_typer(bench.app, name="bench")
+app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 
 
