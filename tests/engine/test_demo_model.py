@@ -26,7 +26,7 @@ def requests(engine: Engine) -> list[GenerationRequest]:
             str(index),
             engine.tokenizer.encode(prompt, 255),
             SamplingParams(temperature=0.0 if index % 2 else 0.9, seed=index),
-            StoppingParams(max_tokens=24 if engine.backend.info.name == "cpu" else 8),
+            StoppingParams(max_tokens=24),
         )
         for index, prompt in enumerate(PROMPTS)
     ]
@@ -47,7 +47,7 @@ def small_context(**settings: object) -> EngineSettings:
     return EngineSettings(**{"max_context": 256, "kv_cache_gib": 0.25, **settings})
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+@pytest.fixture(scope="module", params=[pytest.param("reference", marks=pytest.mark.soak), "cpu"])
 def model(request) -> LoadedModel:
     """In the dtype that the backend of that name is for, so that it is chosen."""
     name = {"reference": "demo_model", "cpu": "demo_bfloat16"}[request.param]
