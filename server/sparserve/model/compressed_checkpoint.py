@@ -97,11 +97,11 @@ class CompressedCheckpoint(HuggingFaceFolder):
         """Raises ModelNotFound, UnsupportedModel or CorruptCheckpoint."""
         super().__init__(folder)
         info = read_info(folder)
+        self._check_files()
         try:
             self.info = info.with_bits(self.config)
         except ValueError as error:
             raise CorruptCheckpoint(f"{folder / INFO}: {error}") from error
-        self._check_files()
 
     def weights(self, on_read: Callable[[Path], None]) -> CompressedWeights:
         """`on_read` is told of each file that was read. Raises CorruptCheckpoint."""
@@ -151,14 +151,17 @@ class CompressedLayers(Sequence[LayerTensors]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         path = layer_file(self._folder, place)
-        layer = read_layer_file(path, self._config, self._formats.layer(place))
+        layer = read_layer_file(path, self._config, place, self._formats.layer(place))
         self._on_read(path)
         return layer
 
 
-def read_layer_file(path: Path, config: ModelConfig, formats: LayerFormats) -> LayerTensors:
+def read_layer_file(
+    path: Path, config: ModelConfig, index: int, formats: LayerFormats
+) -> LayerTensors:
     """Raises CorruptCheckpoint."""
-    return layer_of(read_tensors(path, layer_specs(config, formats)), config, formats)
+    tensors = read_tensors(path, layer_specs(config, index, formats))
+    return layer_of(tensors, config, index, formats)
 
 
 def read_info(folder: Path) -> CompressionInfo:

@@ -161,7 +161,7 @@ class CheckpointWriter:
     def read_layer(self, index: int) -> LayerTensors:
         """A finished one. Raises CorruptCheckpoint."""
         plan = self.info.formats.layer(index)
-        return read_layer_file(layer_file(self.folder, index), self.config, plan)
+        return read_layer_file(layer_file(self.folder, index), self.config, index, plan)
 
     def write_file(self, name: str, content: bytes) -> None:
         """One beside the layers, in the place of what had this name; it appears whole or not at all."""
@@ -185,7 +185,7 @@ class CheckpointWriter:
             self.folder.rename(self.out)
 
     def _specs(self, index: int) -> dict[str, Spec]:
-        return layer_specs(self.config, self.info.formats.layer(index))
+        return layer_specs(self.config, index, self.info.formats.layer(index))
 
     def _goes_on(self) -> bool:
         try:
