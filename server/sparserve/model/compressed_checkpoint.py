@@ -32,7 +32,7 @@ from sparserve.model.compressed_tensors import (
     layer_specs,
     read_tensors,
 )
-from sparserve.model.config import ModelConfig
+from sparserve.model.config import LayerSize, ModelConfig
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder, read_json
 
 VERSION = 1
@@ -61,6 +61,13 @@ class CompressionInfo:
     # Of the layers' matrices, and of all that is stored; `with_bits` sets them.
     bits_per_decoder_weight: float = 0
     bits_per_weight: float = 0
+    layer_sizes: tuple[
+        LayerSize, ...
+    ] = ()  # of each layer of a pruned model; (): as config.json says
+
+    def config(self, source: ModelConfig) -> ModelConfig:
+        """Of what is stored. Raises CorruptCheckpoint of sizes that the source cannot have been cut to."""
+        return source.pruned(self.layer_sizes) if self.layer_sizes else source
 
     def with_bits(self, config: ModelConfig) -> CompressionInfo:
         """Raises ValueError of formats for a layer that the model does not have."""
@@ -99,6 +106,7 @@ class CompressedCheckpoint(HuggingFaceFolder):
         info = read_info(folder)
         self._check_files()
         try:
+            self.config = info.config(self.config)
             self.info = info.with_bits(self.config)
         except ValueError as error:
             raise CorruptCheckpoint(f"{folder / INFO}: {error}") from error

@@ -141,6 +141,7 @@ class CheckpointWriter:
         source = Path(info.source.path)
         with _told_as_config_error(source, "read"):
             self.config, files = _beside_weights(source)
+        self.config = info.config(self.config)
         self.info = info.with_bits(self.config)
         with _told_as_config_error(self.folder):
             if not self._goes_on():
