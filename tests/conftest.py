@@ -147,7 +147,7 @@ def tiny_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     tensors = {
         (name := HF_NAMES.layer[field].format(i=i)): random(shape, name)
         for i in range(config.num_layers)
-        for field, shape in layer_shapes(config).items()
+        for field, shape in layer_shapes(config, i).items()
     }
     tensors[HF_NAMES.embedding] = random((config.vocab_size, config.hidden_size)) * 8
     tensors[HF_NAMES.norm] = random((config.hidden_size,))

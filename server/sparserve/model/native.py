@@ -54,9 +54,11 @@ class NativeBackend:
         self.num_blocks = num_blocks
         self._decoder = decoder
         self._graphs_told = decoder.graphs() is None  # in the log
-        # [num_layers, num_blocks, bytes of a block of one layer]
+        # Layer by layer, of each [num_blocks, bytes of a block of this layer].
         self._kv = decoder.new_kv(num_blocks)
-        self._layer_block_bytes = decoder.kv_block_bytes // config.num_layers
+        kv_heads = [own.num_kv_heads for own in config.layers]
+        head = decoder.kv_block_bytes // sum(kv_heads)
+        self._layer_block_bytes = [head * own for own in kv_heads]
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
         torch.set_num_threads(1)
@@ -78,26 +80,30 @@ class NativeBackend:
         )
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
-        size = self._layer_block_bytes
-        blocks = torch.empty(len(block_ids), self.config.num_layers, size, dtype=torch.uint8)
+        """[blocks, bytes of all layers] uint8."""
+        sizes = self._layer_block_bytes
+        blocks = torch.empty(len(block_ids), sum(sizes), dtype=torch.uint8)
+        layers = torch.split(blocks, sizes, dim=1)
         for layer, places, offset in self._pieces(block_ids):
-            read = self._kv.read(offset, (places.stop - places.start) * size)
-            blocks[places, layer] = read.view(-1, size)
+            read = self._kv.read(offset, (places.stop - places.start) * sizes[layer])
+            layers[layer][places] = read.view(-1, sizes[layer])
         return blocks
 
     def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
+        layers = torch.split(blocks, self._layer_block_bytes, dim=1)
         for layer, places, offset in self._pieces(block_ids):
-            self._kv.write(offset, as_bytes(blocks[places, layer]))
+            self._kv.write(offset, as_bytes(layers[layer][places].contiguous()))
 
     def _pieces(self, block_ids: Sequence[int]) -> Iterator[tuple[int, slice, int]]:
         """(layer, places in `block_ids`, offset in KV memory) of blocks that lie in one piece: to copy each
         block of each layer by itself would take a GPU as long as a step."""
         breaks = [i for i, (a, b) in enumerate(pairwise(block_ids), start=1) if b != a + 1]
         pieces = list(pairwise([0, *breaks, len(block_ids)]))
-        for layer in range(self.config.num_layers):
+        layer_begin = 0
+        for layer, size in enumerate(self._layer_block_bytes):
             for begin, end in pieces:
-                first = layer * self.num_blocks + block_ids[begin]
-                yield layer, slice(begin, end), first * self._layer_block_bytes
+                yield layer, slice(begin, end), layer_begin + block_ids[begin] * size
+            layer_begin += self.num_blocks * size
 
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         """Raises ValueError of a sequence that chooses neurons for more than SK_CHOICE_TOKENS tokens."""

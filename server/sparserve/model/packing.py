@@ -87,10 +87,8 @@ def pack_model(
     quantized, and MemoryError.
     """
     shapes = [
-        LayerShape(
-            config.num_heads, config.num_kv_heads, config.intermediate_size, config.window(layer)
-        )
-        for layer in range(config.num_layers)
+        LayerShape(own.num_heads, own.num_kv_heads, own.intermediate_size, config.window(layer))
+        for layer, own in enumerate(config.layers)
     ]
     decoder_config = DecoderConfig(
         hidden_size=config.hidden_size,
