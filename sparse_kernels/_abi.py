@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 6
+SK_ABI_VERSION = 7
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -35,6 +35,7 @@ SK_MAX_VOCAB = 4194304
 SK_MAX_TOKENS = 65536
 SK_MAX_POSITIONS = 1073741824
 SK_NUM_PHASES = 6
+SK_LEFT_LOGITS = 64
 
 
 class sk_status(enum.IntEnum):
@@ -309,7 +310,7 @@ class sk_model_args(ctypes.Structure):
     scan_errors: "ctypes._Pointer[ctypes.c_float]"
     corrections: "ctypes._Pointer[sk_correction]"
     device: int
-    reserved: int
+    graphs: int
     stream: int
 
     _fields_ = (
@@ -338,7 +339,7 @@ class sk_model_args(ctypes.Structure):
         ("scan_errors", ctypes.POINTER(ctypes.c_float)),
         ("corrections", ctypes.POINTER(sk_correction)),
         ("device", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("graphs", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
     )
 
@@ -544,6 +545,26 @@ class sk_device_info(ctypes.Structure):
     )
 
 
+class sk_graphs_info(ctypes.Structure):
+    abi_version: int
+    struct_size: int
+    captures: int
+    launches: int
+    kept: int
+    reserved: int
+    why_not: ctypes.Array[ctypes.c_uint8]
+
+    _fields_ = (
+        ("abi_version", ctypes.c_uint32),
+        ("struct_size", ctypes.c_uint32),
+        ("captures", ctypes.c_uint64),
+        ("launches", ctypes.c_uint64),
+        ("kept", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("why_not", ctypes.c_uint8 * 256),
+    )
+
+
 def declare_functions(library: ctypes.CDLL) -> None:
     """Give the functions of a loaded library their argument and result types."""
     library.sk_abi_version.restype = ctypes.c_uint32
@@ -604,6 +625,20 @@ def declare_functions(library: ctypes.CDLL) -> None:
             ctypes.c_uint32,
             ctypes.c_void_p,
             ctypes.c_uint64,
+        ]
+    if hasattr(library, "sk_device_logits"):
+        library.sk_device_logits.restype = ctypes.c_int32
+        library.sk_device_logits.argtypes = [
+            ctypes.c_uint64,
+            ctypes.c_uint32,
+            ctypes.POINTER(ctypes.c_float),
+            ctypes.c_uint64,
+        ]
+    if hasattr(library, "sk_device_graphs"):
+        library.sk_device_graphs.restype = ctypes.c_int32
+        library.sk_device_graphs.argtypes = [
+            ctypes.c_uint64,
+            ctypes.POINTER(sk_graphs_info),
         ]
     if hasattr(library, "sk_device_allocate"):
         library.sk_device_allocate.restype = ctypes.c_int32

@@ -58,8 +58,18 @@ class Rows(NamedTuple):
     candidate_logits: torch.Tensor  # same shape, float32
     log_normalizers: torch.Tensor  # [outputs] logsumexp((row - its largest) / temperature)
     log_normalizers_1: torch.Tensor  # [outputs] the same at temperature 1
-    logits: torch.Tensor  # [outputs, vocab]; overwritten by the next forward
+    # [outputs, vocab]; overwritten by the next forward. Or [0, vocab]: left where they were computed.
+    logits: torch.Tensor
     hidden: torch.Tensor  # [hidden rows, hidden_size] after the last layer, before the norm
+
+
+class GraphCounts(NamedTuple):
+    """CUDA graphs of steps that came again; see sk_graphs_info."""
+
+    captures: int  # graphs made
+    launches: int  # forwards that were the launch of one
+    kept: int
+    why_not: str  # "", or why none are made any more
 
 
 class Decoder:
@@ -77,6 +87,7 @@ class Decoder:
         threads: int = 1,
         isa: str = "auto",
         kv_bits: int = 16,
+        graphs: bool = True,
     ) -> None:
         """
         Args:
@@ -84,6 +95,7 @@ class Decoder:
             threads: of the CPU; a GPU takes 1.
             isa: the CPU's level; a GPU takes auto.
             kv_bits: of keys and values in the cache, 16 (bfloat16) or 8.
+            graphs: on a GPU, whether steps that come again are launched as CUDA graphs.
 
         Raises NativeCallError, of a CPU that lacks `isa` or a GPU without room for example, or
         NativeLibraryError.
@@ -109,6 +121,7 @@ class Decoder:
         self._no_hidden = torch.empty(0, config.hidden_size)
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
         arguments.device = index
+        arguments.graphs = int(graphs and kind != "cpu")
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
         native.check(self._library, status)
@@ -142,6 +155,7 @@ class Decoder:
         needed: Sequence[int] | None = None,
         rescored: array[int] | None = None,
         union_reads: torch.Tensor | None = None,
+        leave_logits: bool = False,
     ) -> Rows:
         """Compute a batch and write its KV.
 
@@ -161,6 +175,7 @@ class Decoder:
             rescored: with `needed`, a number of type "I" for each output row, set to how many of its
                 logits were computed from the LM head itself: vocab_size where nothing is left out.
             union_reads: int64 [layers, 4], set to what all tokens together read.
+            leave_logits: logits of a few rows may stay in a GPU's memory; `row_of_logits` brings one.
 
         Raises NativeCallError where the library refuses a value, ValueError where it could not know.
         """
@@ -179,7 +194,8 @@ class Decoder:
         ids = torch.empty(outputs, self._candidates, dtype=torch.int32)
         logits = torch.empty(outputs, self._candidates)
         normalizers = torch.empty(2, outputs)
-        whole = self._logits_buffer(outputs)
+        left = leave_logits and self.device != "cpu" and outputs <= _abi.SK_LEFT_LOGITS
+        whole = self._logits_buffer(0 if left else outputs)
         hidden = self._no_hidden
         if wanted_hidden:
             hidden = torch.empty(len(wanted_hidden), hidden_size)
@@ -188,8 +204,8 @@ class Decoder:
             ctypes.addressof(records), kv.data_ptr(), kv.nbytes, kv.nbytes // self.kv_block_bytes,
             len(sequences), outputs, len(wanted_hidden), int(prompts), 0,
             rows.buffer_info()[0], temps.buffer_info()[0], wanted_hidden.buffer_info()[0],
-            outputs * vocab, outputs * self._candidates, hidden.numel(),
-            whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),
+            len(whole) * vocab, outputs * self._candidates, hidden.numel(),
+            0 if left else whole.data_ptr(), ids.data_ptr(), logits.data_ptr(), normalizers.data_ptr(),
             normalizers.data_ptr() + 4 * outputs, hidden.data_ptr(), times,
             known.buffer_info()[0] if needed else 0, found.buffer_info()[0] if needed else 0,
             0 if union_reads is None else union_reads.data_ptr(),
@@ -197,6 +213,15 @@ class Decoder:
         status = self._library.sk_forward(self._model, ctypes.byref(self._arguments))
         native.check(self._library, status)
         return Rows(ids, logits, normalizers[0], normalizers[1], whole, hidden)
+
+    def row_of_logits(self, rows: Rows, row: int) -> torch.Tensor:
+        """[vocab] logits of an output of the last forward, which returned `rows`; valid until the next."""
+        if len(rows.logits):
+            return rows.logits[row]
+        logits = torch.empty(self.config.vocab_size)
+        status = self._library.sk_device_logits(self._model, row, pointer(logits), len(logits))
+        native.check(self._library, status)
+        return logits
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The LM head on hidden states of `forward`, [rows, hidden_size] -> [rows, vocab]."""
@@ -209,6 +234,16 @@ class Decoder:
         status = self._library.sk_logits(self._model, ctypes.byref(arguments))
         native.check(self._library, status)
         return logits
+
+    def graphs(self) -> GraphCounts | None:
+        """How steps were launched on a GPU; None on the CPU."""
+        if self.device == "cpu":
+            return None
+        info = native.new_struct(_abi.sk_graphs_info)
+        status = self._library.sk_device_graphs(self._model, ctypes.byref(info))
+        native.check(self._library, status)
+        why_not = bytes(info.why_not).split(b"\0")[0].decode(errors="replace")
+        return GraphCounts(info.captures, info.launches, info.kept, why_not)
 
     def close(self) -> None:
         """End the model and let go of the weights."""

@@ -69,7 +69,9 @@ def describe(place: str) -> Device:
     count = _count(library)
     if index >= count:
         # Where there is none at all the library says why: no driver, or one that it cannot use.
-        why = library.sk_last_error().decode() if count == 0 else f"there are only {count} GPUs"
+        why = library.sk_last_error().decode()
+        if count:
+            why = "there is only 1 GPU" if count == 1 else f"there are only {count} GPUs"
         raise _unsupported(f"there is no {kind}:{index}: {why or 'no GPU was found'}")
     info = native.new_struct(_abi.sk_device_info)
     native.check(library, library.sk_device_describe(index, ctypes.byref(info)))

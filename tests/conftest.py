@@ -10,10 +10,19 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import (
+    CertificateIssuerPrivateKeyTypes as PrivateKey,
+)
+from cryptography.x509.oid import NameOID
 from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -65,6 +74,55 @@ CHAT_TEMPLATE = (
 )
 
 
+class Authority:
+    """Signs certificates for this machine and for clients."""
+
+    def __init__(self, name: str) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        own = self._builder(self._name, self.key.public_key(), timedelta(days=1))
+        basic = x509.BasicConstraints(ca=True, path_length=None)
+        certificate = own.add_extension(basic, critical=True).sign(self.key, hashes.SHA256())
+        self.pem = certificate.public_bytes(serialization.Encoding.PEM)
+
+    def issue(
+        self, folder: Path, name: str, *, key: PrivateKey | None = None, days: float = 1
+    ) -> tuple[Path, Path]:
+        """-> files of a certificate, for localhost too, and its key; `days` may lie behind."""
+        key = key or ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        here = x509.SubjectAlternativeName(
+            [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+        )
+        certificate = (
+            self._builder(subject, key.public_key(), timedelta(days=days))
+            .add_extension(here, critical=False)
+            .sign(self.key, hashes.SHA256())
+        )
+        chain, secret = folder / f"{name}.crt", folder / f"{name}.key"
+        chain.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        secret.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return chain, secret
+
+    def _builder(self, subject, key, lifetime: timedelta) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1000))
+            .not_valid_after(now + lifetime)
+        )
+
+
 def tiny_tokenizer() -> Tokenizer:
     """Every byte is a token; 256 <bos>, 257 <eos>, 258 <pad>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -89,7 +147,7 @@ def tiny_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     tensors = {
         (name := HF_NAMES.layer[field].format(i=i)): random(shape, name)
         for i in range(config.num_layers)
-        for field, shape in layer_shapes(config).items()
+        for field, shape in layer_shapes(config, i).items()
     }
     tensors[HF_NAMES.embedding] = random((config.vocab_size, config.hidden_size)) * 8
     tensors[HF_NAMES.norm] = random((config.hidden_size,))
@@ -309,6 +367,12 @@ def tiny_settings(**overrides: object) -> ServerSettings:
 
 
 ServerFactory = Callable[..., AbstractAsyncContextManager[Server]]
+
+
+@pytest.fixture(scope="session")
+def make_authority() -> type[Authority]:
+    """`Authority` itself: `make_authority("name").issue(folder, "localhost")`."""
+    return Authority
 
 
 @pytest.fixture

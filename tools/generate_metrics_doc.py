@@ -28,7 +28,7 @@ def page() -> str:
     for spec in TABLE:
         kind = spec.kind.__name__.lower()
         if spec.label:
-            kind += f" by `{spec.label}`: {', '.join(spec.values)}"
+            kind += f" by `{spec.label}`: {', '.join(spec.values) or 'the name of an API key'}"
         lines.append(f"| `{spec.exported}` | {kind} | {spec.help} |")
     lines += [
         "",

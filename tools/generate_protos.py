@@ -1,4 +1,4 @@
-"""Generate the Python messages and stubs of proto/ into server/sparserve/v1.
+"""Generate the Python messages and stubs of proto/ into server/, each beside its own path.
 
 Usage: python tools/generate_protos.py [--check]
 

@@ -75,7 +75,10 @@ def _shards(config: ModelConfig) -> list[dict[str, tuple[int, ...]]]:
     """The tensors of each file, name -> shape."""
     vocab = (config.vocab_size, config.hidden_size)
     layers = [
-        {HF_NAMES.layer[field].format(i=i): shape for field, shape in layer_shapes(config).items()}
+        {
+            HF_NAMES.layer[field].format(i=i): shape
+            for field, shape in layer_shapes(config, i).items()
+        }
         for i in range(config.num_layers)
     ]
     last = {HF_NAMES.norm: (config.hidden_size,), HF_NAMES.lm_head: vocab}

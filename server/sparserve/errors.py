@@ -16,6 +16,9 @@
         DuplicateRequest          the request id is in flight already
         ChatUnavailable           the model has no chat template that works
         SparsityUnavailable       the server cannot choose neurons as asked
+      Unauthenticated             no key that is known came with the call
+      PermissionDenied            the caller's key is not for this call
+      KeyLimitReached             the caller's key has used up a limit
       QueueFull                   too many requests or prompt tokens wait
       SlowReader                  a stream was not read
       FellBehind                  changes of the prefix cache were not read
@@ -119,6 +122,36 @@ class ChatUnavailable(RequestError):
 class SparsityUnavailable(RequestError):
     """What the server lacks (an index, a backend) keeps it from choosing neurons as asked; `field` is
     what asked for it."""
+
+
+class Unauthenticated(SparserveError):
+    """No key that is known came with the call; which of the two it was is not told."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this call needs a key that the server knows, in the metadata `authorization: Bearer KEY`"
+        )
+
+
+class PermissionDenied(SparserveError):
+    """The caller's key is not for this call; `method` is what it called."""
+
+    def __init__(self, key: str, method: str) -> None:
+        super().__init__(f"the key {key} may not call {method}; it takes one with control")
+        self.method = method
+
+
+class KeyLimitReached(SparserveError):
+    """The caller's key has used up `limit`, a field of its entry; try again after `retry_after` seconds."""
+
+    def __init__(self, key: str, limit: str, value: int, what: str, retry_after: float) -> None:
+        super().__init__(
+            f"the key {key} has used up its {value} {what} ({limit}); retry in {retry_after:g} s"
+        )
+        self.key = key
+        self.limit = limit
+        self.value = value
+        self.retry_after = retry_after
 
 
 class QueueFull(SparserveError):

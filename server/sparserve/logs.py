@@ -29,6 +29,7 @@ class CallRecord:
     span: SpanContext = INVALID_SPAN_CONTEXT  # the caller's
     request_id: str = ""
     user: str = ""
+    key: str = ""  # the name of the caller's key
     prompt_tokens: int | None = None  # None: it was refused before they were counted
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -49,6 +50,8 @@ class CallRecord:
     def summary(self) -> dict[str, object]:
         """The fields of the line that ends the call."""
         known: dict[str, object] = {**self.context()}
+        if self.key:
+            known["key"] = self.key
         if self.user:
             known["user"] = self.user[:_MAX_LENGTH]
         if self.prompt_tokens is not None:

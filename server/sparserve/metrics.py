@@ -6,7 +6,7 @@ alerts carry over; with `metrics_compat` the same numbers stand under vLLM's own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -56,7 +56,8 @@ VLLM_FINISHED_REASONS = {
 class Spec:
     """One metric: its exported name is `sparserve_<name>`, with `_total` for counters.
 
-    `values` are those that `label` can have; all are shown from the start, so that rates begin at zero.
+    `values` are those that `label` can have; all are shown from the start, so that rates begin at zero. None: it
+    has the names of API keys, see `Metrics.set_keys`.
     """
 
     attribute: str
@@ -167,6 +168,20 @@ TABLE = (
          label="kind", values=("scan", "widened", "whole")),
     Spec("head_rescored", Counter, "lm_head_rescored",
          "With lm_head_dtype int4+exact, logits computed from the exact LM head for tokens of kind scan."),
+    Spec("tls_expiry", Gauge, "tls_certificate_expiry_timestamp_seconds",
+         "When the TLS certificate in use expires, in seconds since 1970; 0 without TLS."),
+    Spec("tls_reloads", Counter, "tls_certificate_reloads",
+         "Changes of the TLS files, by outcome: ok, in use; failed, the former certificate stays.",
+         label="outcome", values=("ok", "failed")),
+    Spec("key_reloads", Counter, "api_key_reloads",
+         "Changes of the file of API keys, by outcome: ok, in use; failed, the former keys stay.",
+         label="outcome", values=("ok", "failed")),
+    Spec("auth_refusals", Counter, "auth_refusals",
+         "Calls refused: key, without a key that is known; permission, with one that is not for the call.",
+         label="reason", values=("key", "permission")),
+    Spec("api_key_calls", Counter, "api_key_calls", "Calls made with each API key.", label="key"),
+    Spec("api_key_limited", Counter, "api_key_limited", "Calls refused by a limit of their API key.", label="key"),
+    Spec("api_key_tokens", Counter, "api_key_tokens", "Prompt and new tokens of each API key.", label="key"),
 )  # fmt: skip
 
 
@@ -218,10 +233,18 @@ class Metrics:
     fallbacks: Counter
     head_rows: Counter
     head_rescored: Counter
+    tls_expiry: Gauge
+    tls_reloads: Counter
+    key_reloads: Counter
+    auth_refusals: Counter
+    api_key_calls: Counter
+    api_key_limited: Counter
+    api_key_tokens: Counter
 
     def __init__(self, model_name: str, max_context: int) -> None:
         self.model_name = model_name
         self.registry = CollectorRegistry()
+        self._keys: frozenset[str] = frozenset()
         for spec in TABLE:
             setattr(self, spec.attribute, _create(spec, self.registry, max_context))
 
@@ -245,6 +268,16 @@ class Metrics:
         self.kv_usage.set_function(lambda: used_blocks() / num_blocks)
         self.running.set_function(num_running)
         self.waiting.set_function(num_waiting)
+
+    def set_keys(self, names: Iterable[str]) -> None:
+        """The API keys that have series: those of the server's file, so never more than it may hold."""
+        names = frozenset(names)
+        for metric in (self.api_key_calls, self.api_key_limited, self.api_key_tokens):
+            for name in self._keys - names:
+                metric.remove(name)
+            for name in names:
+                metric.labels(key=name)
+        self._keys = names
 
     def observe_scheduled(self, *, queue_seconds: float, cached_tokens: int) -> None:
         """Once a request, when it is scheduled for the first time; `cached_tokens` of its prompt had KV."""

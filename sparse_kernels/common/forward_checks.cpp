@@ -131,7 +131,21 @@ int32_t check_count(const char* name, uint64_t found, uint64_t wanted) {
   return fail(SK_STATUS_BAD_SIZE, "%s is %" PRIu64 ", it must be %" PRIu64, name, found, wanted);
 }
 
-int32_t check_outputs(const Description& model, const sk_forward_args& args, uint64_t tokens) {
+int32_t check_logits_out(const Description& model, const sk_forward_args& args,
+                         bool may_leave_logits) {
+  if (args.logits != nullptr || !may_leave_logits) {
+    return check_count("logits_count", args.logits_count, uint64_t{args.num_outputs} * model.vocab);
+  }
+  if (args.num_outputs > SK_LEFT_LOGITS) {
+    return fail(SK_STATUS_BAD_SIZE,
+                "logits is null and num_outputs %" PRIu32 "; logits of %d rows can stay on a GPU",
+                args.num_outputs, SK_LEFT_LOGITS);
+  }
+  return check_count("logits_count", args.logits_count, 0);
+}
+
+int32_t check_outputs(const Description& model, const sk_forward_args& args, uint64_t tokens,
+                      bool may_leave_logits) {
   if (args.num_outputs > tokens || args.num_hidden > tokens) {
     return fail(SK_STATUS_BAD_SIZE,
                 "num_outputs is %" PRIu32 " and num_hidden %" PRIu32 "; the batch has %" PRIu64
@@ -144,8 +158,7 @@ int32_t check_outputs(const Description& model, const sk_forward_args& args, uin
     return s;
   const uint64_t outputs = args.num_outputs,
                  kept = std::min<uint64_t>(SK_NUM_CANDIDATES, model.vocab);
-  if (const int32_t s = check_count("logits_count", args.logits_count, outputs * model.vocab))
-    return s;
+  if (const int32_t s = check_logits_out(model, args, may_leave_logits)) return s;
   if (const int32_t s = check_count("candidates_count", args.candidates_count, outputs * kept))
     return s;
   if (const int32_t s = check_count("hidden_count", args.hidden_count,
@@ -156,9 +169,9 @@ int32_t check_outputs(const Description& model, const sk_forward_args& args, uin
     return fail(SK_STATUS_NULL_POINTER, "hidden is null");
   }
   if (outputs == 0) return SK_STATUS_OK;
-  if (args.logits == nullptr || args.candidate_ids == nullptr || args.candidate_logits == nullptr ||
-      args.log_normalizers == nullptr || args.log_normalizers_1 == nullptr ||
-      args.temperatures == nullptr) {
+  if ((args.logits == nullptr && !may_leave_logits) || args.candidate_ids == nullptr ||
+      args.candidate_logits == nullptr || args.log_normalizers == nullptr ||
+      args.log_normalizers_1 == nullptr || args.temperatures == nullptr) {
     return fail(SK_STATUS_NULL_POINTER, "temperatures or a result of num_outputs rows is null");
   }
   if (args.needed != nullptr && args.rescored == nullptr) {
@@ -182,7 +195,8 @@ int32_t check_outputs(const Description& model, const sk_forward_args& args, uin
 
 }  // namespace
 
-int32_t check_forward(const Description& model, const sk_forward_args& args) {
+int32_t check_forward(const Description& model, const sk_forward_args& args,
+                      bool may_leave_logits) {
   if (args.sequences == nullptr || args.kv == nullptr) {
     return fail(SK_STATUS_NULL_POINTER, "sequences or kv is null");
   }
@@ -221,7 +235,7 @@ int32_t check_forward(const Description& model, const sk_forward_args& args) {
     return fail(SK_STATUS_BAD_SIZE, "the batch has %" PRIu64 " tokens; it can have 1 to %d", tokens,
                 SK_MAX_TOKENS);
   }
-  return check_outputs(model, args, tokens);
+  return check_outputs(model, args, tokens, may_leave_logits);
 }
 
 int32_t check_logits(const Description& model, const sk_logits_args& args) {

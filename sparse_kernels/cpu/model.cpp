@@ -64,11 +64,11 @@ MatrixKinds kinds_of(const Kernels& kernels, uint32_t activation_bits) {
 
 int32_t create(const sk_model_args& args, sk_model_info* info) {
   SK_TRY(check_range("threads", args.threads, 1, SK_MAX_THREADS));
-  if (args.device != 0 || args.reserved != 0 || args.stream != 0) {
+  if (args.device != 0 || args.graphs != 0 || args.stream != 0) {
     return fail(SK_STATUS_UNSUPPORTED,
-                "device is %" PRIu32 ", reserved %" PRIu32 " and stream %" PRIu64
+                "device is %" PRIu32 ", graphs %" PRIu32 " and stream %" PRIu64
                 "; this library computes on the CPU, where they are 0",
-                args.device, args.reserved, args.stream);
+                args.device, args.graphs, args.stream);
   }
   sk_isa isa;
   SK_TRY(resolve_isa(args.isa, &isa));

@@ -22,6 +22,12 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   return SK_STATUS_OK;
 }
 
+int32_t check_left_logits(const Description& shape, const float* logits, uint64_t count) {
+  if (logits == nullptr) return fail(SK_STATUS_NULL_POINTER, "logits is null");
+  if (count == shape.vocab) return SK_STATUS_OK;
+  return fail(SK_STATUS_BAD_SIZE, "count is %" PRIu64 ", it must be %" PRIu32, count, shape.vocab);
+}
+
 int32_t check_memory(uint64_t address, const void* host) {
   if (address != 0 && host != nullptr) return SK_STATUS_OK;
   return fail(SK_STATUS_NULL_POINTER, "an address is null");
@@ -42,7 +48,7 @@ int32_t sk_model_destroy(uint64_t handle) { return sk::cuda::Models::get().destr
 int32_t sk_forward(uint64_t handle, const sk_forward_args* args) {
   if (const int32_t status = sk::check_struct(args, "sk_forward_args")) return status;
   return sk::cuda::Models::get().call(
-      handle, [&](const sk::cuda::Model& m) { return sk::check_forward(m.shape, *args); },
+      handle, [&](const sk::cuda::Model& m) { return sk::check_forward(m.shape, *args, true); },
       [&](sk::cuda::Model& model) { return sk::cuda::run_forward(model, *args); });
 }
 
@@ -66,6 +72,23 @@ int32_t sk_device_describe(uint32_t device, sk_device_info* info) {
 int32_t sk_device_load(uint32_t device, const void* image, uint64_t bytes) {
   if (image == nullptr) return sk::fail(SK_STATUS_NULL_POINTER, "image is a null pointer");
   return sk::guarded([&] { return sk::cuda::load_code(device, image, bytes); });
+}
+
+int32_t sk_device_logits(uint64_t handle, uint32_t row, float* logits, uint64_t count) {
+  return sk::cuda::Models::get().call(
+      handle,
+      [&](const sk::cuda::Model& m) { return sk::cuda::check_left_logits(m.shape, logits, count); },
+      [&](sk::cuda::Model& model) { return sk::cuda::tell_left_logits(model, row, logits); });
+}
+
+int32_t sk_device_graphs(uint64_t handle, sk_graphs_info* info) {
+  if (const int32_t status = sk::check_struct(info, "sk_graphs_info")) return status;
+  return sk::cuda::Models::get().call(
+      handle, [](const sk::cuda::Model&) { return SK_STATUS_OK; },
+      [&](sk::cuda::Model& model) {
+        model.graphs.tell(info);
+        return SK_STATUS_OK;
+      });
 }
 
 int32_t sk_device_allocate(uint32_t device, uint64_t bytes, uint64_t* address) {

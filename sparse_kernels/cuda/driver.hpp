@@ -39,6 +39,13 @@ int32_t copy_out(uint32_t device, uint64_t stream, void* to, const void* from, s
 int32_t copy_now(uint32_t device, void* to, const void* from, size_t bytes);
 int32_t launch(uint32_t device, uint64_t stream, const char* kernel, Grid grid, const void* args,
                size_t args_bytes);
+// What this thread launches on a stream between these two is not computed but kept, as a graph that
+// launches it all. end_capture ends the capture whatever fails; null as `graph`: it keeps nothing.
+int32_t begin_capture(uint32_t device, uint64_t stream);
+int32_t end_capture(uint32_t device, uint64_t stream, void** graph);
+// Where it fails but for SK_STATUS_DEVICE, nothing of it is computed.
+int32_t launch_graph(uint32_t device, uint64_t stream, void* graph);
+void release_graph(uint32_t device, void* graph);
 int32_t clear(uint32_t device, uint64_t stream, void* memory, size_t bytes);
 int32_t wait(uint32_t device, uint64_t stream);
 

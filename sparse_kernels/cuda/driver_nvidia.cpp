@@ -36,6 +36,9 @@ struct Gpu {
   void* code = nullptr;
   std::string why_no_code;  // of the library's own image; "" before it was tried
   std::map<std::string, void*, std::less<>> kernels;
+
+  // Held while a stream captures: nothing may wait for the whole GPU meanwhile.
+  std::mutex capturing;
 };
 
 struct Gpus {
@@ -72,7 +75,7 @@ class Use {
     SK_TRY(find_libcuda(&cuda));
     const Gpus& gpus = find_gpus(*cuda);
     if (device >= gpus.count) {
-      return sk::fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; there are %" PRIu32 " GPUs",
+      return sk::fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; the number of GPUs is %" PRIu32,
                       device, gpus.count);
     }
     gpu = &gpus.all[device];
@@ -152,12 +155,40 @@ class Use {
 DevicePointer address_of(const void* memory) { return reinterpret_cast<DevicePointer>(memory); }
 void* stream_of(uint64_t stream) { return reinterpret_cast<void*>(stream); }
 
+// Why a GPU and its driver cannot have some code, and what to do; null for other failures.
+const char* why_no_image(CudaResult result) {
+  switch (static_cast<int>(result)) {
+    case 218:  // INVALID_PTX
+    case 221:  // JIT_COMPILER_NOT_FOUND
+    case 222:  // UNSUPPORTED_PTX_VERSION
+    case 223:  // JIT_COMPILATION_DISABLED
+      return "there is no machine code for it and the driver cannot compile what there is; install "
+             "a newer driver, or sparserve again where nvcc is not newer than the driver";
+    case 200:  // INVALID_IMAGE
+    case 209:  // NO_BINARY_FOR_GPU
+      return "the code is for other GPUs or is damaged; install sparserve again, with this GPU in "
+             "SPARSE_KERNELS_CUDA_ARCHITECTURES";
+    default:
+      return nullptr;
+  }
+}
+
 int32_t load_module(Use& use, const void* image, const char* compiled_by) {
   void* code = nullptr;
-  SK_TRY(use.check(use.cuda->load_module(&code, image),
-                   "its driver knows CUDA %u.%u; loading kernels%s%s", use.cuda->version / 1000,
-                   use.cuda->version % 1000 / 10, *compiled_by == 0 ? "" : " compiled by CUDA ",
-                   compiled_by));
+  const CudaResult result = use.cuda->load_module(&code, image);
+  const unsigned known = use.cuda->version;
+  const char* of_cuda = *compiled_by == 0 ? "" : " compiled by CUDA ";
+  if (const char* why = why_no_image(result)) {
+    const char* name = "an unknown error";
+    use.cuda->error_name(result, &name);
+    return fail(SK_STATUS_UNSUPPORTED,
+                "GPU %" PRIu32 ", %s, of compute capability %" PRIu32 ".%" PRIu32
+                ", whose driver knows CUDA %u.%u, takes no kernels%s%s (%s): %s",
+                use.gpu->number, use.gpu->name, use.gpu->capability / 10, use.gpu->capability % 10,
+                known / 1000, known % 1000 / 10, of_cuda, compiled_by, name, why);
+  }
+  SK_TRY(use.check(result, "its driver knows CUDA %u.%u; loading kernels%s%s", known / 1000,
+                   known % 1000 / 10, of_cuda, compiled_by));
   // An earlier module stays: its kernels may run.
   use.gpu->code = code;
   use.gpu->kernels.clear();
@@ -247,6 +278,7 @@ int32_t allocate(uint32_t device, size_t bytes, void** memory) {
     return use.check(result, "%zu bytes of its memory are wanted, %zu of %zu are free", wanted,
                      free, total);
   }
+  const std::lock_guard<std::mutex> lock(use.gpu->capturing);
   // The fill is of the default stream, which streams of their own do not wait for.
   CudaResult filled = use.cuda->fill(address, 0, wanted);
   if (filled == kCudaOk) filled = use.cuda->synchronize(nullptr);
@@ -313,6 +345,7 @@ int32_t copy_out(uint32_t device, uint64_t stream, void* to, const void* from, s
 int32_t copy_now(uint32_t device, void* to, const void* from, size_t bytes) {
   Use use;
   SK_TRY(use.begin(device));
+  const std::lock_guard<std::mutex> lock(use.gpu->capturing);
   SK_TRY(use.check(use.cuda->finish_all(), "waiting for its work"));
   return use.check(use.cuda->copy_any(address_of(to), address_of(from), bytes), "copying %zu bytes",
                    bytes);
@@ -332,6 +365,46 @@ int32_t launch(uint32_t device, uint64_t stream, const char* kernel, Grid grid, 
                                     stream_of(stream), nullptr, extra),
                    "launch of %s, %" PRIu32 " x %" PRIu32 " x %" PRIu32 " blocks", kernel, grid.x,
                    grid.y, grid.z);
+}
+
+int32_t begin_capture(uint32_t device, uint64_t stream) {
+  Use use;
+  SK_TRY(use.begin(device));
+  use.gpu->capturing.lock();
+  const int32_t status =
+      use.check(use.cuda->begin_capture(stream_of(stream), kCaptureOfThread), "capturing a graph");
+  if (status != SK_STATUS_OK) use.gpu->capturing.unlock();
+  return status;
+}
+
+int32_t end_capture(uint32_t device, uint64_t stream, void** graph) {
+  Use use;
+  const int32_t begun = use.begin(device);
+  if (use.gpu == nullptr) return begun;
+  const std::lock_guard<std::mutex> lock(use.gpu->capturing, std::adopt_lock);
+  SK_TRY(begun);
+  void *captured = nullptr, *executable = nullptr;
+  SK_TRY(use.check(use.cuda->end_capture(stream_of(stream), &captured), "ending a capture"));
+  int32_t status = SK_STATUS_OK;
+  if (graph != nullptr) {
+    status = use.check(use.cuda->instantiate(&executable, captured, 0), "making a graph");
+  }
+  use.cuda->release_graph(captured);
+  if (status == SK_STATUS_OK && graph != nullptr) *graph = executable;
+  return status;
+}
+
+int32_t launch_graph(uint32_t device, uint64_t stream, void* graph) {
+  Use use;
+  SK_TRY(use.begin(device));
+  return use.check(use.cuda->launch_graph(graph, stream_of(stream)), "launch of a graph");
+}
+
+void release_graph(uint32_t device, void* graph) {
+  Use use;
+  if (use.begin(device) == SK_STATUS_OK) {
+    use.check(use.cuda->release_executable(graph), "freeing a graph");
+  }
 }
 
 int32_t clear(uint32_t device, uint64_t stream, void* memory, size_t bytes) {

@@ -4,5 +4,6 @@
 #include "candidates.cuh"
 #include "dot.cuh"
 #include "down.cuh"
+#include "heads.cuh"
 #include "neurons.cuh"
 #include "rows.cuh"

@@ -19,6 +19,7 @@ enum CudaResult : int {
 enum DeviceAttribute : int { kMultiprocessors = 16, kCapabilityMajor = 75, kCapabilityMinor = 76 };
 
 constexpr unsigned kStreamNonBlocking = 1;
+constexpr int kCaptureOfThread = 1;  // what other threads do meanwhile is no part of it
 constexpr unsigned kOldestDriver = 12000;
 
 using DevicePointer = unsigned long long;
@@ -55,6 +56,13 @@ using DevicePointer = unsigned long long;
   X(create_stream, "cuStreamCreate", (void** stream, unsigned flags))                            \
   X(destroy_stream, "cuStreamDestroy_v2", (void* stream))                                        \
   X(synchronize, "cuStreamSynchronize", (void* stream))                                          \
+  X(begin_capture, "cuStreamBeginCapture_v2", (void* stream, int mode))                          \
+  X(end_capture, "cuStreamEndCapture", (void* stream, void** graph))                             \
+  X(instantiate, "cuGraphInstantiateWithFlags",                                                  \
+    (void** executable, void* graph, unsigned long long flags))                                  \
+  X(launch_graph, "cuGraphLaunch", (void* executable, void* stream))                             \
+  X(release_graph, "cuGraphDestroy", (void* graph))                                              \
+  X(release_executable, "cuGraphExecDestroy", (void* executable))                                \
   X(copy_in, "cuMemcpyHtoDAsync_v2",                                                             \
     (DevicePointer to, const void* from, size_t bytes, void* stream))                            \
   X(copy_out, "cuMemcpyDtoHAsync_v2", (void* to, DevicePointer from, size_t bytes, void* stream))

@@ -232,17 +232,16 @@ void place_buffers(Model* model, Pieces* pieces) {
   b.operand_scales = pieces->take<float>(kRows * groups);
   b.operand_offsets = pieces->take<float>(kRows * groups);
   b.masks = pieces->take<uint16_t>(kReadKinds * (kChoosingTokens + 1) * model->neurons / 16);
-  b.candidate_ids = pieces->take<int32_t>(size_t{kHeadRows} * kMostCandidates);
-  b.candidate_logits = pieces->take<float>(size_t{kHeadRows} * kMostCandidates);
-  b.normalizers = pieces->take<float>(2 * size_t{kHeadRows});
+  b.head_results = reinterpret_cast<uint8_t*>(
+      pieces->take<float>(2 * size_t{kHeadRows} * (kMostCandidates + 1)));
 }
 
 int32_t check_device_args(const sk_model_args& args) {
-  if (args.threads != 1 || args.isa != SK_ISA_AUTO || args.reserved != 0) {
+  if (args.threads != 1 || args.isa != SK_ISA_AUTO || args.graphs > 1) {
     return fail(SK_STATUS_BAD_VALUE,
-                "threads is %" PRIu32 ", isa %" PRId32 " and reserved %" PRIu32
-                "; for a GPU they are 1, 0 and 0",
-                args.threads, args.isa, args.reserved);
+                "threads is %" PRIu32 ", isa %" PRId32 " and graphs %" PRIu32
+                "; for a GPU they are 1, 0, and 0 or 1",
+                args.threads, args.isa, args.graphs);
   }
   SK_TRY(check_struct(&args.scan, "scan"));
   if (args.scan.codes.data != nullptr) {
@@ -275,6 +274,7 @@ int32_t make_model(const sk_model_args& args, std::shared_ptr<Model>* out) {
   model->stream = args.stream;
   SK_TRY(begin_stream(args.device, &model->stream));
   model->own_stream = args.stream == 0;
+  if (args.graphs == 1) model->graphs.allow();
   Upload count(*model, nullptr);
   upload_model(count, model.get());
   Pieces sizes(nullptr);

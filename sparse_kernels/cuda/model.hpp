@@ -10,6 +10,7 @@
 
 #include "arguments.hpp"
 #include "description.hpp"
+#include "graphs.hpp"
 #include "memory.hpp"
 
 namespace sk {
@@ -18,8 +19,10 @@ namespace cuda {
 // Rows of a batch that go through all layers together; more are passes one after another, which
 // change nothing: what a row computes does not depend on the others, and earlier rows' KV is there.
 constexpr uint32_t kPassRows = 256;
+// Rows of a step that may become a graph, at most.
+constexpr uint32_t kGraphRows = 32;
 // Rows whose logits are in memory at once.
-constexpr uint32_t kHeadRows = 64;
+constexpr uint32_t kHeadRows = SK_LEFT_LOGITS;
 
 // Of a low-rank term.
 struct Basis {
@@ -42,8 +45,7 @@ struct Buffers {
   uint8_t* halves;
   float *operand_scales, *operand_offsets;
   uint16_t* masks;
-  int32_t* candidate_ids;
-  float *candidate_logits, *normalizers;  // [2, kHeadRows]
+  uint8_t* head_results;  // of kHeadRows rows, see HeadResults
   float *chunk_values, *chunk_largest, *chunk_total;
 };
 
@@ -57,7 +59,8 @@ struct Model {
         step(number),
         results(number),
         staging(number),
-        landing(number) {}
+        landing(number),
+        graphs(number) {}
   ~Model();
 
   uint32_t device;
@@ -71,10 +74,13 @@ struct Model {
   uint32_t num_corrections;
   uint32_t parts_stride, normed_stride, neurons /* widest, in whole blocks */, groups /* most */;
   Buffers buffers;
+  // Of each output of the last forward, where it left logits: the row of buffers.logits.
+  std::vector<uint32_t> left_logits;
 
   DeviceMemory weights, work, chunks;
   DeviceMemory step, results;     // what a forward brings, and what it takes away
   PinnedMemory staging, landing;  // the host's side of both
+  Graphs graphs;                  // which use all of these
 
   std::mutex mutex;  // one forward at a time
   bool ended = false;
@@ -86,6 +92,7 @@ int32_t make_model(const sk_model_args& args, std::shared_ptr<Model>* out);
 
 int32_t run_forward(Model& model, const sk_forward_args& args);
 int32_t run_logits(Model& model, const sk_logits_args& args);
+int32_t tell_left_logits(Model& model, uint32_t row, float* logits);
 
 }  // namespace cuda
 }  // namespace sk

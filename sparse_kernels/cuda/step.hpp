@@ -1,6 +1,7 @@
 // What the host brings of a pass, in one piece of memory that is copied at once.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -36,7 +37,12 @@ class Step {
   T* edit(size_t offset) {
     return reinterpret_cast<T*>(bytes_.data() + offset);
   }
-  int32_t reserve() { return model_.step.reserve(bytes_.size()); }
+  // Grows by doubling: graphs know where it stands.
+  int32_t reserve() {
+    const size_t there = model_.step.bytes();
+    if (bytes_.size() <= there) return SK_STATUS_OK;
+    return model_.step.reserve(std::max(bytes_.size(), 2 * there));
+  }
   int32_t send() {
     if (const int32_t failed = model_.staging.reserve(bytes_.size())) return failed;
     std::memcpy(model_.staging.data(), bytes_.data(), bytes_.size());

@@ -6,9 +6,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../cuda/arguments.hpp"
 #include "block.hpp"
@@ -26,8 +29,21 @@ constexpr uint32_t kMostBlocks = 65535;  // in y and z, as CUDA has it
 std::mutex mutex;
 size_t limit = size_t{16} << 30;
 size_t used = 0;
+uint64_t bytes_out = 0;            // that copy_out copied
 uint64_t launches_to_failure = 0;  // 0: none fails by order
 std::string broken;                // why, or ""
+
+struct Launch {
+  const emulator::Kernel* kernel;
+  std::string name;
+  emulator::Dim3 blocks;
+  std::vector<uint8_t> args;
+};
+using Graph = std::vector<Launch>;
+thread_local Graph* capturing = nullptr;
+enum class OfGraph : uint32_t { kNone, kBegin, kEnd, kLaunch };
+OfGraph graph_failure = OfGraph::kNone;  // what fails once, by order
+
 std::map<void*, size_t>& sizes() {
   static auto* all = new std::map<void*, size_t>();
   return *all;
@@ -35,7 +51,7 @@ std::map<void*, size_t>& sizes() {
 
 int32_t begin(uint32_t device) {
   if (device != 0) {
-    return fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; there are 1 GPUs", device);
+    return fail(SK_STATUS_BAD_VALUE, "device is %" PRIu32 "; there is 1 GPU", device);
   }
   if (!broken.empty()) return fail(SK_STATUS_DEVICE, "%s", broken.c_str());
   return SK_STATUS_OK;
@@ -46,10 +62,24 @@ int32_t break_down(const std::string& why) {
   return fail(SK_STATUS_DEVICE, "%s", broken.c_str());
 }
 
+// Of what would end a capture.
+int32_t check_no_capture(const char* what) {
+  if (capturing == nullptr) return SK_STATUS_OK;
+  return fail(SK_STATUS_INTERNAL, "%s while a graph is captured, which can hold launches alone",
+              what);
+}
+
 int32_t check_copy(uint32_t device, const void* memory, size_t bytes) {
   SK_TRY(begin(device));
+  SK_TRY(check_no_capture("a copy"));
   if (bytes == 0 || emulator::is_allocated(memory, bytes)) return SK_STATUS_OK;
   return break_down("a copy of " + std::to_string(bytes) + " bytes leaves its memory");
+}
+
+int32_t check_graph(OfGraph what, const char* name) {
+  if (graph_failure != what) return SK_STATUS_OK;
+  graph_failure = OfGraph::kNone;
+  return fail(SK_STATUS_INTERNAL, "GPU 0, %s: %s: fails as a test asked for", kName, name);
 }
 
 int32_t check_launch(const char* name, const emulator::Kernel* kernel, Grid grid, size_t bytes) {
@@ -64,6 +94,18 @@ int32_t check_launch(const char* name, const emulator::Kernel* kernel, Grid grid
                 "launch of %s, %" PRIu32 " x %" PRIu32 " x %" PRIu32
                 " blocks; each can be 1 to %" PRIu32 ", the first to %" PRId32,
                 name, grid.x, grid.y, grid.z, kMostBlocks, INT32_MAX);
+  }
+  return SK_STATUS_OK;
+}
+
+int32_t compute(const Launch& one) {
+  if (launches_to_failure != 0 && --launches_to_failure == 0) {
+    return break_down(one.name + ": fails as a test asked for");
+  }
+  try {
+    emulator::launch(*one.kernel, one.name.c_str(), one.blocks, kThreads, one.args.data());
+  } catch (const emulator::Fault& fault) {
+    return break_down(fault.what());
   }
   return SK_STATUS_OK;
 }
@@ -98,6 +140,7 @@ int32_t load_code(uint32_t device, const void*, size_t) {
 int32_t allocate(uint32_t device, size_t bytes, void** memory) {
   const std::lock_guard<std::mutex> lock(mutex);
   SK_TRY(begin(device));
+  SK_TRY(check_no_capture("an allocation"));
   const size_t free = limit > used ? limit - used : 0;
   if (bytes > free) {
     return fail(SK_STATUS_OUT_OF_MEMORY,
@@ -149,6 +192,7 @@ int32_t copy_out(uint32_t device, uint64_t, void* to, const void* from, size_t b
   const std::lock_guard<std::mutex> lock(mutex);
   SK_TRY(check_copy(device, from, bytes));
   if (bytes != 0) std::memcpy(to, from, bytes);
+  bytes_out += bytes;
   return SK_STATUS_OK;
 }
 
@@ -165,20 +209,44 @@ int32_t launch(uint32_t device, uint64_t, const char* name, Grid grid, const voi
   SK_TRY(begin(device));
   const emulator::Kernel* kernel = emulator::find_kernel(name);
   SK_TRY(check_launch(name, kernel, grid, args_bytes));
-  if (launches_to_failure != 0 && --launches_to_failure == 0) {
-    return break_down(std::string(name) + ": fails as a test asked for");
-  }
-  emulator::Dim3 blocks;
-  blocks.x = grid.x;
-  blocks.y = grid.y;
-  blocks.z = grid.z;
-  try {
-    emulator::launch(*kernel, name, blocks, kThreads, args);
-  } catch (const emulator::Fault& fault) {
-    return break_down(fault.what());
-  }
+  const auto* bytes = static_cast<const uint8_t*>(args);
+  Launch one = {kernel, name, {}, {bytes, bytes + args_bytes}};
+  one.blocks.x = grid.x;
+  one.blocks.y = grid.y;
+  one.blocks.z = grid.z;
+  if (capturing == nullptr) return compute(one);
+  capturing->push_back(std::move(one));
   return SK_STATUS_OK;
 }
+
+int32_t begin_capture(uint32_t device, uint64_t) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  SK_TRY(begin(device));
+  SK_TRY(check_no_capture("a capture"));
+  SK_TRY(check_graph(OfGraph::kBegin, "capturing a graph"));
+  capturing = new Graph();
+  return SK_STATUS_OK;
+}
+
+int32_t end_capture(uint32_t device, uint64_t, void** graph) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<Graph> captured(std::exchange(capturing, nullptr));
+  SK_TRY(begin(device));
+  if (captured == nullptr) return fail(SK_STATUS_INTERNAL, "no capture was begun");
+  SK_TRY(check_graph(OfGraph::kEnd, "making a graph"));
+  if (graph != nullptr) *graph = captured.release();
+  return SK_STATUS_OK;
+}
+
+int32_t launch_graph(uint32_t device, uint64_t, void* graph) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  SK_TRY(begin(device));
+  SK_TRY(check_graph(OfGraph::kLaunch, "launch of a graph"));
+  for (const Launch& one : *static_cast<const Graph*>(graph)) SK_TRY(compute(one));
+  return SK_STATUS_OK;
+}
+
+void release_graph(uint32_t, void* graph) { delete static_cast<Graph*>(graph); }
 
 int32_t clear(uint32_t device, uint64_t, void* memory, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -189,6 +257,7 @@ int32_t clear(uint32_t device, uint64_t, void* memory, size_t bytes) {
 
 int32_t wait(uint32_t device, uint64_t) {
   const std::lock_guard<std::mutex> lock(mutex);
+  SK_TRY(check_no_capture("waiting"));
   return begin(device);
 }
 
@@ -202,6 +271,7 @@ SK_API void sk_emulator_reset(void) {
   const std::lock_guard<std::mutex> lock(sk::cuda::mutex);
   sk::cuda::broken.clear();
   sk::cuda::launches_to_failure = 0;
+  sk::cuda::graph_failure = sk::cuda::OfGraph::kNone;
 }
 
 // From now on; what is allocated stays.
@@ -214,6 +284,19 @@ SK_API void sk_emulator_limit_memory(uint64_t bytes) {
 SK_API void sk_emulator_fail_launch(uint64_t number) {
   const std::lock_guard<std::mutex> lock(sk::cuda::mutex);
   sk::cuda::launches_to_failure = number;
+}
+
+// The next begin (1) or end (2) of a capture, or launch of a graph (3) is refused; the device works
+// on.
+SK_API void sk_emulator_fail_graph(uint32_t what) {
+  const std::lock_guard<std::mutex> lock(sk::cuda::mutex);
+  sk::cuda::graph_failure = static_cast<sk::cuda::OfGraph>(what);
+}
+
+// That forwards copied to the host so far.
+SK_API uint64_t sk_emulator_bytes_out(void) {
+  const std::lock_guard<std::mutex> lock(sk::cuda::mutex);
+  return sk::cuda::bytes_out;
 }
 
 // Counts anew; sectors only where asked for, they take time.

@@ -26,7 +26,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 6
+#define SK_ABI_VERSION 7
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -58,6 +58,7 @@
 #define SK_MAX_TOKENS 65536 /* of a forward */
 #define SK_MAX_POSITIONS 1073741824
 #define SK_NUM_PHASES 6
+#define SK_LEFT_LOGITS 64 /* rows of logits that a GPU can keep */
 
 #ifdef __cplusplus
 extern "C" {
@@ -297,7 +298,7 @@ struct sk_model_args {
   const struct sk_correction* corrections; /* [num_corrections, num_layers] */
   /* On a GPU, whose library takes no scan, no reduce, SK_ISA_AUTO and 1 thread; else 0. */
   uint32_t device; /* its number */
-  uint32_t reserved;
+  uint32_t graphs; /* 1: steps that come again are launched as CUDA graphs, see sk_graphs_info */
   uint64_t stream; /* the CUstream to compute on; 0: one of the model's own */
 };
 
@@ -396,10 +397,11 @@ struct sk_forward_args {
   const uint32_t* output_rows; /* [num_outputs] */
   const float* temperatures;   /* [num_outputs] > 0 */
   const uint32_t* hidden_rows; /* [num_hidden] */
-  uint64_t logits_count;       /* num_outputs * vocab_size */
+  uint64_t logits_count;       /* num_outputs * vocab_size; where logits is null, 0 */
   uint64_t candidates_count;   /* num_outputs * min(SK_NUM_CANDIDATES, vocab_size) */
   uint64_t hidden_count;       /* num_hidden * hidden_size */
-  float* logits;               /* [num_outputs, vocab_size] */
+  float* logits;               /* [num_outputs, vocab_size]. On a GPU null: they stay there, for
+                                  sk_device_logits; num_outputs is then at most SK_LEFT_LOGITS */
   int32_t* candidate_ids;      /* [num_outputs, candidates] */
   float* candidate_logits;     /* [num_outputs, candidates] */
   float* log_normalizers;      /* [num_outputs] logsumexp((row - its largest) / temperature) */
@@ -452,6 +454,20 @@ struct sk_device_info {
   uint8_t name[64];
 };
 
+/* Forwards of few tokens, of no prompts, without statistics, hidden states and phase_seconds, that
+ * differ in nothing but tokens, positions, block tables and choices, as those that decode do: from
+ * the second on they are one launch of a graph on a GPU. */
+struct sk_graphs_info {
+  uint32_t abi_version;
+  uint32_t struct_size;
+  uint64_t captures; /* graphs made */
+  uint64_t launches; /* of graphs, one a forward */
+  uint32_t kept;     /* graphs that there are */
+  uint32_t reserved;
+  uint8_t why_not[256]; /* text: why there are none any more, which a failure to make one ends; else
+                           empty */
+};
+
 /* The SK_ABI_VERSION that the library was built with. */
 SK_API uint32_t sk_abi_version(void);
 
@@ -497,6 +513,12 @@ SK_API int32_t sk_device_describe(uint32_t device, struct sk_device_info* info);
 
 /* Gives a GPU its code, a cubin or PTX of cuda/kernels.cu, where the library was built without. */
 SK_API int32_t sk_device_load(uint32_t device, const void* image, uint64_t bytes);
+
+/* A row of logits that the last sk_forward, with null as its `logits`, left on the GPU: of its
+ * row-th output. The next sk_forward or sk_logits overwrites them. */
+SK_API int32_t sk_device_logits(uint64_t model, uint32_t row, float* logits, uint64_t count);
+
+SK_API int32_t sk_device_graphs(uint64_t model, struct sk_graphs_info* info);
 
 /* Memory of a GPU, zeroed, for KV. */
 SK_API int32_t sk_device_allocate(uint32_t device, uint64_t bytes, uint64_t* address);

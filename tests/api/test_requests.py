@@ -39,7 +39,7 @@ def tokenizer(tiny_model):
 
 def policies(**rules) -> Policies:
     """Of a model without an index; `rules` are the operator's."""
-    shape = SimpleNamespace(num_layers=2, intermediate_size=96)
+    shape = SimpleNamespace(num_layers=2, layer_neurons=(96, 96))
     reads = SimpleNamespace(choices=frozenset(), neuron_bytes={None: (1.0, 2.0, 0.0, 0.0)})
     return Policies(Chooser(shape, reads), PolicyRules(**rules))
 

@@ -73,7 +73,7 @@ class Made:
 
 def test_weights_of_all_phases_are_those_that_a_step_reads(tiny_bfloat16):
     config = tiny_bfloat16.config
-    vectors = [s[0] for s in layer_shapes(config).values() if len(s) == 1] * config.num_layers
+    vectors = [s[0] for s in layer_shapes(config, 0).values() if len(s) == 1] * config.num_layers
     head = config.vocab_size * config.hidden_size
     for dtype, head_bytes in (("bfloat16", 2 * head), ("int4", head + 3 * config.vocab_size)):
         own = EngineSettings(threads=1, dtype=dtype)

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sparse_kernels._abi import sk_status
+from sparse_kernels.device import Device
+from sparse_kernels.native import NativeCallError
+from sparserve.engine import backends
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import GenerationRequest, Update
 from sparserve.model.backend import BLOCK_SIZE
@@ -69,3 +73,13 @@ def small_pool(any_engine: Callable[..., Engine]) -> Callable[[int, int, int], E
         return made
 
     return build
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Auto is the CPU, on a machine with a GPU too."""
+
+    def usable(place: str) -> Device:
+        raise NativeCallError(sk_status.SK_STATUS_UNSUPPORTED, f"there is no {place}: no driver")
+
+    monkeypatch.setattr(backends, "usable", usable)

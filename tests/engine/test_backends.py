@@ -79,6 +79,15 @@ def test_where_there_is_none(gpus, error):
         assert str(told.value) == f"the cuda backend cannot be used: {error}; take --device cpu"
 
 
+def test_the_gpu_is_looked_at_once(gpus, monkeypatch):
+    gpus(1)
+    looked, usable = [], backends.usable
+    monkeypatch.setattr(backends, "usable", lambda place: (looked.append(place), usable(place))[1])
+    for fields in ({}, {"device": "cuda"}, {"backend": "cuda"}):
+        assert choose_backend(EngineSettings(**fields), "auto").device == "cuda:0"
+    assert looked == ["cuda"] * 3
+
+
 def test_the_log_says_once_why_it_is_no_gpu(gpus, tiny_bfloat16, caplog):
     caplog.set_level(logging.INFO, "sparserve")
     for fields, lines in (({}, 1), ({"device": "cpu"}, 0), ({"backend": "cpu"}, 0)):

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from sparse_kernels.native import EMULATED
+from sparse_kernels.native import EMULATED, load
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.model import packing
 from sparserve.model.backend import BLOCK_SIZE
@@ -91,3 +91,26 @@ def test_the_log_says_what_computes(native_engine, cuda, caplog):
     assert f"backend cuda on {info.device}, " in caplog.text
     warned = [r.message for r in caplog.records if "the emulator" in r.message]
     assert len(warned) == (EMULATED in os.environ)
+
+
+def test_steps_that_come_again_are_graphs(native_engine, finish_all, cuda):
+    make = partial(native_engine, backend="auto", device=cuda, dtype="int8")
+    engine = make()
+    found = token_ids(finish_all(engine, greedy(3, tokens=8)))
+    captures, launches, _, why_not = engine.backend._decoder.graphs()
+    assert 0 < captures < launches
+    assert not why_not
+    plain = make(cuda_graphs=False)
+    assert token_ids(finish_all(plain, greedy(3, tokens=8))) == found
+    assert plain.backend._decoder.graphs()[:2] == (0, 0)
+
+
+def test_the_log_says_once_why_there_are_no_graphs(native_engine, finish_all, cuda, caplog):
+    if EMULATED not in os.environ:
+        pytest.skip("a GPU makes them")
+    engine = native_engine(backend="auto", device=cuda)
+    load("emulator").sk_emulator_fail_graph(2)
+    finish_all(engine, greedy(2, tokens=6))
+    told = [r.message for r in caplog.records if "without CUDA graphs" in r.message]
+    assert len(told) == 1
+    assert told[0].endswith("GPU 0, emulator: making a graph: fails as a test asked for")

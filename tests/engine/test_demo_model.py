@@ -47,7 +47,7 @@ def small_context(**settings: object) -> EngineSettings:
     return EngineSettings(**{"max_context": 256, "kv_cache_gib": 0.25, **settings})
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+@pytest.fixture(scope="module", params=[pytest.param("reference", marks=pytest.mark.soak), "cpu"])
 def model(request) -> LoadedModel:
     """In the dtype that the backend of that name is for, so that it is chosen."""
     name = {"reference": "demo_model", "cpu": "demo_bfloat16"}[request.param]

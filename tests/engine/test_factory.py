@@ -21,6 +21,8 @@ from sparserve.model import loader
 from sparserve.model.loader import load_model
 from sparserve.sparsity.policy import PolicyKind
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 
 def settings_of(folder, **fields: object) -> EngineSettings:
     defaults = {"model": str(folder), "kv_cache_gib": 0.01, "threads": 1}
@@ -157,7 +159,7 @@ def test_a_level_that_the_environment_forces(tiny_folder, tmp_path, level, told)
         "from sparserve.config import EngineSettings\n"
         "from sparserve.engine.factory import build_engine\n"
         "from sparserve.errors import ConfigError\n"
-        f"settings = EngineSettings(model={str(tiny_folder)!r}, kv_cache_gib=0.01, threads=1)\n"
+        f"settings = EngineSettings(model={str(tiny_folder)!r}, kv_cache_gib=0.01, threads=1, device='cpu')\n"
         "try: print(build_engine(settings).engine.backend.info.isa)\n"
         "except ConfigError as error: print(error)\n"
     )

@@ -25,6 +25,8 @@ INT8, INT4 = MatrixFormat(8, 64), MatrixFormat(4, 64)
 ALL_INT8 = DecoderFormats(MatrixFormat(8, 32), INT8, INT8, INT8)
 ALL_INT4 = DecoderFormats(MatrixFormat(4, 32), INT4, INT4, INT8)
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 
 @pytest.mark.parametrize(
     ("fields", "expected"),

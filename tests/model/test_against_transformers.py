@@ -372,7 +372,7 @@ def test_demo_weights_equal_those_that_transformers_reads(demo_model, their_demo
     assert weights.lm_head is weights.embedding
     assert torch.equal(weights.norm, theirs["model.norm.weight"])
     for i, layer in enumerate(weights.layers):
-        for field in layer_shapes(demo_model.config):
+        for field in layer_shapes(demo_model.config, 0):
             name = HF_NAMES.layer[field].format(i=i)
             assert torch.equal(getattr(layer, field), theirs[name]), name
 

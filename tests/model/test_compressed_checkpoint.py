@@ -149,7 +149,7 @@ def test_weights_in_floating_point_are_integers_and_low_rank_terms(
         assert getattr(layer, name)[row, column] == pytest.approx(value, rel=1e-5, abs=1e-7)
     head = element(made.ends.lm_head, 258, 63, None)
     assert float(exact.lm_head[258, 63]) == head
-    for name in layer_shapes(load_model(str(source)).config):
+    for name in layer_shapes(load_model(str(source)).config, 0):
         one, other = getattr(layer, name), getattr(rounded.layers[1], name)
         assert other.is_contiguous()
         assert torch.equal(one.to(other.dtype), other)

@@ -202,7 +202,7 @@ def test_blocks_of_kv_are_bytes_that_can_be_moved(tiny_bfloat16, kv_bits):
     layer_bytes += 0 if kv_bits == 16 else model.config.num_kv_heads * BLOCK_SIZE * 2 * 2  # scales
     assert (blocks.dtype, blocks.shape) == (
         torch.uint8,
-        (2, model.config.num_layers, layer_bytes),
+        (2, model.config.num_layers * layer_bytes),
     )
     backend.write_blocks([4, 1], torch.zeros_like(blocks))
     assert not torch.equal(last_logits([4, 1, 8], 32), expected)

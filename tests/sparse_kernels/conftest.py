@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
 from sparse_kernels import native, reference
-from sparse_kernels.choice import NeuronChoice, Score
+from sparse_kernels.choice import NeuronChoice, Score, core_words
 from sparse_kernels.decoder import BLOCK_SIZE, Decoder, Rows, Wanted
 from sparse_kernels.formats import DecoderFormats, LayerFormats
 from sparse_kernels.pack import PackedDecoder, pack, with_choice
@@ -151,6 +152,44 @@ def tiny_decoder() -> Callable[..., Tiny]:
 
 
 @pytest.fixture(scope="session")
+def chooser() -> Callable[..., Tiny]:
+    """`chooser(formats, **shape)`: a tiny decoder whose sequences can choose in every way, two corrections."""
+
+    def make(formats: DecoderFormats, **shape: Any) -> Tiny:
+        tiny = make_tiny(**shape, formats=formats)
+        layers, hidden = tiny.config.layers, tiny.config.hidden_size
+        widest = max(layer.intermediate_size for layer in layers)
+        generator = torch.Generator().manual_seed(3)
+
+        def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+            inputs, outputs = torch.randn(2, rank, hidden, generator=generator) * hidden**-0.5
+            return inputs.bfloat16(), outputs.bfloat16()
+
+        factors = torch.rand(2, len(layers), widest, generator=generator) + 0.5
+        tensors = ChoiceTensors(
+            factors[0] if formats.gate_up.low_bits else None,
+            factors[1],
+            [[pair(rank) for _ in layers] for rank in (5, 32)],
+        )
+        return replace(tiny, choice=tensors)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_core() -> Callable[..., torch.Tensor]:
+    """`random_core(tiny, share, seed)` -> words."""
+
+    def make(tiny: Tiny, share: float, seed: int = 0) -> torch.Tensor:
+        layers = tiny.config.layers
+        widest = max(layer.intermediate_size for layer in layers)
+        generator = torch.Generator().manual_seed(seed)
+        return core_words(torch.rand(len(layers), widest, generator=generator) < share)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def cpu_levels() -> list[str]:
     """All that this machine's CPU runs, ascending."""
     return list(LEVELS[: LEVELS.index(native.cpu_features().highest_isa) + 1])
@@ -169,6 +208,39 @@ def levels(request: pytest.FixtureRequest, cpu_levels: list[str]) -> list[str]:
         except native.NativeLibraryError as error:
             pytest.skip(str(error))
     return [request.param]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`soak_on_emulator(*words, unless=…)`: what has one of these words in its name, and none of `unless`, is no part
+    of the default run where it is for the emulator, which takes seconds where a CPU takes milliseconds."""
+    for item in items:
+        mark = item.get_closest_marker("soak_on_emulator")
+        if mark is None or "emulator" not in item.name:
+            continue
+        named = not mark.args or any(word in item.name for word in mark.args)
+        if named and not any(word in item.name for word in mark.kwargs.get("unless", ())):
+            item.add_marker(pytest.mark.soak)
+
+
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return _loaded(request.param)
+
+
+@pytest.fixture
+def emulator() -> Iterator[str]:
+    """For tests in which it fails by order; it works again after them."""
+    yield _loaded("emulator")
+    native.load("emulator").sk_emulator_reset()
+
+
+def _loaded(kind: str) -> str:
+    try:
+        native.load(kind)
+    except native.NativeLibraryError as error:
+        pytest.skip(str(error))
+    return kind
 
 
 @pytest.fixture(scope="session", params=[16, 8], ids=["bfloat16 KV", "int8 KV"])

@@ -1,8 +1,6 @@
 """Choices of neurons: what a forward computes and reads where sequences make them."""
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from sparse_kernels import reference
 from sparse_kernels.choice import ChoiceKind, NeuronChoice, Score, core_members, core_words
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
-from sparse_kernels.weights import ChoiceTensors, LayerShape
+from sparse_kernels.weights import LayerShape
 
 
 def plan(bits: int, group: int, low: int, down_low: int = 0, **others) -> DecoderFormats:
@@ -46,45 +44,9 @@ SHAPES = {
 }
 COUNTS = (1, 2, 9, 16, 5, 1)
 NUM_TOKENS = sum(COUNTS)
+# Of a GPU's kernels these are all there are.
+ON_EMULATOR = ("bfloat16", "int8 in 4 + 4", "int4, down in 2 + 2")
 TYPICAL = {16: 1e-3, 8: 2e-2}
-
-
-@pytest.fixture(scope="module")
-def chooser(tiny_decoder) -> Callable:
-    """`chooser(formats, **shape)`: a tiny decoder whose sequences can choose in every way, two corrections."""
-
-    def make(formats: DecoderFormats, **shape):
-        tiny = tiny_decoder(**shape, formats=formats)
-        layers, hidden = tiny.config.layers, tiny.config.hidden_size
-        widest = max(layer.intermediate_size for layer in layers)
-        generator = torch.Generator().manual_seed(3)
-
-        def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-            inputs, outputs = torch.randn(2, rank, hidden, generator=generator) * hidden**-0.5
-            return inputs.bfloat16(), outputs.bfloat16()
-
-        factors = torch.rand(2, len(layers), widest, generator=generator) + 0.5
-        tensors = ChoiceTensors(
-            factors[0] if formats.gate_up.low_bits else None,
-            factors[1],
-            [[pair(rank) for _ in layers] for rank in (5, 32)],
-        )
-        return replace(tiny, choice=tensors)
-
-    return make
-
-
-@pytest.fixture
-def random_core() -> Callable[..., torch.Tensor]:
-    """`random_core(tiny, share, seed)` -> words."""
-
-    def make(tiny, share: float, seed: int = 0) -> torch.Tensor:
-        layers = tiny.config.layers
-        widest = max(layer.intermediate_size for layer in layers)
-        generator = torch.Generator().manual_seed(seed)
-        return core_words(torch.rand(len(layers), widest, generator=generator) < share)
-
-    return make
 
 
 def thresholds(tiny, *values: float) -> torch.Tensor:
@@ -149,6 +111,7 @@ def test_words_of_a_core_are_its_members():
         assert bool(word >> neuron % 64 & 1) == bool(members[layer, neuron])
 
 
+@pytest.mark.soak_on_emulator("wide", unless=ON_EMULATOR)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_every_level_computes_what_a_choice_means(
@@ -167,6 +130,7 @@ def test_every_level_computes_what_a_choice_means(
             assert torch.equal(reads, expected)
 
 
+@pytest.mark.soak_on_emulator(unless=ON_EMULATOR)
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_all_neurons_are_dense_to_the_bit(
     formats, levels, chooser, make_machine, make_run, random_tokens, random_core
@@ -186,6 +150,7 @@ def test_all_neurons_are_dense_to_the_bit(
             assert_same_rows(run, dense)
 
 
+@pytest.mark.soak_on_emulator(unless=ON_EMULATOR)
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_bits_depend_on_the_sequence_alone(
     formats, levels, chooser, make_machine, make_run, random_tokens, random_core

@@ -47,9 +47,20 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
                    unsigned bz, unsigned shared, void* stream, void** arguments, void** extra) {
   return 0;
 }
+int cuStreamBeginCapture_v2(void* stream, int mode) { return told("FAKE_BEGIN", 0); }
+int cuStreamEndCapture(void* stream, void** graph) { *graph = (void*)5; return told("FAKE_END", 0); }
+int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
+  *executable = (void*)6;
+  return told("FAKE_INSTANTIATE", 0);
+}
+int cuGraphLaunch(void* executable, void* stream) {
+  return executable == (void*)6 ? told("FAKE_LAUNCH_GRAPH", 0) : 400;
+}
+int cuGraphDestroy(void* graph) { return graph == (void*)5 ? 0 : 400; }
+int cuGraphExecDestroy(void* executable) { return executable == (void*)6 ? 0 : 400; }
 int cuMemAlloc_v2(Pointer* memory, Size bytes) {
-  if (bytes > 1000) return 2;
-  *memory = (Pointer)malloc(bytes);
+  if (bytes > told("FAKE_MEMORY", 1000)) return 2;
+  *memory = (Pointer)aligned_alloc(256, (bytes + 255) / 256 * 256);
   return 0;
 }
 int cuMemFree_v2(Pointer memory) { free((void*)memory); return 0; }
@@ -117,7 +128,19 @@ CASES = {
     ),
     "code that does not load": (
         {"FAKE_LOAD": "209"},
-        ["coded 0", "sk_device_load: GPU 0, FAKE: ", "ERROR_209"],
+        [
+            "coded 0",
+            "sk_device_load: GPU 0, FAKE, of compute capability 9.0, whose driver knows CUDA 13.0, takes no kernels",
+            "(ERROR_209): the code is for other GPUs or is damaged; install sparserve again",
+        ],
+    ),
+    "code that the driver is too old for": (
+        {"FAKE_LOAD": "222", "FAKE_VERSION": "12020"},
+        ["coded 0", "knows CUDA 12.2, takes no kernels", "(ERROR_222): ", "install a newer driver"],
+    ),
+    "code that does not load for another reason": (
+        {"FAKE_LOAD": "304"},
+        ["coded 0", "sk_device_load: GPU 0, FAKE: its driver knows", "ERROR_304"],
     ),
     "a GPU that fails": (
         {"FAKE_SYNCHRONIZE": "700"},
@@ -142,12 +165,12 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("answers", "told"), CASES.values(), ids=CASES)
-def test_what_is_told(driver: Path, answers: dict[str, str], told: list[str]) -> None:
+def run(program: str, driver: Path, answers: dict[str, str]) -> str:
+    """What a program prints."""
     environment = os.environ | {"LD_LIBRARY_PATH": str(driver)} | answers
     environment.pop("SPARSE_KERNELS_EMULATED", None)
     found = subprocess.run(
-        [sys.executable, "-c", CALLS],
+        [sys.executable, "-c", program],
         env=environment,
         cwd=driver,
         capture_output=True,
@@ -155,5 +178,66 @@ def test_what_is_told(driver: Path, answers: dict[str, str], told: list[str]) ->
         timeout=60,
     )
     assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.mark.parametrize(("answers", "told"), CASES.values(), ids=CASES)
+def test_what_is_told(driver: Path, answers: dict[str, str], told: list[str]) -> None:
+    found = run(CALLS, driver, answers)
     for text in told:
-        assert text in found.stdout
+        assert text in found
+
+
+# For each answer of the driver four steps of a decoder of one layer; what they compute is nothing.
+STEPS = """
+import os
+
+import torch
+from sparse_kernels import native
+from sparse_kernels.decoder import Decoder
+from sparse_kernels.pack import pack
+from sparse_kernels.weights import DecoderConfig, EndTensors, LayerShape, LayerTensors
+
+
+class Part:
+    token_ids, start, block_table = [3], 0, [0]
+
+
+def matrix():
+    return torch.zeros(64, 64, dtype=torch.bfloat16)
+
+
+native.load("cuda").sk_device_load(0, b"x", 1)
+config = DecoderConfig(64, 64, 16, 1e-5, torch.ones(8), [LayerShape(4, 4, 64)])
+layer = LayerTensors(*(matrix() for _ in range(7)), torch.ones(64), torch.ones(64))
+packed = pack(config, EndTensors(matrix(), torch.ones(64)), [layer])
+for answer in os.environ["ANSWERS"].split():
+    name, value = answer.split("=")
+    os.environ[name] = value
+    decoder = Decoder(packed, device="cuda")
+    kv = decoder.new_kv(1)
+    try:
+        for _ in range(4):
+            decoder.forward([Part], kv, output_rows=[0], temperatures=[1.0])
+        print(answer, *decoder.graphs())
+    except native.DeviceLost as error:
+        print(answer, error)
+    del os.environ[name]
+"""
+
+# -> graphs made, launched, kept, and why no more are made.
+GRAPHS = {
+    "FAKE_INIT=0": "1 3 1",
+    "FAKE_BEGIN=900": "0 0 0 GPU 0, FAKE: capturing a graph: ERROR_900 (what it means)",
+    "FAKE_END=901": "0 0 0 GPU 0, FAKE: ending a capture: ERROR_901 (what it means)",
+    "FAKE_INSTANTIATE=2": "0 0 0 GPU 0, FAKE: making a graph: ERROR_2 (what it means)",
+    "FAKE_LAUNCH_GRAPH=1": "1 0 0 GPU 0, FAKE: launch of a graph: ERROR_1 (what it means)",
+    "FAKE_LAUNCH_GRAPH=700": "GPU 0, FAKE, failed: launch of a graph: ERROR_700",
+}
+
+
+def test_graphs(driver: Path) -> None:
+    answers = {"FAKE_MEMORY": str(1 << 30), "ANSWERS": " ".join(GRAPHS)}
+    lines = run(STEPS, driver, answers).splitlines()
+    for line, (answer, told) in zip(lines, GRAPHS.items(), strict=True):
+        assert line.startswith(f"{answer} {told}")

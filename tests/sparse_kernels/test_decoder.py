@@ -96,6 +96,7 @@ def oracle() -> Callable[..., tuple[torch.Tensor, torch.Tensor, list[torch.Tenso
     return run
 
 
+@pytest.mark.soak_on_emulator("int8 KV", unless=("odd", "norms of heads", "windows"))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_every_level_computes_what_the_model_means(
     shape, kv_bits, levels, tiny_decoder, make_machine, make_run, random_tokens, oracle
@@ -241,6 +242,7 @@ RICH = {
 MAX_TOKENS = 180
 RUN_BLOCKS = -(-MAX_TOKENS // 16)
 NUM_BLOCKS = 4 * RUN_BLOCKS
+MOST_EMULATED_TOKENS = 120  # in all runs of an example
 
 
 def assert_equal_runs(machine, run, other_machine, other) -> None:
@@ -297,7 +299,9 @@ def test_any_cut_batch_blocks_and_threads_give_the_bits_of_one_piece_alone(
     while waiting := [(i, plan) for i, plan in waiting if plan]:
         chosen = order.sample(waiting, order.randint(1, len(waiting)))
         schedule.append([(i, plan.pop(0)) for i, plan in chosen])
-    for machines in crowd.values():
+    for isa, machines in crowd.items():
+        if isa == "emulator" and sum(map(sum, plans)) > MOST_EMULATED_TOKENS:
+            continue
         runs = [
             make_run(
                 random_tokens(sum(plan), seed + i),
@@ -313,6 +317,7 @@ def test_any_cut_batch_blocks_and_threads_give_the_bits_of_one_piece_alone(
             assert_equal_runs(machines[threads], run, machines[0], alone)
 
 
+@pytest.mark.soak_on_emulator("int8 KV")
 def test_token_by_token_gives_the_bits_of_one_piece(crowd, make_run, random_tokens):
     tokens = random_tokens(MAX_TOKENS, 3)
     for machines in crowd.values():
@@ -327,11 +332,13 @@ def test_a_long_context_in_steps_gives_the_bits_of_one_piece(
 ):
     """Several threads share the chunks of one token's context, and merge them."""
     shapes = [LayerShape(4, 1, 64), LayerShape(2, 2, 64, window=300)]
-    tiny, tokens = tiny_decoder(layers=shapes, head_dim=20), random_tokens(1100)
+    tiny = tiny_decoder(layers=shapes, head_dim=20)
     for isa in levels:
+        first = 340 if isa == "emulator" else 1000  # several chunks, and beyond the window
+        tokens = random_tokens(first + 100)
         quiet, machine = (make_machine(tiny, 69, n, isa, kv_bits) for n in (1, 3))
         run = make_run(tokens, range(69))
-        for count in (1000, 1, 1, 2, 16, 17, 1, 62):
+        for count in (first, 1, 1, 2, 16, 17, 1, 62):
             machine.step((run, count))
         alone = quiet.alone(tokens)
         assert_equal_runs(machine, run, quiet, alone)
@@ -366,6 +373,7 @@ def test_forty_sequences_at_once_equal_each_alone(
             assert_equal_runs(machine, run, quiet, quiet.alone(run.tokens))
 
 
+@pytest.mark.soak_on_emulator("int8 KV")
 def test_repetition_gives_the_same_bits(crowd, make_run, random_tokens):
     for machines in crowd.values():
         first = machines[3].alone(random_tokens(100))

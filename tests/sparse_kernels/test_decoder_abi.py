@@ -226,7 +226,7 @@ class TestLogits:
     @pytest.mark.parametrize(
         ("name", "value", "status", "words"),
         [
-            ("abi_version", 7, MISMATCH, ("sk_logits_args",)),
+            ("abi_version", 99, MISMATCH, ("sk_logits_args",)),
             ("rows", 0, SIZE, ("rows is 0",)),
             ("rows", 2**32 - 1, SIZE, ("rows is 4294967295",)),
             ("rows", 3, SIZE, ("hidden_count is 128, it must be 192",)),

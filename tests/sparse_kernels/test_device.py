@@ -97,6 +97,9 @@ def test_a_gpu_that_is_not_there(library):
     with pytest.raises(NativeCallError, match="there is no cuda:2: there are only 2 GPUs") as told:
         describe("cuda:2")
     assert told.value.status == sk_status.SK_STATUS_UNSUPPORTED
+    library.count = 1
+    with pytest.raises(NativeCallError, match="there is no cuda:1: there is only 1 GPU"):
+        describe("cuda:1")
     library.count, library.text = 0, b"libcuda.so.1 is not there"
     assert devices() == []
     with pytest.raises(NativeCallError, match=r"there is no cuda:0: libcuda\.so\.1 is not there"):

@@ -1,4 +1,4 @@
-"""Bugs that are planted into the GPU's kernels: the tests that run on the emulator find them."""
+"""Bugs that are planted into what computes on a GPU: the tests that run on the emulator find them."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ SOURCES = ROOT / "sparse_kernels"
 DECODER = "tests/sparse_kernels/test_decoder.py::test_every_level_computes_what_the_model_means"
 CHOICE = "tests/sparse_kernels/test_choice.py::test_every_level_computes_what_a_choice_means"
 FORMATS = "tests/sparse_kernels/test_layer_formats.py"
+GRAPHS = "tests/sparse_kernels/test_graphs.py"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Bug:
     wrong: str
     test: str  # that finds it
     cases: str = "emulator"  # of it, as -k
+    twin: tuple[str, str] = ("", "")  # replaced too
 
 
 BUGS = {
@@ -57,6 +59,28 @@ BUGS = {
         "uint64_t{tokens.first + 4 * tile + t / 2} * operand.groups",
         FORMATS,
     ),
+    "a graph for fewer chunks of attention": Bug(
+        "pass_layout.cpp", "key.chunks = most_chunks_;", "key.chunks = 1;", GRAPHS
+    ),
+    "a graph for another KV pool": Bug(
+        "pass_layout.cpp", "key.kv = args_.kv;", "key.kv = nullptr;", GRAPHS
+    ),
+    "a graph for another number of outputs": Bug(
+        "pass_layout.cpp",
+        "key.outputs = static_cast<uint32_t>(outputs_.size());",
+        "key.outputs = 0;",
+        GRAPHS,
+    ),
+    "a graph with a stale block table": Bug(
+        "pass_layout.cpp",
+        "const size_t tokens = step_.add(tokens_),",
+        "const size_t table = step_.add(tables), tokens = step_.add(tokens_),",
+        GRAPHS,
+        twin=("  const size_t table = step_.add(tables);\n", ""),
+    ),
+    "a graph for steps that choose otherwise": Bug(
+        "pass_layout.cpp", "key.planes = planes_;", "key.planes = false;", GRAPHS
+    ),
 }
 # Compiling takes a quarter of a minute each.
 QUICK = 2
@@ -85,13 +109,14 @@ def host_objects(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> lis
     sources = [
         *sorted((SOURCES / "common").glob("*.cpp")),
         *sorted((SOURCES / "emulator").glob("*.cpp")),
-        *(SOURCES / "cuda" / f"{name}.cpp" for name in ("abi", "forward", "model")),
+        *(path for path in sorted((SOURCES / "cuda").glob("*.cpp")) if path.stem not in OF_NVIDIA),
     ]
     command = [compiler, *FLAGS, *includes(SOURCES / "cuda"), "-c", *map(str, sources)]
     subprocess.run(command, cwd=folder, check=True, timeout=240)
     return sorted(map(str, folder.glob("*.o")))
 
 
+OF_NVIDIA = ("driver_nvidia", "image", "libcuda")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DSPARSE_KERNELS_EMULATOR")
 
 
@@ -106,11 +131,16 @@ def test_tests_find_it(bug: Bug, compiler: str, host_objects: list[str], tmp_pat
     kernels = tmp_path / "cuda"
     shutil.copytree(SOURCES / "cuda", kernels)
     text = (kernels / bug.file).read_text()
-    assert text.count(bug.right) >= 1
-    (kernels / bug.file).write_text(text.replace(bug.right, bug.wrong))
+    assert bug.right in text
+    assert bug.twin[0] in text
+    (kernels / bug.file).write_text(text.replace(bug.right, bug.wrong).replace(*bug.twin))
     library = tmp_path / "libwrong.so"
-    command = [compiler, *FLAGS, *includes(kernels), "-shared", "-o", str(library), *host_objects]
+    own = Path(bug.file).with_suffix(".o").name
+    others = [path for path in host_objects if Path(path).name != own]
+    command = [compiler, *FLAGS, *includes(kernels), "-shared", "-o", str(library), *others]
     command += ["-x", "c++", str(kernels / "kernels.cu")]
+    if own.removesuffix(".o") + ".cpp" == bug.file:
+        command += [str(kernels / bug.file)]
     subprocess.run(command, check=True, timeout=240)
     arguments = ["-q", "-x", "-p", "no:cacheprovider", bug.test, "-k", bug.cases]
     found = subprocess.run(

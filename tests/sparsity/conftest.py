@@ -19,7 +19,7 @@ GATE, PLANES = ChoiceKind.GATE, ChoiceKind.PLANES
 @dataclass(frozen=True)
 class Shape:
     num_layers: int = LAYERS
-    intermediate_size: int = NEURONS
+    layer_neurons: tuple[int, ...] = (NEURONS,) * LAYERS
 
 
 @dataclass(frozen=True)

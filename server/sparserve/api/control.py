@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 import sparserve
 from sparserve.api.requests import check_model
 from sparserve.api.responses import POLICY_NUMBERS
+from sparserve.api.security.auth import current_caller
 from sparserve.api.tokenizer_archive import TokenizerArchive
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
@@ -119,9 +120,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 "request_ids",
                 f"{len(request.request_ids)} ids given; 1 to {MAX_ABORT_IDS} are allowed",
             )
+        caller = current_caller()
+        owner = None if caller.control else caller.name
         response = pb.AbortResponse()
         for request_id in dict.fromkeys(request.request_ids):
-            aborted = self._engine.abort(request_id)
+            aborted = self._engine.abort(request_id, owner)
             (response.aborted if aborted else response.not_found).append(request_id)
         return response
 

@@ -9,6 +9,7 @@ from typing import Any
 from sparserve.api.generation import parse_generation
 from sparserve.api.requests import check_model, conversation_of
 from sparserve.api.responses import Responder
+from sparserve.api.security.auth import current_caller
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.limits import check_token_ids
 from sparserve.engine.request import GenerationRequest
@@ -68,15 +69,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _whole(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> pb.GenerateResponse:
+        caller = current_caller()
+        caller.check_tokens()  # before the work of tokenizing
         generation, responder = await self._parse(request, context)
-        with self._engine.submit(generation) as updates:
+        with self._engine.submit(caller.claim(generation), caller) as updates:
             return await responder.whole(updates)
 
     async def _stream(
         self, request: pb.GenerateRequest | pb.ChatRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        caller = current_caller()
+        caller.check_tokens()  # before the work of tokenizing
         generation, responder = await self._parse(request, context)
-        with self._engine.submit(generation) as updates:
+        with self._engine.submit(caller.claim(generation), caller) as updates:
             async for event in responder.stream(updates):
                 yield event
 

@@ -56,7 +56,7 @@ class AccessLogInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
 
             return logged
 
-        return _wrapped(await continuation(handler_call_details), log_unary, log_stream)
+        return wrapped(await continuation(handler_call_details), log_unary, log_stream)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -66,11 +66,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler:
         handler = await continuation(handler_call_details)
-        return _wrapped(handler, _guard_unary, _guard_stream)
+        return wrapped(handler, _guard_unary, _guard_stream)
 
 
-def _wrapped(handler: Handler, wrap_unary: Wrap, wrap_stream: Wrap) -> Handler:
-    if handler is None:  # unknown method
+def wrapped(handler: Handler, wrap_unary: Wrap, wrap_stream: Wrap) -> Handler:
+    """The handler with its behavior wrapped by one of the two; None, an unknown method, stays None."""
+    if handler is None:
         return handler
     # "unary_stream", say: the behavior's attribute, and how the function that makes a handler begins
     kind = "_".join(

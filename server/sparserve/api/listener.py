@@ -16,7 +16,12 @@ Interceptor = grpc.aio.ServerInterceptor
 def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_concurrent_streams", 4096),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        # Between the two gRPC would refuse by chance.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        # Who connects and says nothing holds the connection no longer.
+        ("grpc.server_handshake_timeout_ms", 20_000),
         # Keep-alive pings of a client waiting for a long call must not end in "Too many pings".
         ("grpc.http2.max_ping_strikes", 0),
         # Two servers on one port would each get a share of the connections: a port in use is an error.
@@ -27,6 +32,9 @@ def grpc_options(settings: ServerSettings) -> list[tuple[str, int]]:
     ]
     if settings.max_connection_age:
         options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)))
+    if settings.max_connection_grace:
+        grace = int(settings.max_connection_grace * 1000)
+        options.append(("grpc.max_connection_age_grace_ms", grace))
     return options
 
 
@@ -39,7 +47,10 @@ class Listener:
         settings: ServerSettings,
         *,
         interceptors: Sequence[Interceptor] = (),  # type: ignore[type-arg]
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
+        """Plain text without credentials."""
+        self._credentials = credentials
         self.address = address
         self.port = 0
         self.server = grpc.aio.server(
@@ -52,10 +63,15 @@ class Listener:
         # gRPC logs a failed bind at length and keeps the reason, so a plain socket tries first.
         self.address.check()
         try:
-            self.port = self.server.add_insecure_port(self.address.target)
+            self.port = self._add_port()
         except RuntimeError as error:
             raise self.address.taken() from error
         await self.server.start()
+
+    def _add_port(self) -> int:
+        if self._credentials is None:
+            return self.server.add_insecure_port(self.address.target)
+        return self.server.add_secure_port(self.address.target, self._credentials)
 
     async def stop(self, grace: float) -> None:
         """Calls in flight get `grace` seconds to be read to their end."""

@@ -16,6 +16,7 @@ from sparserve.api.http import HttpServer
 from sparserve.api.inference import InferenceService
 from sparserve.api.listener import Listener
 from sparserve.api.reflection import add_reflection
+from sparserve.api.security.guard import Guard
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine, EngineState
 from sparserve.engine.engine import Engine
@@ -48,6 +49,7 @@ class Server:
             max_stream_backlog=settings.max_stream_backlog,
             on_state=self._on_state,
         )
+        self._guard = Guard(settings, engine.metrics)
         self._listener = self._own_listener(model_name)
         self._adapters = self._adapter_listener(model_name) if settings.adapter_names else None
         self.ended = True  # False once a stop left the engine thread behind
@@ -86,6 +88,7 @@ class Server:
             await self.engine.warm_up()
             for listener in self._listeners:
                 await listener.start()
+            self._guard.start()
         except BaseException:
             await self._close(grace=0)
             raise
@@ -128,7 +131,12 @@ class Server:
 
     def _own_listener(self, model_name: str) -> Listener:
         settings = self._settings
-        listener = Listener(grpc_address(settings), settings)
+        listener = Listener(
+            grpc_address(settings),
+            settings,
+            interceptors=self._guard.interceptors,
+            credentials=self._guard.credentials,
+        )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceService(self.engine, model_name), listener.server
         )
@@ -157,6 +165,7 @@ class Server:
         return [self._listener, *([self._adapters] if self._adapters else [])]
 
     async def _close(self, grace: float) -> None:
+        await self._guard.stop()
         await asyncio.gather(*(listener.stop(grace) for listener in self._listeners))
         self.ended = await self.engine.stop()
         if self._http is not None:
@@ -175,7 +184,8 @@ def grpc_address(settings: ServerSettings) -> Address:
 
 
 def metrics_address(settings: ServerSettings) -> Address:
-    return Address(settings.host, settings.metrics_port, "metrics", "--metrics-port")
+    host = settings.metrics_host or settings.host
+    return Address(host, settings.metrics_port, "metrics", "--metrics-port")
 
 
 def adapters_address(settings: ServerSettings) -> Address:

@@ -49,6 +49,23 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
             return grpc.StatusCode.FAILED_PRECONDITION, message, [info]
         case errors.RequestError():
             return grpc.StatusCode.INVALID_ARGUMENT, message, [_violation(error)]
+        case errors.Unauthenticated():
+            return grpc.StatusCode.UNAUTHENTICATED, message, [_info("KEY_NEEDED")]
+        case errors.PermissionDenied():
+            info = _info("PERMISSION_DENIED", method=error.method)
+            return grpc.StatusCode.PERMISSION_DENIED, message, [info]
+        case errors.KeyLimitReached():
+            quota = details.QuotaFailure.Violation(
+                subject=f"key:{error.key}",
+                description=message,
+                quota_metric=error.limit,
+                quota_value=error.value,
+            )
+            return (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                message,
+                [_retry(error.retry_after), details.QuotaFailure(violations=[quota])],
+            )
         case errors.QueueFull():
             quota = details.QuotaFailure.Violation(subject=error.what, description=message)
             retry = _retry(error.retry_after)

@@ -150,7 +150,7 @@ def _tensors(model: LoadedModel) -> Iterator[tuple[str, torch.Tensor]]:
         heads = {"wq": config.num_heads, "bq": config.num_heads}
         heads |= {"wk": config.num_kv_heads, "bk": config.num_kv_heads}
     for index, layer in enumerate(weights.layers):
-        for field in layer_shapes(config):
+        for field in layer_shapes(config, index):
             tensor = getattr(layer, field)
             name = GGUF_NAMES.layer[field].format(i=index)
             yield name, _interleaved(tensor, heads[field]) if field in heads else tensor

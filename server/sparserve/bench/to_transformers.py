@@ -34,7 +34,7 @@ def to_transformers(model: LoadedModel) -> Any:
     for index, layer in enumerate(weights.layers):
         tensors |= {
             HF_NAMES.layer[field].format(i=index): getattr(layer, field)
-            for field in layer_shapes(config)
+            for field in layer_shapes(config, index)
         }
     module.load_state_dict({k: v.to(weights.dtype) for k, v in tensors.items()}, assign=True)
     return module

@@ -45,9 +45,8 @@ def _setting(
     return Setting(kind, density, UNKNOWN, UNKNOWN, UNKNOWN, choice, shares, thresholds)
 
 
-def plan_of(setting: Setting, index: NeuronIndex) -> ChoicePlan:
-    """How a request with this setting chooses; the predictor is the default one."""
-    neurons = index.prior.shape[1]
+def plan_of(setting: Setting, index: NeuronIndex, neurons: torch.Tensor) -> ChoicePlan:
+    """How a request with this setting chooses among neurons [layers]; the predictor is the default one."""
     counts = None if setting.shares is None else neurons_of(setting.shares, neurons)
     policy = Policy(setting.kind, density=setting.density, choice=setting.choice)
     return ChoicePlan(policy, setting.density, setting=setting, counts=counts, index=index)
@@ -65,10 +64,10 @@ class UsedBy:
         used = tokens.activations
         if self.setting.thresholds is not None:
             assert self.factors is not None
-            importance = tokens.gate.abs() * self.factors[layer]
+            importance = tokens.gate.abs() * self.factors[layer, : used.shape[1]]
             used = used.masked_fill(importance < self.setting.thresholds[layer, 0], 0)
         if self.members is not None:
-            used = used * self.members[tokens.windows, layer]
+            used = used * self.members[tokens.windows, layer, : used.shape[1]]
         return used
 
 
@@ -77,12 +76,13 @@ def used_by(
     factors: Mapping[ChoiceKind, Factors],
     prompts: Sequence[PromptStatistics],
     index: NeuronIndex,
+    neurons: torch.Tensor,
 ) -> Used:
     """`prompts` of the windows whose tokens it will be asked for."""
     values = None if setting.choice is None else factors[setting.choice].values
     if setting.shares is None:
         return UsedBy(setting, values, None)
-    plan = plan_of(setting, index)
+    plan = plan_of(setting, index, neurons)
     assert plan.counts is not None
     members = [
         best_neurons(

@@ -75,8 +75,12 @@ def fit_factors(
             thresholds = _first_thresholds(importance, noise, aim)
             found.setdefault(kind, []).append((factors, thresholds))
         on_layer(index + 1, model.config.num_layers)
+    widest = model.config.intermediate_size
     return {
-        kind: Factors(*(torch.stack(own) for own in zip(*layers, strict=True)))
+        kind: Factors(
+            torch.stack([F.pad(own, (0, widest - len(own))) for own, _ in layers]),
+            torch.stack([own for _, own in layers]),
+        )
         for kind, layers in found.items()
     }
 

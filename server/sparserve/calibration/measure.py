@@ -81,5 +81,5 @@ def _decoded(
         if output.reads and (reads := output.reads[0]) is not None:
             counts += reads.counts.sum(dim=0)
     config = backend.config
-    of = config.num_layers * config.intermediate_size * len(window.fed)
+    of = config.num_neurons * len(window.fed)
     return rows, tuple((counts.double() / of).tolist())

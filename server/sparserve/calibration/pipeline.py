@@ -116,6 +116,7 @@ class _Calibration:
         on_progress: Progress,
     ) -> None:
         self._model, self._settings, self._plan, self._text = model, settings, plan, text
+        self._neurons = torch.tensor(model.config.layer_neurons)
         self._key, self._stages, self._on_progress = key, stages, on_progress
         self._effort = plan.effort
         dtype = str(model.weights.dtype).removeprefix("torch.")
@@ -294,7 +295,7 @@ class _Calibration:
 
         def compute() -> Tensors:
             prompts = [prefill(backend, window) for window in self._text.fitted]
-            used = [used_by(own, factors, prompts, index) for own in chosen]
+            used = [used_by(own, factors, prompts, index, self._neurons) for own in chosen]
             with _torch_threads(self._settings):
                 made = fit_corrections(
                     self._model,
@@ -354,7 +355,7 @@ class _Calibration:
         settings: Sequence[Setting],
     ) -> torch.Tensor:
         """KL, top-1 and reads, float64 [windows, settings, 6]."""
-        plans = [plan_of(own, index) for own in settings]
+        plans = [plan_of(own, index, self._neurons) for own in settings]
         tell, rows = self._telling(what), []
         for number, window in enumerate(windows):
 

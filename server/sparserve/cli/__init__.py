@@ -20,6 +20,7 @@ from sparserve.cli import (
     evaluate,
     gateway,
     generate,
+    keys,
     models,
     report,
     serve,
@@ -48,6 +49,7 @@ app.command("compress", cls=Command)(compress.compress)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
 app.command("report", cls=Command)(report.report)
 app.add_typer(bench.app, name="bench")
+app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 
 

@@ -13,6 +13,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from sparserve.cli import connection
 from sparserve.cli import sparsity_options as options
 from sparserve.cli.dialogue import COMMANDS, Dialogue, Quit
 from sparserve.cli.local import connected
@@ -26,10 +27,11 @@ from sparserve.errors import SparserveError
 @with_settings(EngineSettings)
 def chat(
     settings: EngineSettings,
-    server: Annotated[
-        str | None,
-        typer.Option(help="host:port of a running server; without it the model runs here."),
-    ] = None,
+    server: connection.Server = None,
+    api_key: connection.ApiKey = None,
+    tls_ca: connection.TlsCa = None,
+    client_cert: connection.ClientCert = None,
+    client_key: connection.ClientKey = None,
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; at most 2. Default: the server's.")
@@ -60,11 +62,14 @@ def chat(
         "core_density": core_density, "predictor": predictor, "score": score,
         "refresh_interval": refresh_interval, "draft": draft, "draft_tokens": draft_tokens,
     }  # fmt: skip
-    asyncio.run(_chat(server, settings, Dialogue(system, given)))
+    to = connection.connection(server, api_key, tls_ca, client_cert, client_key)
+    asyncio.run(_chat(to, settings, Dialogue(system, given)))
 
 
-async def _chat(target: str | None, settings: EngineSettings, dialogue: Dialogue) -> None:
-    async with connected(target, settings) as client:
+async def _chat(
+    to: connection.Connection | None, settings: EngineSettings, dialogue: Dialogue
+) -> None:
+    async with connected(to, settings) as client:
         if sys.stdin.isatty():
             model = (await client.model_info()).model
             err.print(f"[dim]talking with {model}; /help lists the commands[/]")

@@ -19,6 +19,7 @@ from sparserve.model.catalog import DEMO_MODEL
 if TYPE_CHECKING:
     from sparserve.compression.matrix import MatrixReport
     from sparserve.model.compress_folder import CompressedFolder
+    from sparserve.model.pruning import Pruned
 
 
 def _show_recipe(name: str | None) -> None:
@@ -67,6 +68,24 @@ def compress(
             metavar="<file>",
         ),
     ] = None,
+    prune: Annotated[
+        float | None,
+        typer.Option(
+            help="Remove heads and neurons that make up this share of all parameters before anything is rounded, such as "
+            "0.2. Instead of the recipe's own `prune`.",
+            metavar="<share>",
+        ),
+    ] = None,
+    prune_heads: Annotated[
+        float | None,
+        typer.Option(help="The same, a share of the attention's parameters.", metavar="<share>"),
+    ] = None,
+    prune_mlp: Annotated[
+        float | None,
+        typer.Option(
+            help="The same, a share of the feed-forward layers' parameters.", metavar="<share>"
+        ),
+    ] = None,
     show_recipe: Annotated[
         str | None,
         typer.Option(
@@ -85,11 +104,12 @@ def compress(
     another one to evaluate with. One layer is in memory at a time. A run that was interrupted goes on where it
     stopped when it is started again, to the same bytes.
     """
-    from sparserve.compression.recipe import read_recipe
+    from sparserve.compression.recipe import pruning, read_recipe
     from sparserve.model.compress_folder import compress_folder
     from sparserve.model.compressed_writer import partial_of, refuse_existing
 
-    followed, texts = read_recipe(recipe), text or []
+    followed = pruning(read_recipe(recipe), ratio=prune, heads=prune_heads, mlp=prune_mlp)
+    texts = text or []
     if texts and not followed.needs_text:
         warn(f"the recipe {followed.name} needs no text: --text is not read")
     refuse_existing(out_folder)
@@ -115,6 +135,7 @@ def compress(
                 texts,
                 out_folder,
                 on_layer=on_layer,
+                on_prune=lambda done, total: show("pruning layers", done, total),
                 on_choice=lambda done, total: show("choosing formats", done, total),
                 on_download=show,
             )
@@ -142,7 +163,10 @@ def _print(made: CompressedFolder) -> None:
             _percent(_mean([own.compensated for own in reports])),
             _percent(max(own.compensated for own in reports)),
         )
-    out.print(table)
+    if made.reports and any(made.reports):
+        out.print(table)
+    if made.pruned is not None:
+        _print_pruned(made.pruned)
     if made.predicted_kl is not None:
         out.print(
             f"formats chosen for each layer: a KL of {made.predicted_kl:.2g} is predicted, roughly"
@@ -152,6 +176,32 @@ def _print(made: CompressedFolder) -> None:
         f"model; {made.seconds:.0f} s",
         soft_wrap=True,
     )
+
+
+def _print_pruned(pruned: Pruned) -> None:
+    config = pruned.model.config
+    sizes = [own.size for own in pruned.layers]
+
+    def span(values: Sequence[int]) -> str:
+        least, most = min(values), max(values)
+        return f"{least}" if least == most else f"{least} to {most}"
+
+    share = pruned.parameters / (pruned.parameters + config.num_parameters)
+    told = (
+        f"pruned {_percent(share)} of the parameters: layers have {span([own.num_heads for own in sizes])} heads, "
+        f"{span([own.num_kv_heads for own in sizes])} KV heads, {span([own.intermediate_size for own in sizes])} neurons"
+    )
+    fitted = [own for layer in pruned.layers for own in (layer.output, layer.down) if own]
+    if fitted:
+        kept = [own for own in fitted if own.restored < own.removed]
+        before, after = (
+            _mean([getattr(own, name) for own in fitted]) for name in ("removed", "restored")
+        )
+        told += (
+            f"; {len(kept)} of {len(fitted)} matrices restored (squared error on held-out text "
+            f"{_percent(before)}, restored {_percent(after)}, means)"
+        )
+    out.print(told, soft_wrap=True)
 
 
 def _by_kind(layers: Sequence[Sequence[MatrixReport]]) -> dict[str, list[MatrixReport]]:

@@ -12,8 +12,8 @@ from sparserve.config import ServerSettings
 from sparserve.errors import ConfigError
 
 PREFIX = "SPARSERVE_"
-# Every variable that means something: settings, and where models are kept (model/catalog.py).
-_KNOWN = {name.upper() for name in ServerSettings.model_fields} | {"CACHE_DIR"}
+# Every variable that means something: settings, where models are kept (model/catalog.py), a client's key.
+_KNOWN = {name.upper() for name in ServerSettings.model_fields} | {"CACHE_DIR", "API_KEY"}
 
 
 def check_environment(needed: Collection[str]) -> None:

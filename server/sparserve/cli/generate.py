@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparserve.cli import connection
 from sparserve.cli import sparsity_options as options
 from sparserve.cli.dialogue import Dialogue
 from sparserve.cli.local import connected
@@ -24,10 +25,11 @@ SERVERS = "Default: the server's."
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     settings: EngineSettings,
-    server: Annotated[
-        str | None,
-        typer.Option(help="host:port of a running server; without it the model runs here."),
-    ] = None,
+    server: connection.Server = None,
+    api_key: connection.ApiKey = None,
+    tls_ca: connection.TlsCa = None,
+    client_cert: connection.ClientCert = None,
+    client_key: connection.ClientKey = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -144,13 +146,18 @@ def generate(
     }  # fmt: skip
     question = Dialogue(system)
     question.ask(prompt)
-    asyncio.run(_generate(server, settings, question.messages if chat else prompt, chat, fields))
+    to = connection.connection(server, api_key, tls_ca, client_cert, client_key)
+    asyncio.run(_generate(to, settings, question.messages if chat else prompt, chat, fields))
 
 
 async def _generate(
-    target: str | None, settings: EngineSettings, asked: Any, chat: bool, fields: dict[str, Any]
+    to: connection.Connection | None,
+    settings: EngineSettings,
+    asked: Any,
+    chat: bool,
+    fields: dict[str, Any],
 ) -> None:
-    async with connected(target, settings) as client:
+    async with connected(to, settings) as client:
         if fields["n"] == 1:
             await _stream(client, asked, chat, fields)
             return

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from sparserve.cli.connection import Connection
 from sparserve.cli.output import progress_bars
 from sparserve.client import AsyncClient
 from sparserve.config import EngineSettings, ServerSettings, load_settings
@@ -22,8 +23,10 @@ def server_settings(settings: EngineSettings | None = None) -> ServerSettings:
     flags = (
         {name: getattr(settings, name) for name in settings.model_fields_set} if settings else {}
     )
-    own = {"host": "127.0.0.1", "port": 0, "metrics_port": 0}
-    return load_settings(ServerSettings, {**flags, **own})
+    own = {"host": "127.0.0.1", "port": 0, "metrics_host": "", "metrics_port": 0}
+    # Its one client is this process, whatever the environment says for other servers.
+    unguarded = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca", "api_keys"), "")
+    return load_settings(ServerSettings, {**flags, **own, **unguarded})
 
 
 def _refuse_engine_flags(settings: EngineSettings) -> None:
@@ -46,11 +49,11 @@ def build_with_bars(settings: EngineSettings) -> BuiltEngine:
 
 
 @asynccontextmanager
-async def connected(target: str | None, settings: EngineSettings) -> AsyncIterator[AsyncClient]:
-    """A client of the server at `target`, or of one of our own."""
-    if target is not None:
+async def connected(to: Connection | None, settings: EngineSettings) -> AsyncIterator[AsyncClient]:
+    """A client of the server there, or of one of our own."""
+    if to is not None:
         _refuse_engine_flags(settings)
-        async with AsyncClient(target) as client:
+        async with AsyncClient(to.target, **to.security) as client:
             yield client
         return
     own = server_settings(settings)

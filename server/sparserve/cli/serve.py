@@ -20,18 +20,17 @@ def serve(settings: ServerSettings) -> None:
 
     Exits with status 1 where the GPU fails.
     """
-    from sparserve.api.addresses import check_addresses, is_loopback
+    from sparserve.api.addresses import check_addresses
+    from sparserve.api.security.guard import check_security, exposure
     from sparserve.api.server import Server, addresses
     from sparserve.engine.factory import build_engine
 
     logs.configure(settings.log_level, settings.log_format)
-    check_addresses(addresses(settings))  # before the minutes that a large model takes to load
-    if not is_loopback(settings.host):
-        log.warning(
-            "%s is open to the network, without encryption or authentication: keep it in a private "
-            "network or behind a proxy that has both",
-            settings.host,
-        )
+    # Before the minutes that a large model takes to load.
+    check_addresses(addresses(settings))
+    check_security(settings)
+    if warning := exposure(settings):
+        log.warning("%s", warning)
     with progress_bars() as bars:
         built = build_engine(
             settings, on_tensor=bars.on_tensor, on_layer=bars.on_layer, on_download=bars.on_download
@@ -42,7 +41,7 @@ def serve(settings: ServerSettings) -> None:
         await server.start()
         told = (
             f"serving {built.model_name} on {settings.host}:{server.port} (gRPC), "
-            f"metrics on http://{settings.host}:{server.metrics_port}/metrics"
+            f"metrics on http://{settings.metrics_host or settings.host}:{server.metrics_port}/metrics"
         )
         if settings.adapter_names:
             told += f", {settings.adapters} on {settings.adapters_host}:{server.adapters_port}"

@@ -14,6 +14,7 @@ from sparserve.client.calls import (
     call_options,
     open_channel,
 )
+from sparserve.client.connection import Security, connection
 from sparserve.client.messages import Message
 from sparserve.client.requests import ChatFields, Fields, make_chat_request, make_request
 from sparserve.client.responses import (
@@ -41,8 +42,11 @@ class AsyncClient:
         *,
         options: ChannelOptions = (),
         credentials: grpc.ChannelCredentials | None = None,
+        **security: Unpack[Security],
     ) -> None:
-        self._channel = open_channel(grpc.aio, target, options, credentials)
+        to = connection(target, credentials, **security)
+        self._authorization = to.authorization
+        self._channel = open_channel(grpc.aio, to, options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 
@@ -58,7 +62,7 @@ class AsyncClient:
         request = make_request(prompt, **fields)
         with call_errors():
             return generation(
-                await self._inference.Generate(request, **call_options(timeout, metadata))
+                await self._inference.Generate(request, **self._with_call(timeout, metadata))
             )
 
     async def chat(
@@ -73,7 +77,7 @@ class AsyncClient:
         request = make_chat_request(messages, **fields)
         with call_errors():
             return generation(
-                await self._inference.Chat(request, **call_options(timeout, metadata))
+                await self._inference.Chat(request, **self._with_call(timeout, metadata))
             )
 
     def stream(
@@ -87,7 +91,7 @@ class AsyncClient:
         """Pieces as they are made; closing the iterator cancels the request. Raises CallFailed."""
         request = make_request(prompt, **fields)
         return self._deltas(
-            self._inference.GenerateStream, request, call_options(timeout, metadata)
+            self._inference.GenerateStream, request, self._with_call(timeout, metadata)
         )
 
     def chat_stream(
@@ -100,7 +104,7 @@ class AsyncClient:
     ) -> AsyncIterator[Delta]:
         """As `stream`, for a conversation."""
         request = make_chat_request(messages, **fields)
-        return self._deltas(self._inference.ChatStream, request, call_options(timeout, metadata))
+        return self._deltas(self._inference.ChatStream, request, self._with_call(timeout, metadata))
 
     async def tokenize(
         self,
@@ -114,7 +118,7 @@ class AsyncClient:
         request = filled(pb.TokenizeRequest(), text=text, model=model)
         with call_errors():
             return tokenization(
-                await self._inference.Tokenize(request, **call_options(timeout, metadata))
+                await self._inference.Tokenize(request, **self._with_call(timeout, metadata))
             )
 
     async def tokenize_chat(
@@ -129,7 +133,7 @@ class AsyncClient:
         request = pb.TokenizeRequest(chat=make_chat_request(messages, **fields))
         with call_errors():
             return tokenization(
-                await self._inference.Tokenize(request, **call_options(timeout, metadata))
+                await self._inference.Tokenize(request, **self._with_call(timeout, metadata))
             )
 
     async def detokenize(
@@ -149,7 +153,9 @@ class AsyncClient:
             model=model,
         )
         with call_errors():
-            response = await self._inference.Detokenize(request, **call_options(timeout, metadata))
+            response = await self._inference.Detokenize(
+                request, **self._with_call(timeout, metadata)
+            )
         return str(response.text)
 
     async def tokenizer_files(
@@ -164,7 +170,7 @@ class AsyncClient:
         reader = ArchiveReader()
         with call_errors():
             async for part in self._control.GetTokenizer(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             ):
                 reader.read(part)
         return reader.files()
@@ -185,7 +191,9 @@ class AsyncClient:
         request = filled(control_pb2.DrainRequest(), timeout_seconds=timeout_seconds)
         reader = DrainReader()
         with call_errors():
-            async for response in self._control.Drain(request, **call_options(timeout, metadata)):
+            async for response in self._control.Drain(
+                request, **self._with_call(timeout, metadata)
+            ):
                 on_progress(reader.read(response))
         reader.check_complete()
 
@@ -200,7 +208,7 @@ class AsyncClient:
         ids = [request_ids] if isinstance(request_ids, str) else request_ids
         request = filled(control_pb2.AbortRequest(), request_ids=ids)
         with call_errors():
-            response = await self._control.Abort(request, **call_options(timeout, metadata))
+            response = await self._control.Abort(request, **self._with_call(timeout, metadata))
         return tuple(response.aborted)
 
     async def list_models(
@@ -212,7 +220,7 @@ class AsyncClient:
         """The names that `model` takes."""
         request = control_pb2.ListModelsRequest()
         with call_errors():
-            response = await self._control.ListModels(request, **call_options(timeout, metadata))
+            response = await self._control.ListModels(request, **self._with_call(timeout, metadata))
         return tuple(model.name for model in response.models)
 
     async def model_info(
@@ -225,7 +233,7 @@ class AsyncClient:
         request = filled(control_pb2.GetModelInfoRequest(), model=model)
         with call_errors():
             response: control_pb2.GetModelInfoResponse = await self._control.GetModelInfo(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             )
         return response
 
@@ -238,7 +246,7 @@ class AsyncClient:
         request = control_pb2.GetServerInfoRequest()
         with call_errors():
             response: control_pb2.GetServerInfoResponse = await self._control.GetServerInfo(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             )
         return response
 
@@ -251,9 +259,12 @@ class AsyncClient:
         request = control_pb2.GetLoadRequest()
         with call_errors():
             response: control_pb2.GetLoadResponse = await self._control.GetLoad(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             )
         return response
+
+    def _with_call(self, timeout: float | None, metadata: Metadata | None) -> dict[str, Any]:
+        return call_options(timeout, metadata, self._authorization)
 
     async def close(self) -> None:
         await self._channel.close()

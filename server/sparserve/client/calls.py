@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import grpc
-
+from sparserve.client.connection import Connection
 from sparserve.client.values import wrong
 from sparserve.errors import InvalidRequest
 
@@ -26,18 +25,21 @@ _NAME = re.compile(r"[0-9a-z_.-]+")
 _VALUE = re.compile(r"[\x20-\x7e]*")
 
 
-def open_channel(
-    library: Any, target: str, options: ChannelOptions, credentials: grpc.ChannelCredentials | None
-) -> Any:
-    """A channel of `library`, which is grpc or grpc.aio; plain text without credentials."""
+def open_channel(library: Any, to: Connection, options: ChannelOptions) -> Any:
+    """A channel of `library`, which is grpc or grpc.aio."""
     merged = list({**_OPTIONS, **dict(options)}.items())
-    if credentials is None:
-        return library.insecure_channel(target, options=merged)
-    return library.secure_channel(target, credentials, options=merged)
+    if to.credentials is None:
+        return library.insecure_channel(to.target, options=merged)
+    return library.secure_channel(to.target, to.credentials, options=merged)
 
 
-def call_options(timeout: float | None, metadata: Metadata | None) -> dict[str, Any]:
-    """Keywords of a stub's method. Raises InvalidRequest."""
+def call_options(
+    timeout: float | None, metadata: Metadata | None, authorization: str | None = None
+) -> dict[str, Any]:
+    """Keywords of a stub's method; an `authorization` in the metadata goes before the one given here.
+
+    Raises InvalidRequest.
+    """
     if timeout is not None:
         number = isinstance(timeout, Real) and not isinstance(timeout, bool)
         if not number or not (timeout > 0 and math.isfinite(timeout)):
@@ -47,7 +49,10 @@ def call_options(timeout: float | None, metadata: Metadata | None) -> dict[str, 
         pairs = metadata.items()
     elif metadata is not None:
         pairs = metadata
-    return {"timeout": timeout, "metadata": tuple(_checked_pair(pair) for pair in pairs)}
+    checked = [_checked_pair(pair) for pair in pairs]
+    if authorization is not None and "authorization" not in dict(checked):
+        checked.append(("authorization", authorization))
+    return {"timeout": timeout, "metadata": tuple(checked)}
 
 
 def _checked_pair(pair: Any) -> tuple[str, str | bytes]:

@@ -14,6 +14,7 @@ from sparserve.client.calls import (
     call_options,
     open_channel,
 )
+from sparserve.client.connection import Security, connection
 from sparserve.client.messages import Message
 from sparserve.client.requests import ChatFields, Fields, make_chat_request, make_request
 from sparserve.client.responses import (
@@ -36,8 +37,14 @@ class Client:
     """A connection to one server, for plain programs; thread-safe.
 
     `generate`, `chat` and their streams take the keywords of `Fields` and `ChatFields`. Every call takes
-    `timeout` in seconds and `metadata` such as {"traceparent": "00-…"}. Without `credentials` the
-    connection is plain text; `options` are gRPC's channel options, beside or over those set here.
+    `timeout` in seconds and `metadata` such as {"traceparent": "00-…"}; `options` are gRPC's channel options,
+    beside or over those set here.
+
+    The connection is plain text unless the target begins with grpcs://, or one of `credentials`, `tls_ca`
+    (the authorities to trust instead of the system's), `tls_cert` and `tls_key` (the client's own) is given;
+    they are names of PEM files, or their bytes. `api_key` goes with every call; where that would be in plain
+    text over a network, the target must say grpc://.
+
     Every call raises CallFailed, and InvalidRequest before anything is sent.
     """
 
@@ -47,8 +54,11 @@ class Client:
         *,
         options: ChannelOptions = (),
         credentials: grpc.ChannelCredentials | None = None,
+        **security: Unpack[Security],
     ) -> None:
-        self._channel = open_channel(grpc, target, options, credentials)
+        to = connection(target, credentials, **security)
+        self._authorization = to.authorization
+        self._channel = open_channel(grpc, to, options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 
@@ -63,7 +73,9 @@ class Client:
         """One whole generation. Raises CallFailed."""
         request = make_request(prompt, **fields)
         with call_errors():
-            return generation(self._inference.Generate(request, **call_options(timeout, metadata)))
+            return generation(
+                self._inference.Generate(request, **self._with_call(timeout, metadata))
+            )
 
     def chat(
         self,
@@ -76,7 +88,7 @@ class Client:
         """The model's answer to a conversation. Raises CallFailed."""
         request = make_chat_request(messages, **fields)
         with call_errors():
-            return generation(self._inference.Chat(request, **call_options(timeout, metadata)))
+            return generation(self._inference.Chat(request, **self._with_call(timeout, metadata)))
 
     def stream(
         self,
@@ -89,7 +101,7 @@ class Client:
         """Pieces as they are made; closing the iterator cancels the request. Raises CallFailed."""
         request = make_request(prompt, **fields)
         return self._deltas(
-            self._inference.GenerateStream, request, call_options(timeout, metadata)
+            self._inference.GenerateStream, request, self._with_call(timeout, metadata)
         )
 
     def chat_stream(
@@ -102,7 +114,7 @@ class Client:
     ) -> Iterator[Delta]:
         """As `stream`, for a conversation."""
         request = make_chat_request(messages, **fields)
-        return self._deltas(self._inference.ChatStream, request, call_options(timeout, metadata))
+        return self._deltas(self._inference.ChatStream, request, self._with_call(timeout, metadata))
 
     def tokenize(
         self,
@@ -116,7 +128,7 @@ class Client:
         request = filled(pb.TokenizeRequest(), text=text, model=model)
         with call_errors():
             return tokenization(
-                self._inference.Tokenize(request, **call_options(timeout, metadata))
+                self._inference.Tokenize(request, **self._with_call(timeout, metadata))
             )
 
     def tokenize_chat(
@@ -131,7 +143,7 @@ class Client:
         request = pb.TokenizeRequest(chat=make_chat_request(messages, **fields))
         with call_errors():
             return tokenization(
-                self._inference.Tokenize(request, **call_options(timeout, metadata))
+                self._inference.Tokenize(request, **self._with_call(timeout, metadata))
             )
 
     def detokenize(
@@ -151,7 +163,7 @@ class Client:
             model=model,
         )
         with call_errors():
-            response = self._inference.Detokenize(request, **call_options(timeout, metadata))
+            response = self._inference.Detokenize(request, **self._with_call(timeout, metadata))
         return str(response.text)
 
     def tokenizer_files(
@@ -165,7 +177,7 @@ class Client:
         request = filled(control_pb2.GetTokenizerRequest(), model=model)
         reader = ArchiveReader()
         with call_errors():
-            for part in self._control.GetTokenizer(request, **call_options(timeout, metadata)):
+            for part in self._control.GetTokenizer(request, **self._with_call(timeout, metadata)):
                 reader.read(part)
         return reader.files()
 
@@ -185,7 +197,7 @@ class Client:
         request = filled(control_pb2.DrainRequest(), timeout_seconds=timeout_seconds)
         reader = DrainReader()
         with call_errors():
-            for response in self._control.Drain(request, **call_options(timeout, metadata)):
+            for response in self._control.Drain(request, **self._with_call(timeout, metadata)):
                 on_progress(reader.read(response))
         reader.check_complete()
 
@@ -200,7 +212,7 @@ class Client:
         ids = [request_ids] if isinstance(request_ids, str) else request_ids
         request = filled(control_pb2.AbortRequest(), request_ids=ids)
         with call_errors():
-            response = self._control.Abort(request, **call_options(timeout, metadata))
+            response = self._control.Abort(request, **self._with_call(timeout, metadata))
         return tuple(response.aborted)
 
     def list_models(
@@ -212,7 +224,7 @@ class Client:
         """The names that `model` takes."""
         request = control_pb2.ListModelsRequest()
         with call_errors():
-            response = self._control.ListModels(request, **call_options(timeout, metadata))
+            response = self._control.ListModels(request, **self._with_call(timeout, metadata))
         return tuple(model.name for model in response.models)
 
     def model_info(
@@ -225,7 +237,7 @@ class Client:
         request = filled(control_pb2.GetModelInfoRequest(), model=model)
         with call_errors():
             response: control_pb2.GetModelInfoResponse = self._control.GetModelInfo(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             )
         return response
 
@@ -238,7 +250,7 @@ class Client:
         request = control_pb2.GetServerInfoRequest()
         with call_errors():
             response: control_pb2.GetServerInfoResponse = self._control.GetServerInfo(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             )
         return response
 
@@ -251,9 +263,12 @@ class Client:
         request = control_pb2.GetLoadRequest()
         with call_errors():
             response: control_pb2.GetLoadResponse = self._control.GetLoad(
-                request, **call_options(timeout, metadata)
+                request, **self._with_call(timeout, metadata)
             )
         return response
+
+    def _with_call(self, timeout: float | None, metadata: Metadata | None) -> dict[str, Any]:
+        return call_options(timeout, metadata, self._authorization)
 
     def close(self) -> None:
         self._channel.close()

@@ -120,6 +120,32 @@ class Mixed(BaseModel):
         return self
 
 
+class Prune(BaseModel):
+    """Which heads and neurons are removed before anything is rounded. Either `ratio`, or `heads`, `mlp` or both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all the model's parameters
+    heads: Annotated[float, Field(ge=0, lt=1)] = 0  # of the parameters of attention
+    mlp: Annotated[float, Field(ge=0, lt=1)] = 0  # of the feed-forward layers' parameters
+    criterion: Literal["amp", "amp_w", "wanda", "flap", "magnitude", "random"] = "amp_w"
+    # The same share of each layer, or more of layers whose units differ less.
+    allocation: Literal["uniform", "adaptive"] = "uniform"
+    # A KV head with all its query heads, or a query head of each, which leaves the KV cache as large as it is.
+    head_unit: Literal["groups", "queries"] = "groups"
+    # The matrices after what is removed are fitted again, where that helps on held-out text.
+    restore: Literal["none", "least_squares"] = "least_squares"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of criterion random
+
+    @model_validator(mode="after")
+    def _must_remove_something(self) -> Self:
+        if self.ratio is not None and (self.heads or self.mlp):
+            raise ValueError("give ratio, or heads and mlp; not both")
+        if self.ratio is None and not (self.heads or self.mlp):
+            raise ValueError("nothing is removed; give ratio, heads or mlp")
+        return self
+
+
 class CalibrationSize(BaseModel):
     """Of the text that inputs are measured on."""
 
@@ -155,12 +181,13 @@ class Recipe(BaseModel):
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
     # Instead of attention, gate_up, down and overrides, which `model.mixed.allocate` fills in.
     mixed: Mixed | None = None
+    prune: Prune | None = None
     calibration: CalibrationSize = CalibrationSize()
 
     @property
     def needs_text(self) -> bool:
         by_inputs = self.quantizer == "gptq" or self.compensate.startswith("qera")
-        return by_inputs or self.mixed is not None
+        return by_inputs or self.mixed is not None or self.prune is not None
 
     @property
     def choices(self) -> tuple[Part, ...]:
@@ -215,7 +242,7 @@ class Recipe(BaseModel):
             self._refuse_what_is_mixed()
         parts = self._all_parts()
         ranks = {name: part.rank for name, part in parts.items()}
-        if all(part.bits == 16 for part in (*parts.values(), self.lm_head)):
+        if self.prune is None and all(own.bits == 16 for own in (*parts.values(), self.lm_head)):
             raise ValueError("all matrices have 16 bits, so nothing is compressed; give one 4 or 8")
         if self.compensate == "none" and any(ranks.values()):
             name = next(name for name, rank in ranks.items() if rank)
@@ -264,6 +291,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "lm_head": Part,
     "overrides": Override,
     "mixed": Mixed,
+    "prune": Prune,
     "choices": Part,
     "calibration": CalibrationSize,
 }
@@ -284,6 +312,22 @@ def read_recipe(recipe: str) -> Recipe:
     except (OSError, ValueError) as error:  # not UTF-8, or a zero byte in the path
         raise ConfigError(f"the recipe {recipe!r} cannot be read: {error}") from error
     return parse_recipe(text, recipe)
+
+
+def pruning(
+    recipe: Recipe,
+    *,
+    ratio: float | None = None,
+    heads: float | None = None,
+    mlp: float | None = None,
+) -> Recipe:
+    """`recipe` with these shares pruned, as its own `prune` says how; without any as it is. Raises ConfigError."""
+    if ratio is None and heads is None and mlp is None:
+        return recipe
+    own = {} if recipe.prune is None else recipe.prune.model_dump()
+    shares = {"ratio": ratio, "heads": heads or 0, "mlp": mlp or 0}
+    content = recipe.model_dump(exclude_unset=True) | {"prune": own | shares}
+    return _validated(content, f"{recipe.name} with --prune")
 
 
 class _Loader(yaml.SafeLoader):
@@ -316,6 +360,11 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raise ConfigError(f"the recipe {where} is no YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {where} must be lines of `name: value`")
+    return _validated(content, where)
+
+
+def _validated(content: object, where: str) -> Recipe:
+    """Raises ConfigError."""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

@@ -247,6 +247,12 @@ class EngineSettings(BaseSettings):
             description="Share of a GPU's memory that the KV cache may take of what is free beside the weights.",
         ),
     ] = 0.9
+    cuda_graphs: Annotated[
+        bool,
+        Field(
+            description="On a GPU, launch decoding steps that come again as CUDA graphs, which takes the CPU less time."
+        ),
+    ] = True
     max_running: Annotated[
         int, Field(ge=1, le=1024, description="Requests decoded together at most.")
     ] = 16

@@ -8,20 +8,27 @@ from pydantic import Field
 
 from sparserve.config.adapters import AdapterSettings
 from sparserve.config.engine import EngineSettings
+from sparserve.config.security import SecuritySettings
 
 
-class ServerSettings(EngineSettings, AdapterSettings):
+class ServerSettings(EngineSettings, AdapterSettings, SecuritySettings):
     """Everything `sparserve serve` can be told."""
 
     host: Annotated[
         str,
         Field(
-            description="Address to listen on; 0.0.0.0 for all interfaces. There is no encryption and no authentication yet: keep it private."
+            description="Address to listen on; 0.0.0.0 for all interfaces, which then had better have tls_cert and api_keys."
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="gRPC port; 0 picks a free one.")] = (
         50051
     )
+    metrics_host: Annotated[
+        str,
+        Field(
+            description="Address of metrics_port, which has neither encryption nor authentication. Empty: that of host."
+        ),
+    ] = ""
     metrics_port: Annotated[
         int,
         Field(
@@ -57,12 +64,27 @@ class ServerSettings(EngineSettings, AdapterSettings):
     max_message_mib: Annotated[
         int, Field(ge=1, le=1024, description="Largest gRPC message accepted, in MiB.")
     ] = 16
+    max_metadata_kib: Annotated[
+        int, Field(ge=1, le=1024, description="Most metadata of a call accepted, in KiB.")
+    ] = 16
+    max_concurrent_streams: Annotated[
+        int,
+        Field(ge=1, le=1_000_000, description="Calls at once over one connection; more wait."),
+    ] = 4096
     max_connection_age: Annotated[
         float,
         Field(
             ge=0,
             le=7 * 86400,
             description="Seconds after which a connection is asked to reconnect, so that balancers can rebalance; 0: never.",
+        ),
+    ] = 0
+    max_connection_grace: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=7 * 86400,
+            description="Seconds that calls then get on such a connection before it is closed; 0: as long as they take.",
         ),
     ] = 0
     drain_timeout: Annotated[
@@ -92,3 +114,7 @@ class ServerSettings(EngineSettings, AdapterSettings):
     @property
     def max_message_bytes(self) -> int:
         return self.max_message_mib << 20
+
+    @property
+    def max_metadata_bytes(self) -> int:
+        return self.max_metadata_kib << 10

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sparserve.engine.cache_events import CacheFeed, CacheWatch
 from sparserve.engine.constraint import CompiledConstraint, Constraint
@@ -52,6 +52,16 @@ class EngineState(Enum):
     STOPPED = "stopped"
 
 
+class Meter(Protocol):
+    """Who is told of a request's tokens, on the event loop."""
+
+    def admit(self, prompt_tokens: int) -> None:
+        """Once, when all else speaks for the request; what this raises refuses it."""
+
+    def charge(self, tokens: int) -> None:
+        """New tokens, read or not."""
+
+
 class RequestStream:
     """Updates of one request; iterate inside `with`, which aborts it when left early.
 
@@ -66,8 +76,12 @@ class RequestStream:
         max_backlog: int,
         on_close: Callable[[], None],
         prompt_tokens: int = 0,
+        owner: str = "",
+        meter: Meter | None = None,
     ) -> None:
         self.request_id = request_id
+        self.owner = owner
+        self._meter = meter
         self.choices = choices
         self.waiting_tokens = prompt_tokens  # none once something was put
         self._on_close = on_close
@@ -94,6 +108,8 @@ class RequestStream:
     def put(self, update: Update) -> None:
         """Called by the engine's owner on the event loop."""
         self.waiting_tokens = 0
+        if self._meter is not None and update.tokens:
+            self._meter.charge(len(update.tokens))
         if self.is_complete:
             return
         if update.finish is not None:
@@ -168,7 +184,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._counter = itertools.count()
         self._streams: dict[str, RequestStream] = {}  # by the engine's key
-        self._keys: dict[str, str] = {}  # request id -> the engine's key
+        self._keys: dict[tuple[str, str], str] = {}  # (owner, request id) -> the engine's key
         self._idle = asyncio.Event()
         self._idle.set()
         self._commands: list[Callable[[], list[Update] | None]] = []
@@ -183,12 +199,14 @@ class AsyncEngine:
     def in_flight(self) -> int:
         return len(self._streams)
 
-    def submit(self, request: GenerationRequest) -> RequestStream:
+    def submit(self, request: GenerationRequest, meter: Meter | None = None) -> RequestStream:
         """Take a request; use the stream as a context manager.
 
-        Raises InvalidRequest, PromptTooLong, DuplicateRequest, QueueFull or Unavailable.
+        Raises InvalidRequest, PromptTooLong, DuplicateRequest, QueueFull or Unavailable, and what the meter does.
         """
         self._check_admission(request)
+        if meter is not None:
+            meter.admit(len(request.prompt_token_ids))
         # The engine gets a key of its own: an id may be used again while the last updates of its
         # former, aborted request are still on their way.
         key = f"{request.request_id}#{next(self._counter)}"
@@ -208,8 +226,10 @@ class AsyncEngine:
             self.max_stream_backlog,
             close,
             len(request.prompt_token_ids),
+            request.owner,
+            meter,
         )
-        self._keys[request.request_id] = key
+        self._keys[request.owner, request.request_id] = key
         self._idle.clear()
         self._command(lambda: self.engine.add(replace(request, request_id=key)))
         return stream
@@ -253,13 +273,18 @@ class AsyncEngine:
         self._command(run)
         await done
 
-    def abort(self, request_id: str) -> bool:
-        """End a request with FinishReason.CANCELLED; False where it is not in flight."""
-        key = self._keys.pop(request_id, None)
-        if key is None:
-            return False
-        self._command(lambda: self.engine.abort(key))
-        return True
+    def abort(self, request_id: str, owner: str | None = "") -> bool:
+        """End the owner's request, None: those of all owners with this id, with FinishReason.CANCELLED.
+
+        False where none is in flight.
+        """
+        if owner is None:
+            found = [each for each in self._keys if each[1] == request_id]
+        else:
+            found = [(owner, request_id)] if (owner, request_id) in self._keys else []
+        for each in found:
+            self._command(partial(self.engine.abort, self._keys.pop(each)))
+        return bool(found)
 
     def watch_cache(self) -> CacheWatch:
         """What is in the prefix cache, and what changes there. Raises Unavailable."""
@@ -326,7 +351,7 @@ class AsyncEngine:
         self.check_room(request.sampling.n, len(request.prompt_token_ids))
         try:
             self.engine.validate(request)
-            if request.request_id in self._keys:
+            if (request.owner, request.request_id) in self._keys:
                 raise DuplicateRequest(request.request_id)
         except RequestError:
             self.engine.metrics.requests_rejected.labels(reason="invalid").inc()
@@ -409,9 +434,10 @@ class AsyncEngine:
 
     def _forget(self, key: str) -> None:
         """The request has ended, read or not: its id and its place are free."""
-        request_id = self._streams.pop(key).request_id
-        if self._keys.get(request_id) == key:  # not that of a later request
-            del self._keys[request_id]
+        stream = self._streams.pop(key)
+        id = stream.owner, stream.request_id
+        if self._keys.get(id) == key:  # not that of a later request
+            del self._keys[id]
         if not self._streams:
             self._idle.set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from sparse_kernels.device import usable
+from sparse_kernels.device import Device, usable
 from sparse_kernels.native import EMULATED, NativeCallError, NativeLibraryError, cpu_features
 from sparserve.config import EngineSettings
 from sparserve.engine.formats import native_only, weight_formats
@@ -36,14 +36,17 @@ def choose_backend(settings: EngineSettings, dtype: str) -> Chosen:
         return Chosen("reference", "the settings ask for it")
     obstacle = _obstacle(settings, dtype)
     if obstacle is None and asked == "cuda":
-        return _cuda(settings)
+        gpu = _gpu(settings)
+        if isinstance(gpu, str):
+            raise ConfigError(f"the cuda backend cannot be used: {gpu}; take --device cpu")
+        return Chosen("cuda", "", gpu.place)
     if obstacle is None:
         obstacle = _cpu_obstacle()
-        no_gpu = "the settings ask for it" if asked == "cpu" else _no_gpu_by_itself(settings)
-        if no_gpu is None:
-            return _cuda(settings)
+        gpu = "the settings ask for it" if asked == "cpu" else _gpu_by_itself(settings)
+        if isinstance(gpu, Device):
+            return Chosen("cuda", "", gpu.place)
         if obstacle is None:
-            return Chosen("cpu", no_gpu)
+            return Chosen("cpu", gpu)
     native = asked or "cpu"
     if wanted is not None:
         raise ConfigError(
@@ -94,30 +97,18 @@ def _cpu_obstacle() -> str | None:
     return None
 
 
-def _cuda(settings: EngineSettings) -> Chosen:
-    """Raises ConfigError."""
-    obstacle = _gpu_obstacle(settings)
-    if obstacle is not None:
-        raise ConfigError(f"the cuda backend cannot be used: {obstacle}; take --device cpu")
-    return Chosen("cuda", "", usable(_place(settings)).place)
-
-
-def _no_gpu_by_itself(settings: EngineSettings) -> str | None:
-    """What keeps a GPU from being taken where nobody asked for one, if anything."""
+def _gpu_by_itself(settings: EngineSettings) -> Device | str:
+    """The GPU that is taken where nobody asked for one, or what keeps it from that."""
     if os.environ.get(EMULATED):
         return f"{EMULATED} is set, and the emulator is taken only with --device cuda"
-    return _gpu_obstacle(settings)
+    return _gpu(settings)
 
 
-def _gpu_obstacle(settings: EngineSettings) -> str | None:
+def _gpu(settings: EngineSettings) -> Device | str:
+    """The GPU that the settings name, else the first, or what keeps it from being used."""
     if settings.lm_head_dtype == "int4+exact":
         return "lm_head_dtype is int4+exact, which the CPU alone computes"
     try:
-        usable(_place(settings))
+        return usable(settings.device if settings.device.startswith("cuda") else "cuda")
     except (NativeLibraryError, NativeCallError) as error:
         return str(error).removesuffix(".")
-    return None
-
-
-def _place(settings: EngineSettings) -> str:
-    return settings.device if settings.device.startswith("cuda") else "cuda"

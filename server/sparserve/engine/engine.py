@@ -296,8 +296,7 @@ class Engine:
                 context = own.start + len(own.token_ids)
                 item.sequence.neurons.count_pass(own.choice, read, context)
         if output.union is not None:
-            config = self.backend.config
-            neurons = config.num_layers * config.intermediate_size * output.union.tokens
+            neurons = self.backend.config.num_neurons * output.union.tokens
             self.metrics.union_share.observe(int(output.union.counts[:, 1].sum()) / neurons)
 
     def _note_first_schedule(self, sequence: Sequence, now: float) -> None:

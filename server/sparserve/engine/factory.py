@@ -257,6 +257,7 @@ def _native_backend(
             threads=_threads(settings),
             device=device,
             kv_bits=_kv_bits(settings),
+            graphs=settings.cuda_graphs,
             calibration=_calibration(model, formats),
             choice=choice,
             compressed=model.compressed,

@@ -142,6 +142,7 @@ class GenerationRequest:
     policy: Policy = DENSE
     report_statistics: bool = False
     cache_salt: str = ""  # prompts share cached KV only under the same salt
+    owner: str = ""  # whose it is: ids are told apart by owner, and an owner can end no other's
     priority: int = 0  # among waiting requests the higher goes first
     deadline: float | None = None
     arrival: float = field(default_factory=time.monotonic)

@@ -28,6 +28,7 @@ from sparserve.model.compressed_writer import (
 from sparserve.model.compressing import check_recipe, compress_layers, compress_lm_head
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.mixed import OnStep, allocate
+from sparserve.model.pruning import OnLayer, Pruned, prune
 from sparserve.model.text import TokenWindows, read_windows
 
 # Beside the layers: the errors of their matrices, for whoever wants to know. A layer is a list of MatrixReport.
@@ -46,6 +47,7 @@ class CompressedFolder:
     reports: Sequence[LayerReports]  # of each layer
     seconds: float  # of this run
     predicted_kl: float | None = None  # where the recipe lets formats be chosen; see `model.mixed`
+    pruned: Pruned | None = None  # where the recipe removes something
 
 
 def compress_folder(
@@ -56,13 +58,15 @@ def compress_folder(
     *,
     on_layer: CompressProgress = lambda done, total: None,
     on_choice: OnStep = lambda done, total: None,
+    on_prune: OnLayer = lambda done, total: None,
     on_download: DownloadProgress = lambda what, done, total: None,
 ) -> CompressedFolder:
     """Write `model`, what `load_model` takes, as a folder `out` that it takes as well.
 
     `texts` are what inputs are measured on; a recipe that needs none does not read them. A run that was
     interrupted goes on where it stopped, to the same bytes: see `CheckpointWriter` and `compress_layers`.
-    `on_choice` is told of steps before that, of a recipe that is `mixed`: its formats are chosen in each run anew.
+    `on_prune` and `on_choice` are told of steps before that, of a recipe with `prune` and one that is `mixed`: what is
+    removed and formats are chosen in each run anew.
 
     Raises ModelError of a model that cannot be compressed, ConfigError of a recipe or texts that do not fit
     it, and where `out` cannot be written or is there already.
@@ -74,6 +78,12 @@ def compress_folder(
     origin = source_of(source)
     check_recipe(source.config, recipe)
     windows = _windows(source, recipe, texts)
+    pruned = None
+    if recipe.prune is not None:
+        assert windows is not None
+        pruned = prune(source, recipe.prune, windows.token_ids, on_prune)
+        source = pruned.model
+        check_recipe(source.config, recipe)
     followed, kl = recipe, None
     if recipe.mixed is not None:
         assert windows is not None
@@ -84,13 +94,14 @@ def compress_folder(
         followed.formats(),
         origin,
         texts=() if windows is None else tuple(windows.files),
+        layer_sizes=() if pruned is None else tuple(source.config.layers),
     )
     with _alone_with(out):
         writer = CheckpointWriter(out, info)
         reports = _write_layers(source, followed, windows, writer, on_layer)
         weights, head = source.weights, compress_lm_head(source, followed)
         writer.finish(EndTensors(weights.embedding, weights.norm, head))
-    return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl)
+    return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl, pruned)
 
 
 def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:

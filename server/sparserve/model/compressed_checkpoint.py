@@ -32,7 +32,7 @@ from sparserve.model.compressed_tensors import (
     layer_specs,
     read_tensors,
 )
-from sparserve.model.config import ModelConfig
+from sparserve.model.config import LayerSize, ModelConfig
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder, read_json
 
 VERSION = 1
@@ -61,6 +61,13 @@ class CompressionInfo:
     # Of the layers' matrices, and of all that is stored; `with_bits` sets them.
     bits_per_decoder_weight: float = 0
     bits_per_weight: float = 0
+    layer_sizes: tuple[
+        LayerSize, ...
+    ] = ()  # of each layer of a pruned model; (): as config.json says
+
+    def config(self, source: ModelConfig) -> ModelConfig:
+        """Of what is stored. Raises CorruptCheckpoint of sizes that the source cannot have been cut to."""
+        return source.pruned(self.layer_sizes) if self.layer_sizes else source
 
     def with_bits(self, config: ModelConfig) -> CompressionInfo:
         """Raises ValueError of formats for a layer that the model does not have."""
@@ -97,11 +104,12 @@ class CompressedCheckpoint(HuggingFaceFolder):
         """Raises ModelNotFound, UnsupportedModel or CorruptCheckpoint."""
         super().__init__(folder)
         info = read_info(folder)
+        self._check_files()
         try:
+            self.config = info.config(self.config)
             self.info = info.with_bits(self.config)
         except ValueError as error:
             raise CorruptCheckpoint(f"{folder / INFO}: {error}") from error
-        self._check_files()
 
     def weights(self, on_read: Callable[[Path], None]) -> CompressedWeights:
         """`on_read` is told of each file that was read. Raises CorruptCheckpoint."""
@@ -151,14 +159,17 @@ class CompressedLayers(Sequence[LayerTensors]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         path = layer_file(self._folder, place)
-        layer = read_layer_file(path, self._config, self._formats.layer(place))
+        layer = read_layer_file(path, self._config, place, self._formats.layer(place))
         self._on_read(path)
         return layer
 
 
-def read_layer_file(path: Path, config: ModelConfig, formats: LayerFormats) -> LayerTensors:
+def read_layer_file(
+    path: Path, config: ModelConfig, index: int, formats: LayerFormats
+) -> LayerTensors:
     """Raises CorruptCheckpoint."""
-    return layer_of(read_tensors(path, layer_specs(config, formats)), config, formats)
+    tensors = read_tensors(path, layer_specs(config, index, formats))
+    return layer_of(tensors, config, index, formats)
 
 
 def read_info(folder: Path) -> CompressionInfo:

@@ -11,6 +11,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,15 +50,13 @@ class Spec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def layer_specs(config: ModelConfig, formats: LayerFormats) -> dict[str, Spec]:
-    """Of all tensors in the file of a layer."""
-    shapes = layer_shapes(config)
+def layer_specs(config: ModelConfig, index: int, formats: LayerFormats) -> dict[str, Spec]:
+    """Of all tensors in the file of layer `index`."""
+    shapes = layer_shapes(config, index)
     specs: dict[str, Spec] = {}
-    for name, (shape, format) in _matrices(config, formats).items():
+    for name, (shape, format) in _matrices(config, index, formats).items():
         specs |= _matrix_specs(name, shape, format)
-    for name, shape in formats.basis_shapes(
-        config.hidden_size, config.num_heads * config.head_dim
-    ).items():
+    for name, shape in formats.basis_shapes(config.hidden_size, shapes["wo"][1]).items():
         specs[name] = Spec(shape, torch.bfloat16)
     for name, field in VECTORS.items():
         if field in shapes:
@@ -77,32 +76,33 @@ def end_specs(config: ModelConfig, formats: DecoderFormats) -> dict[str, Spec]:
     )
 
 
-def part_bytes(config: ModelConfig, formats: LayerFormats) -> dict[str, int]:
-    """Of the matrices of a layer with all that belongs to them, by field of LayerFormats."""
+def part_bytes(config: ModelConfig, index: int, formats: LayerFormats) -> dict[str, int]:
+    """Of the matrices of layer `index` with all that belongs to them, by field of LayerFormats."""
     found = dict.fromkeys(("attention", "gate_up", "down"), 0)
-    for name, spec in layer_specs(config, formats).items():
+    for name, spec in layer_specs(config, index, formats).items():
         if name not in VECTORS:
             found[PART_OF[name.partition(".")[0]]] += spec.nbytes
     return found
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Elements of the matrices of a layer."""
-    shapes = layer_shapes(config)
-    return sum(math.prod(shapes[field]) for field in MATRICES.values())
+    """Elements of the matrices of all layers."""
+    return sum(
+        math.prod(shapes[field])
+        for shapes in map(partial(layer_shapes, config), range(config.num_layers))
+        for field in MATRICES.values()
+    )
 
 
 def bits_per_weight(config: ModelConfig, formats: DecoderFormats) -> tuple[float, float]:
     """(of the layers' matrices with all that belongs to them, of the whole model); the latter's weights
     are those of the original, where a tied LM head counts once."""
-    weights = config.num_layers * layer_weights(config)
-    # Not layer by layer: how many there are may come from outside.
-    usual = config.num_layers - len(formats.overrides)
-    plans = [(formats.most_layers, usual), *((own, 1) for _, own in formats.overrides)]
     in_matrices = files = 0
-    for plan, count in plans:
-        in_matrices += count * sum(part_bytes(config, plan).values())
-        files += count * sum(spec.nbytes for spec in layer_specs(config, plan).values())
+    for index in range(config.num_layers):
+        plan = formats.layer(index)
+        in_matrices += sum(part_bytes(config, index, plan).values())
+        files += sum(spec.nbytes for spec in layer_specs(config, index, plan).values())
+    weights = layer_weights(config)
     files += sum(spec.nbytes for spec in end_specs(config, formats).values())
     return 8 * in_matrices / weights, 8 * files / config.num_parameters
 
@@ -122,12 +122,12 @@ def tensors_of_ends(ends: EndTensors) -> dict[str, torch.Tensor]:
 
 
 def layer_of(
-    tensors: Mapping[str, torch.Tensor], config: ModelConfig, formats: LayerFormats
+    tensors: Mapping[str, torch.Tensor], config: ModelConfig, index: int, formats: LayerFormats
 ) -> LayerTensors:
     """`tensors`: what `fault` found nothing in."""
     matrices = {
         name: _matrix_of(tensors, name, shape[1], format)
-        for name, (shape, format) in _matrices(config, formats).items()
+        for name, (shape, format) in _matrices(config, index, formats).items()
     }
     others = {name: t for name, t in tensors.items() if name in VECTORS or name.endswith("_basis")}
     return LayerTensors(**matrices, **others)  # type: ignore[arg-type]
@@ -192,10 +192,10 @@ def _has_head(config: ModelConfig, formats: DecoderFormats) -> bool:
 
 
 def _matrices(
-    config: ModelConfig, formats: LayerFormats
+    config: ModelConfig, index: int, formats: LayerFormats
 ) -> dict[str, tuple[tuple[int, int], MatrixFormat]]:
     """By field of LayerTensors, as they are stored."""
-    shapes, stored = layer_shapes(config), {}
+    shapes, stored = layer_shapes(config, index), {}
     for name, field in MATRICES.items():
         format: MatrixFormat = getattr(formats, PART_OF[name])
         rows, columns = shapes[field]

@@ -141,6 +141,7 @@ class CheckpointWriter:
         source = Path(info.source.path)
         with _told_as_config_error(source, "read"):
             self.config, files = _beside_weights(source)
+        self.config = info.config(self.config)
         self.info = info.with_bits(self.config)
         with _told_as_config_error(self.folder):
             if not self._goes_on():
@@ -161,7 +162,7 @@ class CheckpointWriter:
     def read_layer(self, index: int) -> LayerTensors:
         """A finished one. Raises CorruptCheckpoint."""
         plan = self.info.formats.layer(index)
-        return read_layer_file(layer_file(self.folder, index), self.config, plan)
+        return read_layer_file(layer_file(self.folder, index), self.config, index, plan)
 
     def write_file(self, name: str, content: bytes) -> None:
         """One beside the layers, in the place of what had this name; it appears whole or not at all."""
@@ -185,7 +186,7 @@ class CheckpointWriter:
             self.folder.rename(self.out)
 
     def _specs(self, index: int) -> dict[str, Spec]:
-        return layer_specs(self.config, self.info.formats.layer(index))
+        return layer_specs(self.config, index, self.info.formats.layer(index))
 
     def _goes_on(self) -> bool:
         try:

@@ -3,7 +3,7 @@ compressed before it, so that later ones make up for earlier ones. Only one laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +104,6 @@ def compress_lm_head(model: LoadedModel, recipe: Recipe) -> Matrix | None:
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
     """Raises ConfigError of a layer, or of a rank, that matrices of this model do not have."""
-    shapes = layer_shapes(config)
     last = max((index for own in recipe.overrides for index in own.layers), default=0)
     if last >= config.num_layers:
         raise ConfigError(
@@ -113,12 +112,16 @@ def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
         )
     for stack in STACKS:
         rank = max(own.rank for own in recipe.formats_of(stack.part))
-        least = min(sum(shapes[field][0] for field in stack.fields), shapes[stack.fields[0]][1])
+        least = min(_full_rank(stack, layer_shapes(config, i)) for i in range(config.num_layers))
         if rank > least:
             raise ConfigError(
                 f"{stack.part}.rank of the recipe {recipe.name} is {rank}, and {', '.join(stack.names)} of "
                 f"this model have rank {least} at most; lower it"
             )
+
+
+def _full_rank(stack: Stack, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return min(sum(shapes[field][0] for field in stack.fields), shapes[stack.fields[0]][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ def _compressed(
                 if moments is not None
                 else expected_squares(layer, stack, weight.shape[1])
             )
-            alike = columns_alike(stack, model.config)
+            alike = columns_alike(stack, model.config, index)
             scales = column_scales(weight, squares, format, name, alike)
             weight, layer = weight * scales, with_inputs_divided(layer, stack, scales, alike)
             moments = moments and moments.divided(scales)

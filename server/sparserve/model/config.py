@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparserve.errors import CorruptCheckpoint, UnsupportedModel
@@ -64,8 +64,20 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSize:
+    """What layers of a pruned model may differ in."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shapes and constants of a decoder-only transformer with SwiGLU feed-forward."""
+    """Shapes and constants of a decoder-only transformer with SwiGLU feed-forward.
+
+    `intermediate_size` and numbers of heads are those of the largest layer; `layer` tells each layer's own.
+    """
 
     architecture: str
     vocab_size: int
@@ -86,6 +98,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int = 0  # positions that attention sees in `sliding_layers`, its own included
     sliding_layers: Sequence[int] = ()
+    layer_sizes: tuple[LayerSize, ...] = ()  # of each layer; (): all are alike
 
     def __post_init__(self) -> None:
         for name in [
@@ -120,6 +133,38 @@ class ModelConfig:
                     f"special token id {reprlib.repr(token)} is outside the vocabulary of {self.vocab_size}"
                 )
 
+    def pruned(self, sizes: Sequence[LayerSize]) -> ModelConfig:
+        """The same model with layers of these sizes. Raises CorruptCheckpoint of sizes that cannot be."""
+        if len(sizes) != self.num_layers:
+            raise CorruptCheckpoint(f"{len(sizes)} layers have sizes, of {self.num_layers}")
+        for index, (own, before) in enumerate(
+            zip(sizes, map(self.layer, range(self.num_layers)), strict=True)
+        ):
+            if not (
+                0 < own.num_kv_heads <= before.num_kv_heads
+                and 0 < own.num_heads <= before.num_heads
+                and own.num_heads % own.num_kv_heads == 0
+                and 0 < own.intermediate_size <= before.intermediate_size
+            ):
+                raise CorruptCheckpoint(f"layer {index} cannot have {own}: it was {before}")
+        return replace(
+            self,
+            num_heads=max(own.num_heads for own in sizes),
+            num_kv_heads=max(own.num_kv_heads for own in sizes),
+            intermediate_size=max(own.intermediate_size for own in sizes),
+            layer_sizes=tuple(sizes) if len(set(sizes)) > 1 else (),
+        )
+
+    def layer(self, index: int) -> LayerSize:
+        if self.layer_sizes:
+            return self.layer_sizes[index]
+        return LayerSize(self.num_heads, self.num_kv_heads, self.intermediate_size)
+
+    @property
+    def layers(self) -> Iterator[LayerSize]:
+        """Of all layers in order."""
+        return map(self.layer, range(self.num_layers))
+
     def window(self, layer: int) -> int:
         """How many positions attention of `layer` sees, its own included; 0: all."""
         return self.sliding_window if layer in self.sliding_layers else 0
@@ -127,18 +172,39 @@ class ModelConfig:
     @property
     def mlp_parameters(self) -> int:
         """Of the feed-forward layers alone."""
-        return 3 * self.num_layers * self.hidden_size * self.intermediate_size
+        return 3 * self.hidden_size * self.num_neurons
+
+    @property
+    def layer_neurons(self) -> tuple[int, ...]:
+        """Of each feed-forward layer."""
+        return tuple(own.intermediate_size for own in self.layers)
+
+    @property
+    def num_neurons(self) -> int:
+        """Of all feed-forward layers together."""
+        if not self.layer_sizes:  # numbers from outside may be large
+            return self.num_layers * self.intermediate_size
+        return sum(self.layer_neurons)
 
     @property
     def num_parameters(self) -> int:
         """All weights; a tied LM head counts once."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-        attention += self.output_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        norms = 2 * self.hidden_size
+        heads, kv_heads = self._num_heads_in_all
+        attention = 2 * self.hidden_size * self.head_dim * (heads + kv_heads)
+        attention += self.qkv_bias * self.head_dim * (heads + 2 * kv_heads)
+        vectors = self.output_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
+        vectors += 2 * self.hidden_size  # norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + norms) + embeddings + self.hidden_size
+        others = self.num_layers * vectors + embeddings + self.hidden_size
+        return attention + self.mlp_parameters + others
+
+    @property
+    def _num_heads_in_all(self) -> tuple[int, int]:
+        """(query heads, KV heads) of all layers together."""
+        if not self.layer_sizes:
+            return self.num_layers * self.num_heads, self.num_layers * self.num_kv_heads
+        sizes = self.layer_sizes
+        return sum(own.num_heads for own in sizes), sum(own.num_kv_heads for own in sizes)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:

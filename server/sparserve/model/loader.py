@@ -108,7 +108,7 @@ def _require_layers(path: Path, checkpoint: Checkpoint) -> None:
 def _refuse_unread(path: Path, checkpoint: Checkpoint) -> None:
     """A tensor that nothing here reads (a bias, an adapter) means another model than we would run."""
     names, config = checkpoint.names, checkpoint.config
-    fields = layer_shapes(config)
+    fields = layer_shapes(config, 0)
     known = {names.layer[field].format(i=i) for field in fields for i in range(config.num_layers)}
     known |= {names.embedding, names.norm, names.lm_head}  # tied files may repeat the head
     known |= {"rope_freqs.weight"}

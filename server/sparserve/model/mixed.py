@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def allocate(
     """
     check_recipe(model.config, recipe)
     measured = _measure(model, recipe, token_ids, on_step)
-    weights = model.config.num_layers * layer_weights(model.config)
+    weights = layer_weights(model.config)
     most_bytes, most_loss = _limits(recipe, measured, weights)
     options = list(measured.options.values())
     places = give_out(options, most_bytes=most_bytes, most_loss=most_loss)
@@ -170,9 +170,8 @@ class _Rounding:
         self._recipe = recipe.model_copy(update={"quantizer": "rtn", "target": "weights"})
         self._config = model.config
         self._formats = [choice.format() for choice in recipe.choices]
-        sizes = [part_bytes(model.config, LayerFormats(own, own, own)) for own in self._formats]
-        self._sizes = {part: [size[part] for size in sizes] for part in PARTS}
-        self._lowest = {part: size.index(min(size)) for part, size in self._sizes.items()}
+        sizes = self._sizes([0])
+        self._lowest = {part: sizes[part].index(min(sizes[part])) for part in PARTS}
 
     def of(
         self, walk: Walk, index: int, part: str, layer: LayerTensors, exact: LayerWeights
@@ -193,7 +192,7 @@ class _Rounding:
             if self._recipe.scale_columns and stack.scaled:
                 lowest, alike = (
                     self._formats[self._lowest[part]],
-                    columns_alike(stack, self._config),
+                    columns_alike(stack, self._config, index),
                 )
                 scales = column_scales(weight, moments.squares, lowest, name, alike)
                 weight, moments = weight * scales, moments.divided(scales)
@@ -210,14 +209,24 @@ class _Rounding:
                     changes |= zip(stack.fields, torch.split(values, rows), strict=True)
         return replace(exact, **changes), errors
 
-    def options(self, part: str, loss: float, errors: torch.Tensor, layers: int) -> list[Option]:
-        """Of each choice, for so many layers whose errors add up to `errors`; the lowest loses `loss`."""
+    def _sizes(self, layers: Iterable[int]) -> dict[str, list[int]]:
+        """Bytes of each choice in these layers together, by part."""
+        sums: dict[str, list[int]] = {part: [0] * len(self._formats) for part in PARTS}
+        for index in layers:
+            for place, own in enumerate(self._formats):
+                sizes = part_bytes(self._config, index, LayerFormats(own, own, own))
+                for part in PARTS:
+                    sums[part][place] += sizes[part]
+        return sums
+
+    def options(
+        self, part: str, loss: float, errors: torch.Tensor, layers: Iterable[int]
+    ) -> list[Option]:
+        """Of each choice, for these layers, whose errors add up to `errors`; the lowest loses `loss`."""
         lowest = float(errors[self._lowest[part]])
         shares = [own / lowest if lowest else 0.0 for own in errors.tolist()]
-        sizes = self._sizes[part]
-        return [
-            Option(layers * size, loss * share) for size, share in zip(sizes, shares, strict=True)
-        ]
+        sizes = self._sizes(layers)[part]
+        return [Option(size, loss * share) for size, share in zip(sizes, shares, strict=True)]
 
 
 def _divergences(
@@ -278,6 +287,6 @@ def _block(index: int, layers: int) -> int:
     return index // -(-layers // MOST_BLOCKS)
 
 
-def _layers_of(block: int, layers: int) -> int:
-    """How many are in a block."""
-    return sum(_block(index, layers) == block for index in range(layers))
+def _layers_of(block: int, layers: int) -> list[int]:
+    """Those in a block."""
+    return [index for index in range(layers) if _block(index, layers) == block]

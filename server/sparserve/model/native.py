@@ -7,6 +7,7 @@ with bfloat16 weights in prompts and decode alike, with integers in each of them
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -35,6 +36,8 @@ from sparserve.model.merge import Call, kept, merged
 from sparserve.model.weight_bytes import bytes_of_a_step, layer_neuron_bytes
 from sparserve.sparsity.statistics import NeuronStatistics
 
+log = logging.getLogger(__name__)
+
 # Of the KV cache, by the bits of a number: its name, and the bytes of a head's scale for one token.
 KV_DTYPES = {16: "bfloat16", 8: "int8"}
 KV_SCALE_BYTES = {16: 0, 8: 2}
@@ -50,9 +53,12 @@ class NativeBackend:
         self.config = config
         self.num_blocks = num_blocks
         self._decoder = decoder
-        # [num_layers, num_blocks, bytes of a block of one layer]
+        self._graphs_told = decoder.graphs() is None  # in the log
+        # Layer by layer, of each [num_blocks, bytes of a block of this layer].
         self._kv = decoder.new_kv(num_blocks)
-        self._layer_block_bytes = decoder.kv_block_bytes // config.num_layers
+        kv_heads = [own.num_kv_heads for own in config.layers]
+        head = decoder.kv_block_bytes // sum(kv_heads)
+        self._layer_block_bytes = [head * own for own in kv_heads]
         # The forward has threads of its own. Torch's would spin beside them for the little that is
         # left to it.
         torch.set_num_threads(1)
@@ -74,26 +80,30 @@ class NativeBackend:
         )
 
     def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
-        size = self._layer_block_bytes
-        blocks = torch.empty(len(block_ids), self.config.num_layers, size, dtype=torch.uint8)
+        """[blocks, bytes of all layers] uint8."""
+        sizes = self._layer_block_bytes
+        blocks = torch.empty(len(block_ids), sum(sizes), dtype=torch.uint8)
+        layers = torch.split(blocks, sizes, dim=1)
         for layer, places, offset in self._pieces(block_ids):
-            read = self._kv.read(offset, (places.stop - places.start) * size)
-            blocks[places, layer] = read.view(-1, size)
+            read = self._kv.read(offset, (places.stop - places.start) * sizes[layer])
+            layers[layer][places] = read.view(-1, sizes[layer])
         return blocks
 
     def write_blocks(self, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
+        layers = torch.split(blocks, self._layer_block_bytes, dim=1)
         for layer, places, offset in self._pieces(block_ids):
-            self._kv.write(offset, as_bytes(blocks[places, layer]))
+            self._kv.write(offset, as_bytes(layers[layer][places].contiguous()))
 
     def _pieces(self, block_ids: Sequence[int]) -> Iterator[tuple[int, slice, int]]:
         """(layer, places in `block_ids`, offset in KV memory) of blocks that lie in one piece: to copy each
         block of each layer by itself would take a GPU as long as a step."""
         breaks = [i for i, (a, b) in enumerate(pairwise(block_ids), start=1) if b != a + 1]
         pieces = list(pairwise([0, *breaks, len(block_ids)]))
-        for layer in range(self.config.num_layers):
+        layer_begin = 0
+        for layer, size in enumerate(self._layer_block_bytes):
             for begin, end in pieces:
-                first = layer * self.num_blocks + block_ids[begin]
-                yield layer, slice(begin, end), first * self._layer_block_bytes
+                yield layer, slice(begin, end), layer_begin + block_ids[begin] * size
+            layer_begin += self.num_blocks * size
 
     def forward(self, batch: ForwardBatch) -> ForwardOutput:
         """Raises ValueError of a sequence that chooses neurons for more than SK_CHOICE_TOKENS tokens."""
@@ -149,7 +159,10 @@ class NativeBackend:
             needed=needed if with_scan else None,
             rescored=rescored if with_scan else None,
             union_reads=read,
+            leave_logits=not hidden_rows,  # whose logits would overwrite them
         )
+        if not self._graphs_told:
+            self._tell_graphs()
         statistics = [
             None if own.statistics is None else _by_block(sequence, own.statistics)
             for sequence, own in zip(sequences, wanted, strict=True)
@@ -167,12 +180,32 @@ class NativeBackend:
         scores = list(self._scores(sequences, rows.hidden))
         counts = _head_counts(needed, known, rescored)
         return ForwardOutput(
-            _candidates(rows, known),
+            self._candidates(rows, known),
             statistics,
             scores,
             counts,
             reads if union else (),
             None if read is None else NeuronReads(read, 1),
+        )
+
+    def _tell_graphs(self) -> None:
+        """Why a GPU's steps are not launched as graphs, as soon as it is so."""
+        counts = self._decoder.graphs()
+        if counts is not None and counts.why_not:
+            log.warning(
+                "decoding steps are launched kernel by kernel, without CUDA graphs: %s",
+                counts.why_not,
+            )
+            self._graphs_told = True
+
+    def _candidates(self, rows: Rows, known: Sequence[int]) -> Candidates:
+        return Candidates(
+            token_ids=rows.candidate_ids,
+            logits=rows.candidate_logits,
+            log_normalizer=rows.log_normalizers,
+            log_normalizer_1=rows.log_normalizers_1,
+            full_logits=lambda row: self._decoder.row_of_logits(rows, row),
+            known=known,
         )
 
     def _wanted(self, sequence: SequenceInput) -> Wanted:
@@ -234,17 +267,6 @@ def _head_counts(
         tried = 0 not in needed and sum(needed) <= SK_SCAN_NEEDED
         return HeadCounts(widened=len(known)) if tried else HeadCounts(whole=len(known))
     return HeadCounts(scanned=len(known), rescored=sum(rescored))
-
-
-def _candidates(rows: Rows, known: Sequence[int]) -> Candidates:
-    return Candidates(
-        token_ids=rows.candidate_ids,
-        logits=rows.candidate_logits,
-        log_normalizer=rows.log_normalizers,
-        log_normalizer_1=rows.log_normalizers_1,
-        full_logits=lambda row: rows.logits[row],
-        known=known,
-    )
 
 
 def _by_block(sequence: SequenceInput, sums: torch.Tensor) -> list[NeuronStatistics]:

@@ -43,6 +43,7 @@ def make_decoder(
     threads: int,
     device: str = "cpu",
     kv_bits: int = 16,
+    graphs: bool = True,
     calibration: Sequence[int] = (),
     choice: ChoiceTensors | None = None,
     compressed: CompressedWeights | None = None,
@@ -62,7 +63,7 @@ def make_decoder(
         on_layer=on_layer,
     )
     own_threads = threads if device == "cpu" else 1
-    return Decoder(packed, device=device, threads=own_threads, kv_bits=kv_bits)
+    return Decoder(packed, device=device, threads=own_threads, kv_bits=kv_bits, graphs=graphs)
 
 
 def pack_model(
@@ -86,10 +87,8 @@ def pack_model(
     quantized, and MemoryError.
     """
     shapes = [
-        LayerShape(
-            config.num_heads, config.num_kv_heads, config.intermediate_size, config.window(layer)
-        )
-        for layer in range(config.num_layers)
+        LayerShape(own.num_heads, own.num_kv_heads, own.intermediate_size, config.window(layer))
+        for layer, own in enumerate(config.layers)
     ]
     decoder_config = DecoderConfig(
         hidden_size=config.hidden_size,

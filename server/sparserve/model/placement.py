@@ -93,9 +93,9 @@ def _device(name: str) -> torch.device:
 class _Layer(nn.Module):
     """The shapes of a decoder layer, without memory."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
         super().__init__()
-        for field, shape in layer_shapes(config).items():
+        for field, shape in layer_shapes(config, index).items():
             kind = torch.float32 if len(shape) == 1 else dtype
             self.register_parameter(
                 field, nn.Parameter(torch.empty(shape, dtype=kind, device="meta"))
@@ -103,7 +103,7 @@ class _Layer(nn.Module):
 
 
 def _skeleton(config: ModelConfig, dtype: torch.dtype) -> nn.ModuleList:
-    return nn.ModuleList(_Layer(config, dtype) for _ in range(config.num_layers))
+    return nn.ModuleList(_Layer(config, index, dtype) for index in range(config.num_layers))
 
 
 def _bytes_outside_layers(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -161,8 +161,9 @@ class ReferenceBackend:
             )
         )
         rotated = llama.apply_rope(torch.cat((q, k), dim=1), cos, sin)
-        q, k = torch.split(rotated, [config.num_heads, config.num_kv_heads], dim=1)
-        out = x.new_zeros(len(x), config.num_heads * head_dim)
+        size = config.layer(index)
+        q, k = torch.split(rotated, [size.num_heads, size.num_kv_heads], dim=1)
+        out = x.new_zeros(len(x), size.num_heads * head_dim)
         for span in layout.spans:
             self._kv.write(index, span.slots, k[span.rows], v[span.rows])
             for context in span.contexts[config.window(index)]:
@@ -195,7 +196,7 @@ class ReferenceBackend:
                     activations[span.rows], span.sequence.score, span.sequence.score_share
                 )
                 for part, rows in zip(parts, _rows_by_block(span.sequence), strict=True):
-                    part.sums[index] += scores[rows].sum(dim=0).cpu()
+                    part.sums[index, : scores.shape[1]] += scores[rows].sum(dim=0).cpu()
         if choosing.union is None:
             return layout.linear(activations, layer.w_down)
         self._choose(index, gate, activations, layout, choosing)

@@ -29,12 +29,12 @@ DOWN = Stack(("down",), ("w_down",), "down", "down_basis")
 STACKS = (QKV, OUTPUT, GATE_UP, DOWN)
 
 
-def columns_alike(stack: Stack, config: ModelConfig) -> tuple[int, int, int] | None:
+def columns_alike(stack: Stack, config: ModelConfig, index: int) -> tuple[int, int, int] | None:
     """As `column_scales` wants it: query heads of a group take the values of one head."""
     if stack is not OUTPUT:
         return None
-    group = config.num_heads // config.num_kv_heads
-    return config.num_kv_heads, group, config.head_dim
+    size = config.layer(index)
+    return size.num_kv_heads, size.num_heads // size.num_kv_heads, config.head_dim
 
 
 def expected_squares(layer: LayerTensors, stack: Stack, width: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ def bytes_of_a_step(config: ModelConfig, formats: DecoderFormats) -> tuple[int, 
     one row. The bases of low-rank terms belong to no neuron, and do not count as the feed-forward layers'.
     """
     hidden, rows = config.hidden_size, config.vocab_size
-    layers = [_bytes_of_a_layer(config, formats.layer(i)) for i in range(config.num_layers)]
+    layers = [_bytes_of_a_layer(config, i, formats.layer(i)) for i in range(config.num_layers)]
     head = formats.lm_head.bytes(rows, hidden)
     # With two bounds of each row's error; a few rows of the LM head are beside it.
     if formats.lm_head_scan:
@@ -32,10 +32,10 @@ def bytes_of_weights(config: ModelConfig, formats: DecoderFormats) -> int:
     return bytes_of_a_step(config, formats)[0] + embedding
 
 
-def _bytes_of_a_layer(config: ModelConfig, formats: LayerFormats) -> tuple[int, int]:
+def _bytes_of_a_layer(config: ModelConfig, index: int, formats: LayerFormats) -> tuple[int, int]:
     """(of all, of these the feed-forward's)."""
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    shapes = layer_shapes(config)
+    hidden, neurons = config.hidden_size, config.layer(index).intermediate_size
+    shapes = layer_shapes(config, index)
     attention = sum(formats.attention.bytes(*shapes[name]) for name in ("wq", "wk", "wv", "wo"))
     vectors = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
     mlp = 2 * formats.gate_up.bytes(neurons, hidden) + formats.down.bytes(neurons, hidden)

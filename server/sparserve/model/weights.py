@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 
 import torch
 
@@ -112,17 +113,18 @@ def step_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of weights that a dense decode step reads: all but the embedding, of which it takes one
     row; a tied one is read as LM head. Matrices in `dtype`, vectors in float32.
     """
-    layer = layer_shapes(config).values()
-    shapes = [*config.num_layers * [*layer], (config.vocab_size, config.hidden_size)]
+    layers = (layer_shapes(config, index).values() for index in range(config.num_layers))
+    shapes = [*chain.from_iterable(layers), (config.vocab_size, config.hidden_size)]
     vectors = sum(shape[0] for shape in shapes if len(shape) == 1) + config.hidden_size
     matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
     return matrices * dtype.itemsize + vectors * torch.float32.itemsize
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """LayerWeights field -> shape, of the fields that `config` asks for."""
-    d, i = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """LayerWeights field -> shape, of the fields that `config` asks for in layer `index`."""
+    size = config.layer(index)
+    d, i = config.hidden_size, size.intermediate_size
+    q, kv = size.num_heads * config.head_dim, size.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "attn_norm": (d,),
         "wq": (q, d),
@@ -152,7 +154,7 @@ def read_layer(config: ModelConfig, names: TensorNames, read: Read, index: int) 
     return LayerWeights(
         **{
             field: _checked(read, names.layer[field].format(i=index), shape)
-            for field, shape in layer_shapes(config).items()
+            for field, shape in layer_shapes(config, index).items()
         }
     )
 

@@ -42,7 +42,7 @@ class ModelShape(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
-    def intermediate_size(self) -> int: ...
+    def layer_neurons(self) -> tuple[int, ...]: ...
 
 
 class BackendReads(Protocol):
@@ -98,7 +98,8 @@ class Chooser:
     def __init__(
         self, config: ModelShape, info: BackendReads, index: NeuronIndex | None = None
     ) -> None:
-        self._layers, self._neurons = config.num_layers, config.intermediate_size
+        self._layers = config.num_layers
+        self._neurons = torch.tensor(config.layer_neurons)
         self._reads, self._index = info.neuron_bytes, index
         self._curves = _curves(index.settings if index else (), info.choices)
         by_token = any(key.kind is PolicyKind.TOKEN for key in self._curves)

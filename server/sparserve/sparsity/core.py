@@ -17,10 +17,10 @@ STABLE_TOKENS = 128
 STABLE_OVERLAP = 0.9
 
 
-def neurons_of(shares: torch.Tensor, neurons: int) -> torch.Tensor:
-    """shares [layers] -> how many neurons that is, int64 [layers]: rounded to the nearest, halves up, at
-    least 1."""
-    return (shares.double() * neurons + 0.5).floor().long().clamp(1, neurons)
+def neurons_of(shares: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+    """shares [layers] of neurons [layers] -> how many that is, int64 [layers]: rounded to the nearest, halves
+    up, at least 1."""
+    return (shares.double() * neurons + 0.5).floor().long().clamp(min=1).minimum(neurons)
 
 
 def best_neurons(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

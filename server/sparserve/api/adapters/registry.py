@@ -11,7 +11,11 @@ import grpc
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 
-_MODULES: dict[str, str] = {"vllm": "vllm_engine"}
+_MODULES = {
+    "kserve": "kserve",
+    "vllm": "vllm_engine",
+    "vllm-inference": "vllm_inference",
+}
 
 
 class AddAdapter(Protocol):

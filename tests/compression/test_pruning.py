@@ -1,0 +1,208 @@
+"""Which units matter, how many go, what the rest makes up for; against plain loops in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparserve.compression.pruning.budget import (
+    BudgetTooLarge,
+    LayerUnits,
+    adaptive,
+    uniform,
+    units_of,
+)
+from sparserve.compression.pruning.criteria import CRITERIA, Importance, LayerMatrices
+from sparserve.compression.pruning.restore import least_squares
+from sparserve.compression.pruning.statistics import LayerStatistics
+
+HEADS, HEAD_DIM, HIDDEN, NEURONS = 4, 3, 7, 11
+HEAD, KV_HEAD, NEURON = 40, 30, 21  # parameters
+
+
+def random_layer(generator: torch.Generator) -> LayerMatrices:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return LayerMatrices(
+        random(HEADS * HEAD_DIM, HIDDEN),
+        random(HIDDEN, HEADS * HEAD_DIM),
+        random(NEURONS, HIDDEN),
+        random(NEURONS, HIDDEN),
+        random(HIDDEN, NEURONS),
+    )
+
+
+def windows_of(width: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Three of unlike lengths."""
+    return [torch.randn(tokens, width, generator=generator) for tokens in (2, 5, 9)]
+
+
+def test_scores_are_those_of_plain_loops():
+    generator = torch.Generator().manual_seed(0)
+    layer = random_layer(generator)
+    heads, neurons = windows_of(HEADS * HEAD_DIM, generator), windows_of(NEURONS, generator)
+    seen = LayerStatistics.zeros(HEADS, HEAD_DIM, NEURONS)
+    for z, a in zip(heads, neurons, strict=True):
+        seen.add_heads(z, layer.wo)
+        seen.neurons.add(a)
+
+    def over_windows(of, windows):
+        return sum(sum(map(of, own)) / len(own) for own in windows) / len(windows)
+
+    found = {name: own(layer, seen, generator) for name, own in CRITERIA.items()}
+    wo, down = layer.wo.double(), layer.w_down.double()
+    for head in range(HEADS):
+        part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        through = over_windows(lambda z, p=part: (wo[:, p] @ z[p].double()).abs().sum(), heads)
+        for name in ("amp", "amp_w"):
+            assert float(found[name].heads[head]) == pytest.approx(float(through), rel=1e-5)
+        square = over_windows(lambda z, p=part: z[p].double().square(), heads)
+        mean = over_windows(lambda z, p=part: z[p].double(), heads)
+        wanda = (wo[:, part].abs().mean(dim=0) * square.sqrt()).mean()
+        assert float(found["wanda"].heads[head]) == pytest.approx(float(wanda), rel=1e-6)
+        flap = ((square - mean**2) * wo[:, part].square().sum(dim=0)).square().mean()
+        assert float(found["flap"].heads[head]) == pytest.approx(float(flap), rel=1e-6)
+    for i in range(NEURONS):
+        absolute = over_windows(lambda a, i=i: a[i].double().abs(), neurons)
+        square = over_windows(lambda a, i=i: a[i].double().square(), neurons)
+        mean = over_windows(lambda a, i=i: a[i].double(), neurons)
+        for name, expected in {
+            "amp": absolute,
+            "amp_w": absolute * down[:, i].abs().sum(),
+            "wanda": down[:, i].abs().mean() * square.sqrt(),
+            "flap": (square - mean**2) * down[:, i].square().sum(),
+        }.items():
+            assert float(found[name].neurons[i]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_random_is_of_its_seed():
+    layer, seen = random_layer(torch.Generator()), LayerStatistics.zeros(HEADS, HEAD_DIM, NEURONS)
+    one, same, other = (
+        CRITERIA["random"](layer, seen, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.neurons, same.neurons)
+    assert torch.equal(one.heads, same.heads)
+    assert not torch.equal(one.neurons, other.neurons)
+
+
+def units(heads: list[float], neurons: list[float], *, whole_groups: bool = True) -> LayerUnits:
+    """Two query heads to a KV head."""
+    return units_of(
+        Importance(
+            torch.tensor(heads, dtype=torch.float64), torch.tensor(neurons, dtype=torch.float64)
+        ),
+        num_kv_heads=len(heads) // 2,
+        whole_groups=whole_groups,
+        head_parameters=HEAD,
+        kv_head_parameters=KV_HEAD,
+        neuron_parameters=NEURON,
+    )
+
+
+def test_heads_go_by_groups_or_one_of_each_group():
+    own = units([3, 5, 0, 9, 1, 2], [2, 0, 1])
+    assert [step.heads for step in own.head_steps] == [(4, 5), (0, 1)]  # means 1.5, 4, 4.5
+    assert [step.score for step in own.head_steps] == [1.5, 4]
+    assert own.head_cost == 2 * HEAD + KV_HEAD
+    assert own.neurons.tolist() == [1, 2, 0]
+    own = units([3, 5, 0, 9, 1, 2], [2, 0, 1], whole_groups=False)
+    assert [step.heads for step in own.head_steps] == [(0, 2, 4)]
+    assert own.head_cost == 3 * HEAD
+
+
+layer_lists = st.lists(
+    st.builds(
+        lambda groups, neurons, seed: (groups, neurons, seed),
+        st.integers(1, 6),
+        st.integers(1, 200),
+        st.integers(0, 2**31),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def random_units(groups: int, neurons: int, seed: int) -> LayerUnits:
+    generator = torch.Generator().manual_seed(seed)
+    return units(
+        torch.rand(2 * groups, generator=generator).tolist(),
+        torch.rand(neurons, generator=generator).tolist(),
+    )
+
+
+@pytest.mark.parametrize("give_out", [uniform, adaptive])
+@given(sizes=layer_lists, share=st.floats(0, 1))
+def test_a_budget_is_met_up_to_a_unit_and_leaves_each_layer_something(give_out, sizes, share):
+    layers = [random_units(*own) for own in sizes]
+    most = sum(own.most for own in layers)
+    asked = round(share * most)
+    removals = give_out(layers, asked)
+    removed = 0
+    for own, removal in zip(layers, removals, strict=True):
+        assert 0 <= removal.head_steps <= len(own.head_steps)
+        assert 0 <= removal.neurons <= own.most_neurons < len(own.neurons)
+        removed += removal.head_steps * own.head_cost + removal.neurons * own.neuron_cost
+    # What is left over could be met in one kind of unit alone only where the other is used up.
+    assert abs(removed - asked) <= max(own.head_cost for own in layers) or give_out is uniform
+    with pytest.raises(BudgetTooLarge):
+        give_out(layers, most + 1)
+
+
+@given(share=st.floats(0.01, 0.8))
+def test_layers_alike_lose_alike_and_all_together_what_is_asked(share):
+    layers = [random_units(8, 150, seed) for seed in range(5)]
+    asked = round(share * sum(own.parameters for own in layers))
+    removals = uniform(layers, asked)
+    assert len({own.head_steps for own in removals}) == 1
+    assert max(own.neurons for own in removals) - min(own.neurons for own in removals) <= 1
+    removed = sum(
+        removal.head_steps * own.head_cost + removal.neurons * own.neuron_cost
+        for own, removal in zip(layers, removals, strict=True)
+    )
+    assert abs(removed - asked) <= NEURON / 2
+
+
+def test_heads_alone_are_rounded_over_layers():
+    layers = [random_units(3, 10, seed).heads_alone() for seed in range(10)]
+    removals = uniform(layers, round(0.2 * sum(own.parameters for own in layers)))
+    assert sum(own.head_steps for own in removals) == 6
+    assert {own.neurons for own in removals} == {0}
+
+
+def test_adaptive_takes_what_stands_lowest_in_its_layer():
+    flat = units([1, 1, 1, 1], [10.0] * 8 + [11.0] * 8)
+    steep = units([1, 1, 1, 1], [0.0] * 2 + [10.0] * 14)
+    removals = adaptive([flat.neurons_alone(), steep.neurons_alone()], 2 * NEURON)
+    assert [own.neurons for own in removals] == [0, 2]
+
+
+def test_least_squares_makes_up_for_what_the_rest_knows():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(5, 8, generator=generator)
+    basis = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+
+    def moments(rows: int) -> torch.Tensor:
+        noise = 0.05 * torch.randn(rows, 8, generator=generator, dtype=torch.float64)
+        x = torch.randn(rows, 4, generator=generator, dtype=torch.float64) @ basis + noise
+        return x.T @ x
+
+    kept = torch.tensor([0, 1, 3, 4, 6, 7])
+    found = least_squares(weight, kept, moments(400), moments(200))
+    assert found.weight.shape == (5, 6)
+    assert found.restored < 0.1 * found.removed  # four directions carry all: six inputs hold them
+    alone = least_squares(weight, kept, torch.eye(8).double(), torch.eye(8).double())
+    assert alone.restored >= alone.removed  # inputs that know nothing of each other
+    shrunk = weight[:, kept] / (1 + 0.01)
+    assert torch.allclose(alone.weight, shrunk, rtol=1e-5)
+
+
+def test_a_layer_without_importance_still_loses_its_share():
+    own = replace(units([0, 0, 0, 0], [0.0] * 20))
+    removal = adaptive([own], own.most)[0]
+    assert (removal.head_steps, removal.neurons) == (1, own.most_neurons)
+    assert own.most_neurons == 20 - max(1, round(20 / 8))
+    assert math.isclose(own.parameters, 2 * (2 * HEAD + KV_HEAD) + 20 * NEURON)

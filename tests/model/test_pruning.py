@@ -1,0 +1,214 @@
+"""Pruned models: the same as the whole one with what is removed set to zero, in memory and as a folder."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparserve.compression.recipe import Prune, parse_recipe
+from sparserve.config import ServerSettings
+from sparserve.engine.factory import assemble_engine
+from sparserve.errors import ConfigError, CorruptCheckpoint, UnsupportedModel
+from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
+from sparserve.model.compress_folder import compress_folder
+from sparserve.model.config import LayerSize
+from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.pruning import PrunedLayers, prune
+from sparserve.model.reference import ReferenceBackend
+from sparserve.sparsity.chooser import Chooser
+from sparserve.sparsity.policy import Policy, PolicyKind
+from sparserve.sparsity.statistics import PromptStatistics
+
+BF16 = """
+name: pruned
+attention: {bits: 16}
+gate_up: {bits: 16}
+down: {bits: 16}
+lm_head: {bits: 16}
+calibration: {windows: 4, tokens: 64}
+"""
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, 259, (8, 48), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def logits(backend, tokens: list[int]) -> torch.Tensor:
+    """Of all positions, the prompt first and then one token after another."""
+    table, half, rows = list(range(4)), len(tokens) // 2, []
+    for start, stop, phase in [
+        (0, half, Phase.PREFILL),
+        *((i, i + 1, Phase.DECODE) for i in range(half, len(tokens))),
+    ]:
+        span = SequenceInput(
+            tokens[start:stop], start, table, phase, output_offsets=[stop - start - 1]
+        )
+        candidates = backend.forward(ForwardBatch([span])).candidates
+        rows.append(candidates.full_logits(0).clone())
+    return torch.stack(rows)
+
+
+def reference(model: LoadedModel) -> ReferenceBackend:
+    return ReferenceBackend(model.config, model.weights, num_blocks=8, threads=1)
+
+
+def masked(model: LoadedModel, layers: PrunedLayers) -> LoadedModel:
+    """The whole model, but nothing goes through what is removed."""
+    head_dim, whole = model.config.head_dim, []
+    for layer, kept in zip(model.weights.layers, layers.kept, strict=True):
+        heads = torch.zeros(layer.wo.shape[1] // head_dim)
+        heads[kept.heads] = 1
+        neurons = torch.zeros(layer.w_down.shape[1])
+        neurons[kept.neurons] = 1
+        whole.append(
+            replace(
+                layer,
+                wo=layer.wo * heads.repeat_interleave(head_dim),
+                w_down=layer.w_down * neurons,
+            )
+        )
+    return replace(model, weights=replace(model.weights, layers=whole))
+
+
+@pytest.mark.parametrize("head_unit", ["groups", "queries"])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_pruning_is_masking(tiny_model, token_ids, head_unit, allocation):
+    how = Prune(heads=0.3, mlp=0.3, head_unit=head_unit, allocation=allocation, restore="none")
+    made = prune(tiny_model, how, token_ids)
+    config = made.model.config
+    assert config.num_parameters + made.parameters == tiny_model.config.num_parameters
+    sizes = list(config.layers)
+    if head_unit == "groups":
+        assert min(own.num_kv_heads for own in sizes) == 1
+    else:
+        assert {own.num_kv_heads for own in sizes} == {2}
+    assert sum(own.intermediate_size for own in sizes) == pytest.approx(0.7 * 2 * 96, abs=1)
+    tokens = token_ids[0].tolist()
+    whole = masked(tiny_model, made.model.weights.layers)
+    found, expected = logits(reference(made.model), tokens), logits(reference(whole), tokens)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_share_of_all_parameters_is_met(tiny_model, token_ids):
+    before = tiny_model.config.num_parameters
+    made = prune(tiny_model, Prune(ratio=0.25), token_ids)
+    assert made.parameters == pytest.approx(0.25 * before, abs=3 * 64)
+    assert made.model.config.num_parameters == before - made.parameters
+
+
+def test_restoring_never_makes_held_out_errors_larger(tiny_model, token_ids):
+    made = prune(tiny_model, Prune(mlp=0.5, heads=0.4), token_ids)
+    plain = prune(tiny_model, Prune(mlp=0.5, heads=0.4, restore="none"), token_ids)
+    for index, layer in enumerate(made.layers):
+        for field, report in (("wo", layer.output), ("w_down", layer.down)):
+            if report is None:
+                continue
+            own = getattr(made.model.weights.layers[index], field)
+            before = getattr(plain.model.weights.layers[index], field)
+            assert torch.equal(own, before) == (report.restored >= report.removed)
+
+
+def test_the_same_text_removes_the_same(tiny_model, token_ids):
+    how = Prune(ratio=0.2, criterion="random", seed=5)
+    one, two = (prune(tiny_model, how, token_ids).model.weights.layers for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.w_down, b.w_down)
+        assert torch.equal(a.wq, b.wq)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"ratio": 0.9}, r"prune\.ratio is 0\.9, and of this model at most 0\.\d+ can be removed"),
+        ({"heads": 0.6}, r"prune\.heads is 0\.6, and of this model at most 0\.5"),
+        ({"mlp": 0.9}, r"prune\.mlp is 0\.9, and of this model at most 0\.875"),
+    ],
+)
+def test_what_leaves_too_little_is_refused(tiny_model, token_ids, how, told):
+    with pytest.raises(ConfigError, match=told):
+        prune(tiny_model, Prune(**how), token_ids)
+
+
+def test_restoring_needs_a_window_to_hold_out(tiny_model, token_ids):
+    with pytest.raises(ConfigError, match=r"4 windows .* has 3; .*prune\.restore none"):
+        prune(tiny_model, Prune(mlp=0.5), token_ids[:3])
+
+
+INT8 = """
+name: pruned
+quantizer: rtn
+attention: {bits: 8}
+gate_up: {bits: 8}
+down: {bits: 8}
+calibration: {windows: 4, tokens: 64}
+"""
+
+
+@pytest.mark.parametrize("recipe", [BF16, INT8])
+def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
+    tiny_folder, tmp_path, text, token_ids, recipe
+):
+    how = "prune: {heads: 0.25, mlp: 0.255, allocation: adaptive, head_unit: queries}"
+    made = compress_folder(
+        str(tiny_folder), parse_recipe(recipe + how, "test"), [text], tmp_path / "out"
+    )
+    assert made.pruned is not None
+    model = load_model(str(tmp_path / "out"), layers_at_use=True)
+    assert list(model.config.layers) == [own.size for own in made.pruned.layers]
+    assert len({own.intermediate_size for own in model.config.layers}) == 2
+    engine = assemble_engine(model, ServerSettings(backend="cpu", threads=1, kv_cache_gib=0.01))
+    native = engine.engine.backend
+    exact = load_model(str(tmp_path / "out"), dtype="float32")
+    tokens = token_ids[1].tolist()
+    found, expected = logits(native, tokens), logits(reference(exact), tokens)
+    assert torch.allclose(found, expected, atol=0.06 * float(expected.abs().max()))
+    blocks = native.read_blocks([1, 0])
+    native.write_blocks([4, 5], blocks)
+    assert torch.equal(native.read_blocks([4, 5]), blocks)
+    assert blocks.shape == (2, native.info.kv_bytes_per_token * BLOCK_SIZE)
+
+
+def test_a_core_of_a_pruned_model_is_a_share_of_each_layers_own_neurons(tiny_model, token_ids):
+    made = prune(tiny_model, Prune(mlp=0.3, allocation="adaptive"), token_ids)
+    backend = reference(made.model)
+    chooser = Chooser(made.model.config, backend.info)
+    plan = chooser.plan(Policy(PolicyKind.CORE, density=0.5))
+    neurons = made.model.config.layer_neurons
+    assert len(set(neurons)) == 2
+    assert plan.counts.tolist() == [round(own / 2 + 1e-9) for own in neurons]
+    span = SequenceInput(token_ids[0].tolist(), 0, range(4), Phase.PREFILL, collect_statistics=True)
+    prompt = PromptStatistics(BLOCK_SIZE)
+    prompt.extend(0, backend.forward(ForwardBatch([span])).statistics[0])
+    members = plan.choose(prompt).choice.members(made.model.config.intermediate_size)
+    for own, count in zip(members, neurons, strict=True):
+        assert not own[count:].any()
+
+
+def test_sizes_that_cannot_be_are_refused(tiny_model):
+    config = tiny_model.config
+    for sizes, told in [
+        ([LayerSize(4, 2, 96)], "1 layers have sizes, of 2"),
+        ([LayerSize(4, 2, 96), LayerSize(4, 2, 97)], "layer 1 cannot have"),
+        ([LayerSize(3, 2, 96), LayerSize(4, 2, 96)], "layer 0 cannot have"),
+        ([LayerSize(4, 2, 96), LayerSize(0, 0, 96)], "layer 1 cannot have"),
+    ]:
+        with pytest.raises(CorruptCheckpoint, match=told):
+            config.pruned(sizes)
+
+
+def test_layers_alike_are_a_config_as_any_other(tiny_model):
+    config = tiny_model.config.pruned([LayerSize(2, 1, 50)] * 2)
+    assert (config.num_heads, config.num_kv_heads, config.intermediate_size) == (2, 1, 50)
+    assert config.to_hf()["num_attention_heads"] == 2
+    uneven = tiny_model.config.pruned([LayerSize(2, 1, 50), LayerSize(4, 2, 60)])
+    assert uneven.num_neurons == 110
+    with pytest.raises(UnsupportedModel, match="layer_sizes"):
+        uneven.to_hf()
