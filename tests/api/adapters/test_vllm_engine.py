@@ -129,11 +129,11 @@ REFUSED = {
     "prompt logprobs": ({"prompt_logprobs": 65}, {}, "sampling_params.prompt_logprobs"),
     "negative bias": ({"logit_bias": {-1: 1.0}}, {}, "sampling_params.logit_bias[-1]"),
     "truncation": ({"truncate_prompt_tokens": -1}, {}, "sampling_params.truncate_prompt_tokens"),
-    "top_p": ({"top_p": 2.0}, {}, "sampling.top_p"),
-    "n": ({"n": 1000}, {}, "sampling.n"),
-    "schema": ({"json_schema": "{"}, {}, "constraint.json_schema"),
-    "no object": ({"json_object": False}, {}, "constraint.json_object"),
-    "no choices": ({"choice": pb.ChoiceConstraint()}, {}, "constraint.choice"),
+    "top_p": ({"top_p": 2.0}, {}, "sampling_params.top_p"),
+    "n": ({"n": 1000}, {}, "sampling_params.n"),
+    "schema": ({"json_schema": "{"}, {}, "sampling_params.json_schema"),
+    "no object": ({"json_object": False}, {}, "sampling_params.json_object"),
+    "no choices": ({"choice": pb.ChoiceConstraint()}, {}, "sampling_params.choice"),
     "images": ({}, {"mm_inputs": pb.MultimodalInputs()}, "mm_inputs"),
     "more images": ({}, {"extra_mm_inputs": [pb.MultimodalInputs()]}, "extra_mm_inputs"),
     "references": ({}, {"media_refs": pb.MediaRefs()}, "media_refs"),
@@ -141,7 +141,9 @@ REFUSED = {
     "old transfer": ({}, {"kv_transfer_params": pb.KvTransferParams()}, "kv_transfer_params"),
     "rank": ({}, {"data_parallel_rank": 1}, "data_parallel_rank"),
     "no such id": ({}, {"tokenized": pb.TokenizedInput(input_ids=[2**31])}, "tokenized.input_ids"),
-    "no token": ({}, {"tokenized": pb.TokenizedInput()}, "prompt"),
+    "no token": ({}, {"tokenized": pb.TokenizedInput()}, "tokenized.input_ids"),
+    "too long": ({}, {"tokenized": pb.TokenizedInput(input_ids=[1] * 512)}, "tokenized.input_ids"),
+    "stop token": ({"stop_token_ids": [300]}, {}, "sampling_params.stop_token_ids[0]"),
 }
 
 

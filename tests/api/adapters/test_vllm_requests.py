@@ -66,7 +66,7 @@ def engine(tiny_engine) -> Engine:
 
 def parsed(engine: Engine, message: pb.GenerateRequest) -> GenerationRequest | RequestError:
     try:
-        own = own_request(message)
+        own = own_request(message, 511)
         request = parse_request(own, engine.tokenizer, 511, engine.policies, None, 0.0)
         constraint_of(own)
         engine.validate(request)

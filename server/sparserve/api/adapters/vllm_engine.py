@@ -11,7 +11,7 @@ import grpc
 
 import sparserve
 from sparserve.api.adapters.vllm_kv_events import kv_event_batches
-from sparserve.api.adapters.vllm_requests import own_request
+from sparserve.api.adapters.vllm_requests import own_request, renamed
 from sparserve.api.adapters.vllm_responses import VllmResponder
 from sparserve.api.adapters.vllm_stubs import common_pb2, vllm_engine_pb2_grpc
 from sparserve.api.adapters.vllm_stubs import vllm_engine_pb2 as pb
@@ -19,9 +19,10 @@ from sparserve.api.control import MAX_ABORT_IDS
 from sparserve.api.generation import parse_generation
 from sparserve.api.tokenizer_archive import TokenizerArchive
 from sparserve.config import ServerSettings
-from sparserve.engine.async_engine import AsyncEngine, EngineState
-from sparserve.errors import InvalidRequest, NotBuiltYet
+from sparserve.engine.async_engine import AsyncEngine, EngineState, RequestStream
+from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, RequestError
 from sparserve.model.backend import BLOCK_SIZE
+from sparserve.v1 import inference_pb2 as own_pb
 
 MAX_FLUSH_SECONDS = 3600
 
@@ -46,13 +47,27 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         self._started = time.monotonic()
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        generation = await parse_generation(
-            own_request(request), context, self._engine, self._model_name
-        )
-        responder = VllmResponder(generation, stream=request.stream)
-        with self._engine.submit(generation) as updates:
+        responder, updates = await self._submit(request, context)
+        with updates:
             async for response in responder.answers(updates):
                 yield response
+
+    async def _submit(self, request: Any, context: Any) -> tuple[VllmResponder, RequestStream]:
+        own = self._translated(request)
+        try:
+            generation = await parse_generation(own, context, self._engine, self._model_name)
+            updates = self._engine.submit(generation)
+        except (InvalidRequest, PromptTooLong) as error:
+            raise renamed(error) from error
+        return VllmResponder(generation, stream=request.stream), updates
+
+    def _translated(self, request: Any) -> own_pb.GenerateRequest:
+        engine = self._engine.engine
+        try:
+            return own_request(request, engine.limits.max_context - 1)
+        except RequestError:
+            engine.metrics.requests_rejected.labels(reason="invalid").inc()
+            raise
 
     async def Abort(self, request: Any, context: Any) -> Any:
         """Of ids that are not in flight it says nothing: their requests may just have ended."""

@@ -9,23 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparserve.engine.request import MAX_TOP_LOGPROBS
-from sparserve.errors import InvalidRequest
+from sparserve.errors import InvalidRequest, PromptTooLong
 from sparserve.v1 import inference_pb2 as pb
 
 MAX_INT = 2**31 - 1  # of our fields; theirs have a bit more
-_OTHER_TRANSFERS = "prefill and decode are one process here, no KV moves between servers"
+_NO_TRANSFERS = "prefill and decode are one process here, no KV moves between servers"
 _NO_MEDIA = "the model reads text only"
 # Message fields that nothing here can serve.
 _REFUSED = {
-    "kv_transfer_params": _OTHER_TRANSFERS,
-    "kv_transfer_params_json": _OTHER_TRANSFERS,
+    "kv_transfer_params": _NO_TRANSFERS,
+    "kv_transfer_params_json": _NO_TRANSFERS,
     "mm_inputs": _NO_MEDIA,
     "media_refs": _NO_MEDIA,
 }
+# Our fields, or the messages that they are in, by theirs.
+_RENAMED = {
+    **dict.fromkeys(("sampling.", "stopping.", "constraint."), "sampling_params."),
+    "token_ids.ids": "tokenized.input_ids",
+    "prompt": "tokenized.input_ids",
+}
 
 
-def own_request(message: Any) -> pb.GenerateRequest:
-    """Ranges are checked where ours are. Raises InvalidRequest."""
+def own_request(message: Any, max_prompt_tokens: int) -> pb.GenerateRequest:
+    """Ranges are checked where ours are. Raises InvalidRequest or PromptTooLong."""
     for name, reason in _REFUSED.items():
         if message.HasField(name):
             raise InvalidRequest(name, f"{name} is set: {reason}")
@@ -50,9 +56,21 @@ def own_request(message: Any) -> pb.GenerateRequest:
         ),
         response=_response(params),
     )
-    _set_prompt(own, message)
+    _set_prompt(own, message, max_prompt_tokens)
     _set_constraint(own, params)
     return own
+
+
+def renamed(error: InvalidRequest | PromptTooLong) -> InvalidRequest | PromptTooLong:
+    """The same error with this protocol's name of the field."""
+    for ours, theirs in _RENAMED.items():
+        if error.field.startswith(ours):
+            text = str(error).replace(ours, theirs, 1)
+            field = theirs + error.field.removeprefix(ours)
+            if isinstance(error, PromptTooLong):
+                return PromptTooLong(field, text, error.limit)
+            return InvalidRequest(field, text)
+    return error
 
 
 def _sampling(params: Any) -> pb.Sampling:
@@ -103,7 +121,7 @@ def _count(params: Any, name: str) -> int:
     return count
 
 
-def _set_prompt(own: pb.GenerateRequest, message: Any) -> None:
+def _set_prompt(own: pb.GenerateRequest, message: Any, limit: int) -> None:
     params, kind = message.sampling_params, message.WhichOneof("input")
     cut = params.truncate_prompt_tokens if params.HasField("truncate_prompt_tokens") else None
     if cut is not None and (cut < 1 or kind != "tokenized"):
@@ -116,7 +134,11 @@ def _set_prompt(own: pb.GenerateRequest, message: Any) -> None:
     elif kind == "tokenized":
         # The end of a prompt is what the text goes on from.
         ids = message.tokenized.input_ids[-cut:] if cut else message.tokenized.input_ids
-        own.token_ids.ids.extend(_token_ids("tokenized.input_ids", ids))
+        name = "tokenized.input_ids"
+        if len(ids) > limit:  # before a look at each of them: there can be millions
+            text = f"the prompt has {len(ids)} tokens, the limit is {limit}"
+            raise PromptTooLong(name, text, limit)
+        own.token_ids.ids.extend(_token_ids(name, ids))
     else:
         raise InvalidRequest("input", "the request has no input; set tokenized or text")
 
