@@ -143,6 +143,7 @@ async def test_a_worker_that_cannot_start_ends_it_and_says_why(spawn, tmp_path):
             ["--worker-urls", "grpc://127.0.0.1:1", "--model", "x"],
             "--model: for workers started here",
         ),
+        (["--smg-flags", "'open"], "--smg-flags cannot be split into flags: No closing quotation"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:30000 for the gateway"),
     ],
 )

@@ -87,14 +87,13 @@ def gateway(
         raise ConfigError("the gateway is the package smg: pip install 'sparserve[gateway]'")
     _check_front(host, port, gateway_metrics_port)
     drain_timeout = load_settings(ServerSettings, {}).drain_timeout
-    front = Front(
-        host, port, gateway_metrics_port, balancing, shlex.split(smg_flags), drain_timeout
-    )
+    flags = _split(smg_flags)
+    front = Front(host, port, gateway_metrics_port, balancing, flags, drain_timeout)
     urls = _given_urls(worker_urls)
     if urls and settings.model_fields_set:
-        flags = ", ".join(flag(name) for name in sorted(settings.model_fields_set))
+        given = ", ".join(flag(name) for name in sorted(settings.model_fields_set))
         raise ConfigError(
-            f"{flags}: for workers started here; those of --worker-urls have their own"
+            f"{given}: for workers started here; those of --worker-urls have their own"
         )
     if not urls:
         _fetch_model(settings.model)
@@ -224,6 +223,13 @@ def _check_front(host: str, port: int, metrics_port: int) -> None:
             f"{host} is open to the network, and smg asks for no key: whoever reaches it can generate, and add "
             "workers of their own; see --tenant-api-key and --control-plane-api-keys of `smg launch` (--smg-flags)"
         )
+
+
+def _split(smg_flags: str) -> list[str]:
+    try:
+        return shlex.split(smg_flags)
+    except ValueError as error:
+        raise ConfigError(f"--smg-flags cannot be split into flags: {error}") from error
 
 
 def _given_urls(text: str) -> list[str]:
