@@ -116,7 +116,7 @@ def host_objects(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> lis
     return sorted(map(str, folder.glob("*.o")))
 
 
-OF_NVIDIA = ("driver_nvidia", "image", "libcuda")
+OF_NVIDIA = ("driver_nvidia", "gpu", "gpu_code", "image", "libcuda")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DSPARSE_KERNELS_EMULATOR")
 
 
