@@ -26,7 +26,7 @@ def server_settings(settings: EngineSettings | None = None) -> ServerSettings:
     return load_settings(ServerSettings, {**flags, **own})
 
 
-def _refuse_engine_flags(settings: EngineSettings) -> None:
+def refuse_engine_flags(settings: EngineSettings) -> None:
     """Raises ConfigError where a command with --server was given flags of a model that runs here."""
     if settings.model_fields_set:
         flags = ", ".join(
@@ -49,7 +49,7 @@ def build_with_bars(settings: EngineSettings) -> BuiltEngine:
 async def connected(target: str | None, settings: EngineSettings) -> AsyncIterator[AsyncClient]:
     """A client of the server at `target`, or of one of our own."""
     if target is not None:
-        _refuse_engine_flags(settings)
+        refuse_engine_flags(settings)
         async with AsyncClient(target) as client:
             yield client
         return
