@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Column, Table
 
+from sparserve.cli.bench_reports import warn_if_busy
 from sparserve.cli.output import out, warn
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def _costs(report: Report) -> list[tuple[str, Callable[[Summary], str]]]:
     ]  # fmt: skip
     if any(s.server_rss_mib for s in summaries):
         found += [
+            ("CPUs used by others", lambda s: "" if s.cpus_of_others is None else f"{s.cpus_of_others:.2f}"),
             ("server's CPU s", lambda s: "" if s.server_cpu_seconds is None else f"{s.server_cpu_seconds:.2f}"),
             ("server's RSS, MiB: first, most, last", lambda s: _memory(s)),
             ("growth, last quarter to second", lambda s: _growth(s)),
@@ -193,6 +195,7 @@ def _caption(report: Report) -> str:
 def _warn(report: Report) -> None:
     from sparserve.bench.serve.report import spoilt_by_lag
 
+    warn_if_busy(max((row.summary.cpus_of_others or 0.0 for row in report.rows), default=0.0))
     for row in report.rows:
         where = f"{row.target}, {row.label}: "
         if told := spoilt_by_lag(row.summary):

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 from statistics import median
@@ -58,6 +60,25 @@ async def test_users_send_as_soon_as_they_are_answered(serving, make_load):
     assert found.held_back.percentiles["99"] < 500, "a user waits for no turn"
     assert run.cpu_seconds > 0
     assert found.server_rss_mib[1] > 50, "this process is the server here"
+
+
+async def test_what_other_processes_use_is_told(http_server, make_load):
+    """A process that does nothing but count, beside a server that is not the target's process."""
+    http_server.seconds_per_token = 0.05
+    code = "while True: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as busy:
+        try:
+            target = OpenAi("peer", http_server.url, Wish(), pids=[os.getpid()])
+            run = await loaded(target, Stage(make_load(users=1, count=1), asks(30)))
+            others = run.server.cpus_of_others
+            target = OpenAi("peer", http_server.url, Wish(), pids=[busy.pid])
+            run = await loaded(target, Stage(make_load(users=1, count=1), asks(30)))
+        finally:
+            busy.kill()
+    assert others > 0.05
+    assert run.server.cpu_seconds > 0.05, "now it is the server"
+    with pytest.raises(ConfigError, match="the server's process"):
+        await loaded(OpenAi("peer", http_server.url, Wish(), pids=[2**22 + 1]), Stage(make_load(count=1), asks(1)))  # fmt: skip
 
 
 async def test_requests_come_when_they_are_due(serving, make_load):

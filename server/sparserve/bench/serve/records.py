@@ -78,6 +78,7 @@ class Usage:
 
     cpu_seconds: float
     rss: Sequence[tuple[float, int]]  # (seconds from the start, bytes)
+    cpus_of_others: float = 0.0  # that neither the server nor this process used, of this machine
 
     @property
     def growth(self) -> float | None:

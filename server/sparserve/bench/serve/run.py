@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sparserve.bench.machine import CpuWatch
 from sparserve.bench.serve.datasets import Prompt, Prompts
 from sparserve.bench.serve.load import Load
 from sparserve.bench.serve.records import Record, Run
@@ -50,19 +51,18 @@ async def run_load(
     """`target` is open. Ends when every request has been answered or has failed."""
     generator = _Generator(target, stage)
     watch = ProcessWatch(target.pids) if target.pids else None
+    cpus = CpuWatch()
     loop_watch = LoopWatch()
     looks = [loop_watch.run(), generator.report(on_status), *([watch.run()] if watch else [])]
     async with _meanwhile(looks):
         cpu = time.process_time()
         await generator.run()
         cpu = time.process_time() - cpu
-    return Run(
-        generator.records,
-        max((record.ended for record in generator.records), default=0.0),
-        cpu,
-        loop_watch.lags,
-        watch.usage() if watch else None,
-    )
+    usage, others = watch.usage() if watch else None, cpus.others()
+    seconds = max((record.ended for record in generator.records), default=0.0)
+    if usage is not None and seconds:
+        usage = replace(usage, cpus_of_others=max(0.0, others - usage.cpu_seconds / seconds))
+    return Run(generator.records, seconds, cpu, loop_watch.lags, usage)
 
 
 async def warm_up(target: Target, prompts: Prompts, count: int, timeout: float) -> None:

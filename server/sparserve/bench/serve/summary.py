@@ -82,6 +82,7 @@ class Summary:
     generator_cpu_seconds: float
     loop_lag: Latency | None
     server_cpu_seconds: float | None
+    cpus_of_others: float | None  # used meanwhile; None: nobody said which the server's process is
     server_rss_mib: tuple[float, float, float] | None  # first, largest, last
     server_rss_growth: float | None  # largest of the last quarter over that of the second, less 1
 
@@ -154,6 +155,7 @@ def summarize(runs: Sequence[Run], percentiles: Sequence[float], slos: dict[str,
         generator_cpu_seconds=round(sum(run.cpu_seconds for run in runs), 3),
         loop_lag=Latency.of([lag for run in runs for lag in run.lags], (99,)),
         server_cpu_seconds=round(sum(u.cpu_seconds for u in usages), 3) if usages else None,
+        cpus_of_others=round(max(u.cpus_of_others for u in usages), 2) if usages else None,
         server_rss_mib=_memory([size for usage in usages for _, size in usage.rss]),
         server_rss_growth=next((u.growth for u in reversed(usages) if u.growth is not None), None),
     )

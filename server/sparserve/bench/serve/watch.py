@@ -14,6 +14,7 @@ from sparserve.errors import ConfigError
 
 LOOK = 0.02  # seconds between two looks at the event loop
 MEMORY_LOOK = 1.0  # between two at the server's memory
+FAMILY_LOOKS = 10  # of those, between two at what it has started, which reads all of /proc
 
 
 class LoopWatch:
@@ -40,6 +41,7 @@ class ProcessWatch:
             self._processes = [self._psutil.Process(pid) for pid in pids]
         except self._psutil.Error as error:
             raise ConfigError(f"the server's process: {error}") from error
+        self._find_family()
         self._begun = time.perf_counter()
         self._cpu = self._cpu_seconds()
         self._rss = [(0.0, self._resident())]
@@ -48,21 +50,23 @@ class ProcessWatch:
         """Until it is cancelled."""
         while True:
             await asyncio.sleep(MEMORY_LOOK)
+            if len(self._rss) % FAMILY_LOOKS == 0:
+                self._find_family()
             self._rss.append((round(time.perf_counter() - self._begun, 3), self._resident()))
 
     def usage(self) -> Usage:
         return Usage(round(self._cpu_seconds() - self._cpu, 3), self._rss)
 
-    def _family(self) -> list[Any]:
+    def _find_family(self) -> None:
         found: dict[int, Any] = {}
         for process in self._processes:
             with contextlib.suppress(self._psutil.Error):
                 found |= {p.pid: p for p in (process, *process.children(recursive=True))}
-        return list(found.values())
+        self._family = list(found.values())
 
     def _cpu_seconds(self) -> float:
         total = 0.0
-        for process in self._family():
+        for process in self._family:
             with contextlib.suppress(self._psutil.Error):
                 times = process.cpu_times()
                 total += times.user + times.system
@@ -70,7 +74,7 @@ class ProcessWatch:
 
     def _resident(self) -> int:
         total = 0
-        for process in self._family():
+        for process in self._family:
             with contextlib.suppress(self._psutil.Error):
                 total += process.memory_info().rss
         return total
