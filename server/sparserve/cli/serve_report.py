@@ -56,7 +56,8 @@ def _print_load(report: Report) -> None:
             table.add_row(f"{what} {title}, ms", *told)
         table.add_section()
     for name, figure in _costs(report):
-        table.add_row(name, *[figure(row.summary) for row in rows])
+        if any(told := [figure(row.summary) for row in rows]):
+            table.add_row(name, *told)
     out.print(table)
 
 
@@ -119,28 +120,20 @@ def _figures(report: Report) -> list[tuple[str, Callable[[Summary], str]]]:
 
 
 def _costs(report: Report) -> list[tuple[str, Callable[[Summary], str]]]:
-    """The CPU that it took, the server's memory, and what decoding read."""
-    summaries = [row.summary for row in report.rows]
-    found: list[tuple[str, Callable[[Summary], str]]] = [
+    """The CPU that it took, the server's memory, and what decoding read; "" of what is not known."""
+    return [
         ("generator's CPU s", lambda s: f"{s.generator_cpu_seconds:.2f}"),
         ("p99 of its loop's lag, ms", lambda s: f"{s.loop_lag.percentiles['99']:.1f}" if s.loop_lag else ""),
+        ("server's CPU s", lambda s: "" if s.server_cpu_seconds is None else f"{s.server_cpu_seconds:.2f}"),
+        ("CPUs used by others", lambda s: "" if s.cpus_of_others is None else f"{s.cpus_of_others:.2f}"),
+        ("server's RSS, MiB: first, most, last", lambda s: _memory(s)),
+        ("largest, last quarter over second", lambda s: _growth(s)),
+        ("policy", lambda s: ", ".join(s.quality.policies) if s.quality else ""),
+        ("share of feed-forward bytes", lambda s: f"{s.quality.density:.3f}" if s.quality else ""),
+        ("MB read for a token", lambda s: f"{s.quality.bytes_per_token / 1e6:.1f}" if s.quality else ""),
+        ("predicted KL, nats a token", lambda s: _kl(s)),
+        ("drafts accepted", lambda s: _drafts(s)),
     ]  # fmt: skip
-    if any(s.server_rss_mib for s in summaries):
-        found += [
-            ("CPUs used by others", lambda s: "" if s.cpus_of_others is None else f"{s.cpus_of_others:.2f}"),
-            ("server's CPU s", lambda s: "" if s.server_cpu_seconds is None else f"{s.server_cpu_seconds:.2f}"),
-            ("server's RSS, MiB: first, most, last", lambda s: _memory(s)),
-            ("growth, last quarter to second", lambda s: _growth(s)),
-        ]  # fmt: skip
-    if any(s.quality for s in summaries):
-        found += [
-            ("policy", lambda s: ", ".join(s.quality.policies) if s.quality else ""),
-            ("share of feed-forward bytes", lambda s: f"{s.quality.density:.3f}" if s.quality else ""),
-            ("MB read for a token", lambda s: f"{s.quality.bytes_per_token / 1e6:.1f}" if s.quality else ""),
-            ("predicted KL, nats a token", lambda s: _kl(s)),
-            ("drafts accepted", lambda s: _drafts(s)),
-        ]  # fmt: skip
-    return found
 
 
 def _statistics(report: Report) -> list[tuple[str, Callable[[Latency], str]]]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+GROWTH_SECONDS = 60.0  # below, memory that is touched for the first time looks like a leak
+
+
 @dataclass(frozen=True, slots=True)
 class Sparsity:
     """What the server says that decoding read; see SparsityReport in the protocol."""
@@ -85,9 +88,9 @@ class Usage:
         """Largest memory in the last quarter over the largest in the second, less 1: what a warm server gained. None:
         too short to tell.
         """
-        if len(self.rss) < 8:
-            return None
         end = self.rss[-1][0]
+        if end < GROWTH_SECONDS:
+            return None
         warm = [size for at, size in self.rss if end / 4 <= at < end / 2]
         late = [size for at, size in self.rss if at >= 3 * end / 4]
         return max(late) / max(warm) - 1 if warm else None
