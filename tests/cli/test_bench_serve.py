@@ -76,6 +76,7 @@ async def test_a_running_server_is_loaded(spawn, tiny_folder, tmp_path):
         (["--ramp-up", "linear"], "--ramp-up is 'linear'"),
         (["--server", "127.0.0.1:1", "--threads", "1"], "--threads: for a model that runs here"),
         (["--server", "127.0.0.1:1"], "UNAVAILABLE"),
+        (["--server", ","], "it must be host:port"),
         (["--openai", "http://127.0.0.1:1", "--openai-model", "m"], "give --tokenizer"),
         (["--openai", "a=http://h:1,a=http://h:2"], "names a server twice"),
         (["--openai", "h"], "is no address"),

@@ -98,7 +98,9 @@ def make_targets(
     if own is not None:
         found.append(Sparserve([f"127.0.0.1:{own.port}"], wish, [own.pid]))
     elif server is not None:
-        found.append(Sparserve(names(server), wish, server_pids))
+        if not (addresses := names(server)):
+            raise ConfigError(f"--server is {server!r}; it must be host:port, or {OWN}")
+        found.append(Sparserve(addresses, wish, server_pids))
     rivals = names(openai)
     if openai_pids and len(openai_pids) != len(rivals):
         raise ConfigError(

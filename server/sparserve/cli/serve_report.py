@@ -181,7 +181,10 @@ def _caption(report: Report) -> str:
         told.append(f"memory reads at {min(ceilings):.0f} to {max(ceilings):.0f} GB/s")
     if report.plan.rounds > 1:
         told.append(f"{report.plan.rounds} rounds by turns")
-    told += [f"{each['name']}: tokens counted by {each['counted_by']}" for each in report.targets]
+    told += [
+        f"{each['name']}: {each['model']}, tokens counted by {each['counted_by']}"
+        for each in report.targets
+    ]
     return "; ".join(told)
 
 

@@ -169,11 +169,20 @@ async def test_what_is_asked_for_is_reported(serving, tiny_index, make_load):
     assert quality.predicted_kl == pytest.approx(0.4)
 
 
-async def test_a_server_that_is_not_there_fails_by_its_status(make_load):
-    target = Sparserve(["127.0.0.1:1"], Wish())
-    await target.open()
+async def test_a_server_that_is_not_there_is_told():
+    with pytest.raises(ConfigError, match=r"sparserve at 127.0.0.1:1 does not answer: UNAVAILABLE"):
+        await Sparserve(["127.0.0.1:1"], Wish()).open()
+
+
+async def test_a_server_that_ends_fails_by_its_status(serving, make_load):
+    async with serving() as server:
+        target = Sparserve([f"127.0.0.1:{server.port}"], Wish())
+        await target.open()
+        assert target.model.endswith(", float32")
     with pytest.raises(Failed, match="UNAVAILABLE"):
         await warm_up(target, asks(2), 1, 30)
+    run = await run_load(target, Stage(make_load(count=2), asks(2)))
+    assert [record.error for record in run.records] == ["UNAVAILABLE"] * 2
     await target.close()
 
 
@@ -226,8 +235,9 @@ async def test_a_connection_that_is_lost_fails_by_name(http_server, make_load):
     assert run.records[0].error == "ConnectError"
     with pytest.raises(ConfigError, match="names no model"):
         await loaded(OpenAi("peer", "http://127.0.0.1:1", Wish()), Stage(make_load(count=1), asks(3)))  # fmt: skip
-    with pytest.raises(ConfigError, match="is no address"):
-        OpenAi("peer", "127.0.0.1:1", Wish())
+    for url in ("127.0.0.1:1", "http://", "http://h:x"):
+        with pytest.raises(ConfigError, match="is no address"):
+            OpenAi("peer", url, Wish())
 
 
 async def test_a_request_that_takes_too_long_is_given_up(http_server, make_load):

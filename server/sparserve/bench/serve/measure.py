@@ -55,7 +55,10 @@ async def measure(
                     what = _title(target.name, load, turn, plan.rounds)
                     found = await run_load(target, stage, partial(on_status, what))
                     runs[place, index].append(found)
-        told = [{"name": t.name, "address": t.address, "counted_by": t.counted_by} for t in targets]
+        told = [
+            {"name": t.name, "address": t.address, "model": t.model, "counted_by": t.counted_by}
+            for t in targets
+        ]
     return make_report(told, plan, runs, ceilings)
 
 

@@ -26,11 +26,14 @@ class OpenAi:
     ) -> None:
         """Raises ConfigError of what is no address."""
         self._http = require("httpx2")
-        parsed = self._http.URL(url)
+        try:
+            parsed = self._http.URL(url)
+        except self._http.InvalidURL as error:
+            raise ConfigError(f"{url!r} is no address: {error}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(f"{url!r} is no address such as http://127.0.0.1:8000")
         self.name, self.address, self.pids = name, url.rstrip("/").removesuffix("/v1"), pids
-        self._wish, self._model = wish, model
+        self._wish, self.model = wish, model or ""
         self._with_usage = self._without_usage = 0
 
     @property
@@ -44,15 +47,18 @@ class OpenAi:
         self._client = self._http.AsyncClient(
             base_url=self.address, timeout=None, limits=limits, trust_env=False
         )
-        if self._model is None:
-            self._model = await self._first_model()
+        try:
+            self.model = self.model or await self._first_model()
+        except ConfigError:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def ask(self, prompt: Prompt, record: Record) -> None:
         body = {
-            "model": self._model,
+            "model": self.model,
             "prompt": prompt.prompt,
             "max_tokens": prompt.output_tokens,
             "temperature": 0,

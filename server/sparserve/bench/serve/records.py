@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-
 GROWTH_SECONDS = 60.0  # below, memory that is touched for the first time looks like a leak
 
 

@@ -62,7 +62,7 @@ class Report:
         float
     ]  # of that machine, before each round; none: it was not measured
     plan: Plan
-    targets: Sequence[dict[str, str]]  # name, address, counted_by
+    targets: Sequence[dict[str, str]]  # name, address, model, counted_by
     rows: Sequence[Row]
     ratios: Sequence[Ratio]
 

@@ -15,6 +15,8 @@ from sparserve.bench.serve.records import Record, Sparsity
 from sparserve.client import AsyncClient, CallFailed, Result
 from sparserve.errors import ConfigError, SparserveError
 
+CONNECT_TIMEOUT = 60.0  # seconds
+
 
 class Failed(SparserveError):
     """A request did not succeed; `status` is one of few."""
@@ -41,6 +43,10 @@ class Target(Protocol):
     def counted_by(self) -> str:
         """Who says how many tokens an answer has."""
 
+    @property
+    def model(self) -> str:
+        """What answers; known once it is open."""
+
     async def open(self) -> None:
         """Connect, on the loop that requests are sent from. Raises ConfigError."""
 
@@ -65,12 +71,19 @@ class Sparserve:
             **{name: value for name, value in wish.fields.items() if value is not None},
         }
         self._clients: list[AsyncClient] = []
+        self.model = ""
 
     async def open(self) -> None:
         # Without pools of their own, channels to the same address would share a connection.
         options = {"grpc.use_local_subchannel_pool": 1}
         self._clients = [AsyncClient(address, options=options) for address in self._addresses]
         self._turns = itertools.cycle(self._clients)
+        try:
+            info = await self._clients[0].model_info(timeout=CONNECT_TIMEOUT)
+        except CallFailed as error:
+            await self.close()
+            raise ConfigError(f"{self.name} at {self.address} does not answer: {error}") from error
+        self.model = f"{info.model}, {info.dtype}"
 
     async def close(self) -> None:
         await asyncio.gather(*(client.close() for client in self._clients))
@@ -91,18 +104,13 @@ class Sparserve:
     async def vocabulary(self) -> Vocabulary:
         """Raises CallFailed, or ConfigError where the server's tokenizer cannot be read."""
         client = self._clients[0]
-        info = await client.model_info(timeout=60)
-        files = await client.tokenizer_files(timeout=60)
+        info = await client.model_info(timeout=CONNECT_TIMEOUT)
+        files = await client.tokenizer_files(timeout=CONNECT_TIMEOUT)
         try:
             tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:  # the library raises nothing narrower
             raise ConfigError(f"the tokenizer of {self.address} cannot be read: {error}") from error
         return Vocabulary.of(tokenizer, info.vocab_size, info.max_context_length)
-
-    async def describe(self) -> str:
-        """Model and format. Raises CallFailed."""
-        info = await self._clients[0].model_info(timeout=60)
-        return f"{info.model}, {info.dtype}"
 
 
 def _note(result: Result, record: Record) -> None:
