@@ -23,7 +23,7 @@ def bench(run_main, tmp_path):
 
 def test_a_server_of_its_own_is_loaded(bench, tiny_folder, tmp_path, run_main):
     picture = tmp_path / "serve.png"
-    out, _, report = bench(
+    out, err, report = bench(
         "--model", tiny_folder, *TINY, *SHORT, "--num-prompts", "6", "--sweep", "1,3",
         "--goodput", "ttft:5000", "--png", str(picture),
     )  # fmt: skip
@@ -33,6 +33,8 @@ def test_a_server_of_its_own_is_loaded(bench, tiny_folder, tmp_path, run_main):
         assert row["summary"]["output_tokens"] == 36
         assert row["summary"]["server_cpu_seconds"] > 0
         assert row["summary"]["server_rss_mib"][0] > 50
+    for line in ("sparserve, 1 at once: ", "sparserve, 3 at once: ", "ms, 6 answered"):
+        assert line in err
     for word in ("latencies in ms: median, p99", "TTFT", "3 at once", "good"):
         assert word in out
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -28,7 +28,7 @@ from sparserve.cli.serve_load import (
     numbers,
     own_server,
 )
-from sparserve.cli.serve_report import print_serve
+from sparserve.cli.serve_report import print_serve, tell_run
 from sparserve.config import EngineSettings
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ async def _measure(
     prompts = asked.prompts(await find_vocabulary(targets, asked))
     if isinstance(prompts, FilePrompts) and prompts.left_out:
         warn(f"{prompts.left_out} prompts of {asked.path} are too short or too long and left out")
-    return await measure(targets, prompts, plan, show)
+    return await measure(targets, prompts, plan, show, tell_run)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Column, Table
 
 from sparserve.cli.bench_reports import warn_if_busy
-from sparserve.cli.output import out, warn
+from sparserve.cli.output import err, out, warn
 
 if TYPE_CHECKING:
     from sparserve.bench.serve.report import Report, Row
@@ -38,6 +38,14 @@ def print_serve(report: Report) -> None:
             f"{ratio.label}: {first} {ratio.ratio:.2f}x {ratio.other} in output tokens/s{spread}"
         )
     _warn(report)
+
+
+def tell_run(what: str, summary: Summary) -> None:
+    """One dim line on stderr when a run has ended: a sweep may take an hour."""
+    ttft = f", TTFT {summary.ttft.median:.0f} ms" if summary.ttft else ""
+    failed = f", {summary.failed} failed" if summary.failed else ""
+    told = f"{summary.output_tokens_per_second:.1f} output tokens/s{ttft}, {summary.completed} answered{failed}"
+    err.print(f"[dim]{what}: {told}[/]")
 
 
 def _print_load(report: Report) -> None:

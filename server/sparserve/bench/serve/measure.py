@@ -13,6 +13,7 @@ from sparserve.bench.serve.load import Load
 from sparserve.bench.serve.records import Run
 from sparserve.bench.serve.report import Plan, Report, make_report
 from sparserve.bench.serve.run import Stage, Status, run_load, warm_up
+from sparserve.bench.serve.summary import Summary, summarize
 from sparserve.bench.serve.targets import Failed, Target
 from sparserve.errors import ConfigError
 
@@ -22,6 +23,7 @@ STAGE_PROMPTS = (
 )
 
 OnStatus = Callable[[str, Status], None]
+OnRun = Callable[[str, Summary], None]
 
 
 async def measure(
@@ -29,8 +31,10 @@ async def measure(
     prompts: Prompts,
     plan: Plan,
     on_status: OnStatus = lambda what, status: None,
+    on_run: OnRun = lambda what, summary: None,
 ) -> Report:
-    """Every round takes each load in turn, on each target, and begins with another target.
+    """Every round takes each load in turn, on each target, and begins with another target. `on_run` is told of each
+    that has ended.
 
     Raises ConfigError or SparserveError where a target does not answer at all.
     """
@@ -55,6 +59,7 @@ async def measure(
                     what = _title(target.name, load, turn, plan.rounds)
                     found = await run_load(target, stage, partial(on_status, what))
                     runs[place, index].append(found)
+                    on_run(what, summarize([found], plan.percentiles, plan.slos))
         told = [
             {"name": t.name, "address": t.address, "model": t.model, "counted_by": t.counted_by}
             for t in targets
