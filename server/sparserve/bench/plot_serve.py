@@ -86,7 +86,7 @@ def _title(report: dict[str, Any]) -> str:
     plan = report["plan"]
     return (
         f"Servers under load: {plan['dataset']}\n{report['machine']}; labels: requests at once, or a second; "
-        f"{plan['rounds']} rounds{memory}"
+        f"rounds: {plan['rounds']}{memory}"
     )
 
 

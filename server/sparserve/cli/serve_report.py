@@ -70,26 +70,35 @@ def _print_load(report: Report) -> None:
 
 
 def _print_sweep(report: Report) -> None:
-    """Latencies as the median and the highest percentile."""
+    """Latencies as the median and the highest percentile; a column that would say nothing is left out."""
     highest = f"{max(report.plan.percentiles):g}"
-    slos = bool(report.plan.slos)
-    titles = ["req/s", *(["good"] if slos else []), "output tok/s", "TTFT", "ITL", "E2E", "failed"]
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("req/s", lambda row: f"{row.summary.requests_per_second:.2f}"),
+        ("good", lambda row: f"{row.summary.good_requests_per_second or 0:.2f}"),
+        ("tokens/s", _speed),
+        ("TTFT", lambda row: _pair(row.summary.ttft, highest)),
+        ("ITL", lambda row: _pair(row.summary.itl, highest)),
+        ("E2E", lambda row: _pair(row.summary.e2e, highest)),
+        ("failed", lambda row: str(row.summary.failed)),
+    ]
+    needless = {name for name, needed in (
+        ("good", report.plan.slos), ("failed", any(row.summary.failed for row in report.rows)),
+    ) if not needed}  # fmt: skip
+    columns = [column for column in columns if column[0] not in needless]
+    several = len(report.targets) > 1
     table = Table(
-        Column("load", no_wrap=True), "server", *[Column(name, justify="right") for name in titles],
-        title=f"{report.plan.dataset}; latencies in ms: median, p{highest}", caption=_caption(report), box=box.SIMPLE,
-        pad_edge=False,
+        Column("load", no_wrap=True), *([Column("server", no_wrap=True)] if several else []),
+        *[Column(name, justify="right") for name, _ in columns],
+        title=f"{report.plan.dataset}; output tokens/s; ms: median, p{highest}", caption=_caption(report),
+        box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     before = report.rows[0].label
     for row in report.rows:
-        if row.label != before:
+        if row.label != before and several:
             table.add_section()
         before = row.label
-        found = row.summary
-        good = [f"{found.good_requests_per_second:.2f}"] if slos else []
-        latencies = [_pair(latency, highest) for latency in (found.ttft, found.itl, found.e2e)]
-        table.add_row(
-            row.label, row.target, f"{found.requests_per_second:.2f}", *good, _speed(row), *latencies, str(found.failed)
-        )  # fmt: skip
+        who = [row.target] if several else []
+        table.add_row(row.label, *who, *[column(row) for _, column in columns])
     out.print(table)
 
 

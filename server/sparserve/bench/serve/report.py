@@ -85,7 +85,7 @@ def spoilt_by_lag(summary: Summary) -> str:
         return ""
     return (
         f"the generator itself was up to {lag:.1f} ms late (p99), {lag / max(itl, 0.001):.0%} of the median ITL: "
-        "latencies are that uncertain; give it a CPU of its own, or another machine"
+        "high percentiles are that uncertain; give it a CPU of its own, or another machine"
     )
 
 
