@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from sparserve.bench.serve.targets import Wish
+from sparserve.cli.serve_load import make_targets
+
 TINY = ("--threads", "1", "--kv-cache-gib", "0.01")
 SHORT = ("--input-len", "20", "--output-len", "6", "--warmup", "1")
 
@@ -62,6 +65,17 @@ async def test_a_running_server_is_loaded(spawn, tiny_folder, tmp_path):
     assert row["label"] == "30/s"
     assert row["summary"]["completed"] > 5
     assert row["summary"]["server_cpu_seconds"] > 0
+
+
+def test_rivals_have_names_and_processes():
+    found = make_targets(
+        None, "h:1, h:2", [7], "a=http://h:3/v1,http://h:4/?x=y", None, [8, 9], Wish()
+    )
+    assert [(target.name, target.address, list(target.pids)) for target in found] == [
+        ("sparserve", "h:1,h:2", [7]),
+        ("a", "http://h:3", [8]),
+        ("http://h:4/?x=y", "http://h:4/?x=y", [9]),
+    ]
 
 
 @pytest.mark.parametrize(

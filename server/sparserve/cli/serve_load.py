@@ -107,9 +107,11 @@ def make_targets(
             f"--openai-pid has {len(openai_pids)} processes for {len(rivals)} servers; give one for each"
         )
     for place, rival in enumerate(rivals):
-        name, _, url = rival.rpartition("=")
+        name, given, url = rival.partition("=")
+        if not given or "://" in name:  # an address may have the sign too
+            name = url = rival
         pids = openai_pids[place : place + 1]
-        found.append(OpenAi(name or url, url, wish, openai_model, pids))
+        found.append(OpenAi(name, url, wish, openai_model, pids))
     titles = [target.name for target in found]
     if len(set(titles)) < len(titles):
         raise ConfigError(f"--openai names a server twice; give them names: a={rivals[0]}")

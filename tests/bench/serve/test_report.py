@@ -105,7 +105,7 @@ def test_what_is_no_report_is_not_drawn(tmp_path, content):
 async def test_a_server_that_answers_nothing_is_an_error(http_server, make_load):
     http_server.status = 503
     target = OpenAi("peer", http_server.url, Wish())
-    with pytest.raises(ConfigError, match=r"peer at .* does not answer: HTTP 503"):
+    with pytest.raises(ConfigError, match=r"peer at .* fails to answer: HTTP 503"):
         await measure([target], prompts, a_plan([make_load(count=2)]))
     with pytest.raises(SparserveError, match="every request failed; the first: HTTP 503"):
         await measure([target], prompts, a_plan([make_load(count=2)], warmup=0))

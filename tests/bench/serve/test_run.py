@@ -158,6 +158,14 @@ async def test_refusals_are_counted_by_status(serving, make_load):
     assert "queue is full" in next(r.message for r in run.records if r.error)
 
 
+async def test_what_cannot_be_sent_fails_too(serving, make_load):
+    async with serving() as server:
+        for policy, status in (("nonsense", "INVALID_REQUEST"), ("token", "FAILED_PRECONDITION")):
+            target = Sparserve([f"127.0.0.1:{server.port}"], Wish(fields={"policy": policy}))
+            run = await loaded(target, Stage(make_load(count=1), asks(2)))
+            assert run.records[0].error == status
+
+
 async def test_what_is_asked_for_is_reported(serving, tiny_index, make_load):
     async with serving(index=str(tiny_index)) as server:
         wish = Wish(fields={"policy": "core", "density": 0.5, "draft": None})

@@ -71,7 +71,7 @@ async def _warm_up(target: Target, prompts: Prompts, plan: Plan) -> None:
     try:
         await warm_up(target, prompts, plan.warmup, plan.timeout)
     except Failed as error:
-        raise ConfigError(f"{target.name} at {target.address} does not answer: {error}") from error
+        raise ConfigError(f"{target.name} at {target.address} fails to answer: {error}") from error
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from sparserve.bench.serve.datasets import Prompt, Vocabulary
 from sparserve.bench.serve.records import Record, Sparsity
-from sparserve.client import AsyncClient, CallFailed, Result
+from sparserve.client import AsyncClient, CallFailed, InvalidRequest, Result
 from sparserve.errors import ConfigError, SparserveError
 
 CONNECT_TIMEOUT = 60.0  # seconds
@@ -100,6 +100,8 @@ class Sparserve:
                     _note(delta.result, record)
         except CallFailed as error:
             raise Failed(error.code, error.message) from error
+        except InvalidRequest as error:  # never sent
+            raise Failed("INVALID_REQUEST", str(error)) from error
 
     async def vocabulary(self) -> Vocabulary:
         """Raises CallFailed, or ConfigError where the server's tokenizer cannot be read."""
