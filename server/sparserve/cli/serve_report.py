@@ -45,7 +45,7 @@ def tell_run(what: str, summary: Summary) -> None:
     ttft = f", TTFT {summary.ttft.median:.0f} ms" if summary.ttft else ""
     failed = f", {summary.failed} failed" if summary.failed else ""
     told = f"{summary.output_tokens_per_second:.1f} output tokens/s{ttft}, {summary.completed} answered{failed}"
-    err.print(f"[dim]{what}: {told}[/]")
+    err.print(f"[dim]{what}: {told}[/]", soft_wrap=True)
 
 
 def _print_load(report: Report) -> None:
