@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sparserve.bench.serve.targets import Wish
+from sparserve.cli.connection import Connection
 from sparserve.cli.serve_load import make_targets
 
 TINY = ("--threads", "1", "--kv-cache-gib", "0.01")
@@ -69,7 +70,7 @@ async def test_a_running_server_is_loaded(spawn, tiny_folder, tmp_path):
 
 def test_rivals_have_names_and_processes():
     found = make_targets(
-        None, "h:1, h:2", [7], "a=http://h:3/v1,http://h:4/?x=y", None, [8, 9], Wish()
+        None, Connection("h:1, h:2", {}), [7], "a=http://h:3/v1,http://h:4/?x=y", None, [8, 9], Wish()
     )
     assert [(target.name, target.address, list(target.pids)) for target in found] == [
         ("sparserve", "h:1,h:2", [7]),
