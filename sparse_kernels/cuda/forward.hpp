@@ -64,12 +64,12 @@ class Pass {
   // Copies from the device what is there after head(first), and the results, and waits.
   int32_t bring(uint32_t first);
   void tell_results();
+  void tell_head(uint32_t first);
   // Where head(first) writes logits: those that stay are side by side, of all passes.
   float* logits_of(uint32_t first) const {
     const size_t row = args_.logits == nullptr ? left_before_ + first : 0;
     return m_.buffers.logits + row * shape_.vocab;
   }
-  void tell_head(uint32_t first);
   uint32_t head_rows(uint32_t first) const {
     return std::min<uint32_t>(kHeadRows, static_cast<uint32_t>(outputs_.size()) - first);
   }

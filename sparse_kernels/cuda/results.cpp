@@ -50,6 +50,7 @@ int32_t Pass::bring(uint32_t first) {
   SK_TRY(copy(landed_results_, m_.results.data(), result_bytes));
   SK_TRY(copy(landed_head_, m_.buffers.head_results, head_bytes));
   SK_TRY(copy(landed_logits_, logits_of(first), logits_bytes));
+  // Also where nothing is brought: the next pass writes over what this one sent from.
   return wait(m_.device, m_.stream);
 }
 

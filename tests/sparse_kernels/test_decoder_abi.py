@@ -277,6 +277,8 @@ class TestCreate:
             ("num_layers", 4097, SIZE, ("num_layers is 4097", "4096")),
             ("threads", 0, SIZE, ("threads is 0", "1 to 1024")),
             ("threads", 1025, SIZE, ("threads is 1025",)),
+            ("device", 1, sk_status.SK_STATUS_UNSUPPORTED, ("device is 1, graphs 0",)),
+            ("graphs", 1, sk_status.SK_STATUS_UNSUPPORTED, ("graphs 1", "computes on the CPU")),
             ("isa", 5, VALUE, ("isa is 5",)),
             ("isa", -1, VALUE, ("isa is -1",)),
             ("rms_norm_eps", 0.0, VALUE, ("rms_norm_eps is 0",)),

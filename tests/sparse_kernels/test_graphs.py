@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from sparse_kernels import native
+from sparse_kernels import _abi, native
 from sparse_kernels.choice import ChoiceKind, NeuronChoice
-from sparse_kernels.decoder import BLOCK_SIZE, PHASES, Decoder, Wanted
+from sparse_kernels.decoder import BLOCK_SIZE, PHASES, Decoder, Wanted, model_arguments
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.kv_memory import KvMemory
 from sparse_kernels.weights import LayerShape
@@ -221,6 +221,22 @@ def test_where_no_graph_can_be_made(emulator, tiny_decoder, make_part, what, tol
     captures, launches, kept, why_not = both.decoders[0].graphs()
     assert (captures, launches, kept) == (int(what == 3), 0, 0)
     assert why_not == f"GPU 0, emulator: {told}: fails as a test asked for"
+
+
+def test_what_the_library_refuses(emulator, tiny_decoder):
+    library, packed = native.load(emulator), tiny_decoder(layers=ONE_LAYER).packed()
+    arguments, info = model_arguments(packed, threads=1), native.new_struct(_abi.sk_model_info)
+    arguments.graphs = 2
+    with pytest.raises(native.NativeCallError, match="graphs 2; for a GPU they are 1, 0, and 0 or"):
+        native.check(library, library.sk_model_create(arguments, info))
+    decoder = Decoder(packed, device=emulator)
+    for count, told in (
+        (0, _abi.sk_status.SK_STATUS_OK),
+        (1, _abi.sk_status.SK_STATUS_ABI_MISMATCH),
+    ):
+        counts = native.new_struct(_abi.sk_graphs_info)
+        counts.struct_size -= count
+        assert library.sk_device_graphs(decoder._model, counts) == told
 
 
 def test_the_cpu_has_none(tiny_decoder):

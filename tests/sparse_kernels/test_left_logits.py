@@ -42,6 +42,17 @@ def test_what_is_not_there_is_told(decoder, parts):
     left = decoder.forward(parts, kv, **ASKED, leave_logits=True)
     with pytest.raises(native.NativeCallError, match="row is 5; logits of 5 rows were left"):
         decoder.row_of_logits(left, 5)
+    library, row = (
+        native.load("emulator" if "emulator" in decoder.device else "cuda"),
+        torch.empty(50),
+    )
+    for address, count, told in (
+        (0, 50, "logits is null"),
+        (row.data_ptr(), 49, "count is 49, it must be 50"),
+    ):
+        logits = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+        with pytest.raises(native.NativeCallError, match=told):
+            native.check(library, library.sk_device_logits(decoder._model, 0, logits, count))
     decoder.logits(torch.ones(1, 64))
     with pytest.raises(native.NativeCallError, match="row is 0; logits of 0 rows were left"):
         decoder.row_of_logits(left, 0)

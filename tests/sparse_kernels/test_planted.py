@@ -116,7 +116,7 @@ def host_objects(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> lis
     return sorted(map(str, folder.glob("*.o")))
 
 
-OF_NVIDIA = ("driver_nvidia", "image", "libcuda")
+OF_NVIDIA = ("driver_nvidia", "gpu", "gpu_code", "image", "libcuda")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DSPARSE_KERNELS_EMULATOR")
 
 
@@ -125,25 +125,26 @@ def includes(kernels: Path) -> list[str]:
     return [f"-I{folder}" for folder in folders]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("bug", PARAMETERS)
-def test_tests_find_it(bug: Bug, compiler: str, host_objects: list[str], tmp_path: Path) -> None:
-    kernels = tmp_path / "cuda"
+def run_with(
+    bug: Bug, compiler: str, host_objects: list[str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """The bug's test, on the emulated library with the bug."""
+    kernels = folder / "cuda"
     shutil.copytree(SOURCES / "cuda", kernels)
     text = (kernels / bug.file).read_text()
     assert bug.right in text
     assert bug.twin[0] in text
     (kernels / bug.file).write_text(text.replace(bug.right, bug.wrong).replace(*bug.twin))
-    library = tmp_path / "libwrong.so"
+    library = folder / "libwrong.so"
     own = Path(bug.file).with_suffix(".o").name
     others = [path for path in host_objects if Path(path).name != own]
     command = [compiler, *FLAGS, *includes(kernels), "-shared", "-o", str(library), *others]
     command += ["-x", "c++", str(kernels / "kernels.cu")]
-    if own.removesuffix(".o") + ".cpp" == bug.file:
+    if bug.file.endswith(".cpp"):
         command += [str(kernels / bug.file)]
     subprocess.run(command, check=True, timeout=240)
     arguments = ["-q", "-x", "-p", "no:cacheprovider", bug.test, "-k", bug.cases]
-    found = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-P", "-m", "pytest", *arguments],  # of the installed package
         cwd=ROOT,
         env=os.environ | {native.EMULATED: str(library)},
@@ -151,4 +152,18 @@ def test_tests_find_it(bug: Bug, compiler: str, host_objects: list[str], tmp_pat
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bug", PARAMETERS)
+def test_tests_find_it(bug: Bug, compiler: str, host_objects: list[str], tmp_path: Path) -> None:
+    found = run_with(bug, compiler, host_objects, tmp_path)
     assert found.returncode == pytest.ExitCode.TESTS_FAILED, found.stdout + found.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_without_a_bug_they_find_none(compiler, host_objects, tmp_path):
+    none = Bug("pass_layout.cpp", "key.kv = args_.kv;", "key.kv = args_.kv;", GRAPHS)
+    found = run_with(none, compiler, host_objects, tmp_path)
+    assert found.returncode == pytest.ExitCode.OK, found.stdout + found.stderr

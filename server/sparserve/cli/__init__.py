@@ -13,6 +13,7 @@ import typer
 from sparserve import __version__
 from sparserve.cli import (
     bench,
+    bench_serve,
     calibrate,
     chat,
     compress,
@@ -48,6 +49,8 @@ app.command("eval", cls=Command)(evaluate.evaluate)
 app.command("compress", cls=Command)(compress.compress)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
 app.command("report", cls=Command)(report.report)
+bench.app.command("serve", cls=Command)(bench_serve.serve)
+bench.app.command("plot-serve", cls=Command)(bench_serve.plot_serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")

@@ -89,7 +89,7 @@ def decode(
     """
     from sparserve.bench.sweep import Plan
 
-    batches, contexts = _counts("--batch", batch), _counts("--context", context)
+    batches, contexts = counts("--batch", batch), counts("--context", context)
     plan = Plan(
         "decode", batches, contexts, new_tokens, rounds, text="" if text is None else str(text)
     )
@@ -113,7 +113,7 @@ def prefill(
     """Measure prompt tokens/s until the first token, for each format and prompt length."""
     from sparserve.bench.sweep import Plan
 
-    batches, contexts = _counts("--batch", batch), _counts("--prompt-tokens", prompt_tokens)
+    batches, contexts = counts("--batch", batch), counts("--prompt-tokens", prompt_tokens)
     plan = Plan("prefill", batches, contexts, 1, rounds)
     _sweep(settings, plan, formats, peers, json_file, png)
 
@@ -213,10 +213,10 @@ def kernels(
     from sparserve.bench.plot_kernels import draw
     from sparserve.engine.factory import make_decoders
 
-    plan = Plan(choose_levels(levels), _counts("--batch", batch), context, prefill, rounds)
+    plan = Plan(choose_levels(levels), counts("--batch", batch), context, prefill, rounds)
     refuse_own_limits(settings)
     check_threads(settings.threads)
-    _check_files(json_file, png)
+    check_files(json_file, png)
     if settings.device.startswith("cuda"):
         raise ConfigError(
             f"device is {settings.device}, and this measures a CPU; leave --device out"
@@ -293,7 +293,7 @@ def plot_quality(
     """Draw speed against quality: tokens/s over KL, every format, policy and rival that both measured."""
     from sparserve.bench.plot_quality import draw_quality, join
 
-    _check_files(None, png)
+    check_files(None, png)
     points = join(reports, batch, context)
     for name in points.unmatched:
         warn(f"{name} has a speed or a KL, not both, and is left out")
@@ -319,7 +319,7 @@ def _sweep(
     names, specs = format_names(formats, settings.dtype), parse_peers(peers)
     refuse_own_limits(settings)
     check_threads(settings.threads)
-    _check_files(json_file, png)
+    check_files(json_file, png)
     with counting_bar(own_thread=False) as show:
         load = _loader(settings, show)
         report = measure_formats(settings, plan, names, policy_specs, specs, load, show)
@@ -353,7 +353,7 @@ def _loader(settings: EngineSettings, show: DownloadProgress) -> Callable[[str],
     return load
 
 
-def _check_files(json_file: Path | None, png: Path | None) -> None:
+def check_files(json_file: Path | None, png: Path | None) -> None:
     """Before the minutes that a measurement takes. Raises ConfigError."""
     from sparserve.bench.plot import require_matplotlib
 
@@ -379,7 +379,7 @@ def format_names(text: str, default: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _counts(flag: str, text: str) -> list[int]:
+def counts(flag: str, text: str) -> list[int]:
     """A list of whole numbers from 1 on. Raises ConfigError."""
     words = [word.strip() for word in text.split(",")]
     if bad := [word for word in words if not word.isascii() or not word.isdigit() or int(word) < 1]:

@@ -29,7 +29,7 @@ def server_settings(settings: EngineSettings | None = None) -> ServerSettings:
     return load_settings(ServerSettings, {**flags, **own, **unguarded})
 
 
-def _refuse_engine_flags(settings: EngineSettings) -> None:
+def refuse_engine_flags(settings: EngineSettings) -> None:
     """Raises ConfigError where a command with --server was given flags of a model that runs here."""
     if settings.model_fields_set:
         flags = ", ".join(
@@ -52,7 +52,7 @@ def build_with_bars(settings: EngineSettings) -> BuiltEngine:
 async def connected(to: Connection | None, settings: EngineSettings) -> AsyncIterator[AsyncClient]:
     """A client of the server there, or of one of our own."""
     if to is not None:
-        _refuse_engine_flags(settings)
+        refuse_engine_flags(settings)
         async with AsyncClient(to.target, **to.security) as client:
             yield client
         return

@@ -19,8 +19,8 @@ from sparserve.model.weight_bytes import bytes_of_weights
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
-# Of a GPU's memory, for what a step needs beside weights and KV: statistics of its prompts, and chunks of
-# attention.
+# Of a GPU's memory, for what a step needs beside weights and KV: statistics of its prompts, chunks of
+# attention, and CUDA graphs.
 STEP_BYTES = 512 << 20
 
 
