@@ -21,10 +21,12 @@
       KeyLimitReached             the caller's key has used up a limit
       QueueFull                   too many requests or prompt tokens wait
       SlowReader                  a stream was not read
+      FellBehind                  changes of the prefix cache were not read
       Unavailable                 draining, stopped or broken
         DeviceFailure             the GPU failed, and the server ends
       DeadlineExceeded            the request's own deadline passed
       EngineFailure               a step failed; carries an id that the log has too
+      ChildFailed                 a program that a command runs beside itself does not stay up
       CallFailed                  the client's view of a status that a server sent
 
 Each message names the value, the limit it met and, where there is one, the way out.
@@ -172,6 +174,15 @@ class SlowReader(SparserveError):
         )
 
 
+class FellBehind(SparserveError):
+    """A watcher of the prefix cache did not read its changes, and lost count of them."""
+
+    def __init__(self, backlog: int, limit: int) -> None:
+        super().__init__(
+            f"{backlog} changes of the prefix cache were not read, the limit is {limit}; watch it anew"
+        )
+
+
 class Unavailable(SparserveError):
     """The server takes no requests now; `retry_after` in seconds is None where it won't again."""
 
@@ -202,6 +213,10 @@ class EngineFailure(SparserveError):
             f"the engine failed on this request; error id {error_id} in the server's log"
         )
         self.error_id = error_id
+
+
+class ChildFailed(SparserveError):
+    """A program that a command runs beside itself does not stay up."""
 
 
 class CallFailed(SparserveError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +14,7 @@ import sparserve
 from sparserve.api.requests import check_model
 from sparserve.api.responses import POLICY_NUMBERS
 from sparserve.api.security.auth import current_caller
-from sparserve.api.tokenizer_archive import tokenizer_archive
+from sparserve.api.tokenizer_archive import TokenizerArchive
 from sparserve.config import ServerSettings
 from sparserve.engine.async_engine import AsyncEngine
 from sparserve.engine.policies import Policies
@@ -26,7 +25,6 @@ from sparserve.v1 import control_pb2_grpc
 
 MAX_ABORT_IDS = 1024
 MAX_DRAIN_SECONDS = 86400
-ARCHIVE_PART_BYTES = 64 << 10
 _DRAIN_POLL_SECONDS = 0.05
 _DRAIN_TELL_SECONDS = 1.0
 
@@ -36,9 +34,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._engine = engine
         self._model_name = model_name
         self._settings = settings
-        self._archive: tuple[bytes, str] | None = (
-            None  # and its checksum; made when first asked for
-        )
+        self._archive = TokenizerArchive(engine.engine)
         self._drains: set[asyncio.Task[None]] = set()  # the loop itself holds no task alive
         self._start_time = Timestamp()
         self._start_time.GetCurrentTime()
@@ -136,14 +132,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.GetTokenizerRequest, context: Any
     ) -> AsyncIterator[pb.GetTokenizerResponse]:
         check_model(request.model, self._model_name)
-        if self._archive is None:
-            self._archive = await asyncio.to_thread(self._make_archive)
-        data, sha256 = self._archive
-        for start in range(0, len(data), ARCHIVE_PART_BYTES):
-            part = pb.GetTokenizerResponse(data=data[start : start + ARCHIVE_PART_BYTES])
-            if start + ARCHIVE_PART_BYTES >= len(data):
-                part.sha256 = sha256
-            yield part
+        async for data, sha256 in self._archive.parts():
+            yield pb.GetTokenizerResponse(data=data, sha256=sha256)
 
     async def Drain(
         self, request: pb.DrainRequest, context: Any
@@ -180,11 +170,6 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: Any
     ) -> pb.UnloadAdapterResponse:
         raise NotBuiltYet("UnloadAdapter", "LoRA adapters are not served")
-
-    def _make_archive(self) -> tuple[bytes, str]:
-        engine = self._engine.engine
-        data = tokenizer_archive(engine.tokenizer, engine.backend.config, engine.limits.max_context)
-        return data, hashlib.sha256(data).hexdigest()
 
 
 def _bounds(policies: Policies) -> pb.SparsityBounds:

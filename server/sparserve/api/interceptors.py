@@ -21,7 +21,12 @@ from sparserve.logs import CallRecord, current_call, set_current_call
 log = logging.getLogger("sparserve.access")
 
 # Asked every few seconds by probes and tools.
-_QUIET = ("/grpc.health.", "/grpc.reflection.")
+_QUIET = (
+    "/grpc.health.",
+    "/grpc.reflection.",
+    "/vllm.grpc.engine.VllmEngine/HealthCheck",
+    "/vllm.grpc.engine.VllmEngine/GetLoads",
+)
 
 Wrap = Callable[[Any], Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic only in its stubs

@@ -76,6 +76,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, list[Message]]:
             )
         case errors.SlowReader():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_info("SLOW_READER")]
+        case errors.FellBehind():
+            return grpc.StatusCode.DATA_LOSS, message, [_info("FELL_BEHIND")]
         case errors.Unavailable():
             retry_after = error.retry_after
             return (

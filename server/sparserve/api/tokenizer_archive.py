@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import io
 import json
 import zipfile
+from collections.abc import AsyncIterator
 
+from sparserve.engine.engine import Engine
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.model.config import ModelConfig
 
+PART_BYTES = 64 << 10
 _DATE = (1980, 1, 1, 0, 0, 0)  # zip's first: the same tokenizer gives the same bytes
+
+
+class TokenizerArchive:
+    """A model's archive, made when it is first asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._made: tuple[bytes, str] | None = None
+
+    async def parts(self) -> AsyncIterator[tuple[bytes, str]]:
+        """Pieces of the zip; the last comes with the SHA-256 of all, the others with ""."""
+        if self._made is None:
+            self._made = await asyncio.to_thread(self._make)
+        data, sha256 = self._made
+        for start in range(0, len(data), PART_BYTES):
+            is_last = start + PART_BYTES >= len(data)
+            yield data[start : start + PART_BYTES], sha256 if is_last else ""
+
+    def _make(self) -> tuple[bytes, str]:
+        engine = self._engine
+        data = tokenizer_archive(engine.tokenizer, engine.backend.config, engine.limits.max_context)
+        return data, hashlib.sha256(data).hexdigest()
 
 
 def tokenizer_archive(tokenizer: TextTokenizer, config: ModelConfig, max_context: int) -> bytes:

@@ -19,6 +19,7 @@ from sparserve.cli import (
     compress,
     demo,
     evaluate,
+    gateway,
     generate,
     keys,
     models,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command("demo", cls=Command)(demo.demo)
 app.command("serve", cls=Command)(serve.serve)
+app.command("gateway", cls=Command)(gateway.gateway)
 app.command("chat", cls=Command)(chat.chat)
 app.command("generate", cls=Command)(generate.generate)
 app.command("eval", cls=Command)(evaluate.evaluate)

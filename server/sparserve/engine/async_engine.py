@@ -15,6 +15,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from sparserve.engine.cache_events import CacheFeed, CacheWatch
 from sparserve.engine.constraint import CompiledConstraint, Constraint
 from sparserve.engine.engine import Engine
 from sparserve.engine.request import FinishReason, GenerationRequest, Update
@@ -187,6 +188,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._commands: list[Callable[[], list[Update] | None]] = []
+        self._cache = CacheFeed(engine, self._command, self._post)
         self._wake = threading.Condition()
         self._stopping = False
         sys.setswitchinterval(min(sys.getswitchinterval(), _GIL_SWITCH_INTERVAL))
@@ -284,8 +286,30 @@ class AsyncEngine:
             self._command(partial(self.engine.abort, self._keys.pop(each)))
         return bool(found)
 
+    def watch_cache(self) -> CacheWatch:
+        """What is in the prefix cache, and what changes there. Raises Unavailable."""
+        if self.state is not EngineState.READY:
+            raise Unavailable(f"the server is {self.state.value}")
+        return self._cache.watch()
+
+    async def flush_cache(self, timeout: float) -> bool:
+        """Forget all cached prompts once no request is in flight; False where `timeout` seconds pass before.
+        Raises Unavailable.
+        """
+        if self.state in (EngineState.BROKEN, EngineState.STOPPED):
+            raise Unavailable(f"the server is {self.state.value}")
+        if self._streams:
+            try:
+                await asyncio.wait_for(self._idle.wait(), timeout)
+            except TimeoutError:
+                return False
+        flushed: asyncio.Future[bool] = self._loop.create_future()
+        self._command(lambda: self._post(flushed.set_result, self.engine.flush_cache()))
+        return await flushed
+
     async def drain(self, timeout: float) -> None:
-        """Take no new requests, wait up to `timeout` seconds for those in flight, end the rest."""
+        """Take no new requests, wait up to `timeout` seconds for those in flight, end the rest and all
+        watches."""
         if self.state is EngineState.READY:
             self._set_state(EngineState.DRAINING)
         try:
@@ -297,6 +321,7 @@ class AsyncEngine:
             for key in list(self._streams):
                 self._command(partial(self._abort_silently, key))
             self._fail_all(Unavailable("the server stopped before this request was done", 1.0))
+        self._cache.fail(Unavailable("the server stops"))
 
     async def stop(self) -> bool:
         """End the engine thread after its current step; requests still in flight are failed.
@@ -382,6 +407,7 @@ class AsyncEngine:
             updates += self.engine.step()
         if updates:
             self._post(self._deliver, updates)
+        self._cache.hand_over()
         if self.engine.broken is not None:
             self._post(self._break, self.engine.broken)
             return False
@@ -418,6 +444,7 @@ class AsyncEngine:
     def _break(self, error: SparserveError) -> None:
         self._set_state(EngineState.BROKEN)
         self._fail_all(error)
+        self._cache.fail(error)
 
     def _fail_all(self, error: SparserveError) -> None:
         for key, stream in list(self._streams.items()):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from sparse_kernels.choice import Score
+from sparserve.engine.cache_events import BlockRemoved, BlockStored, CacheCleared, CacheEvent
 from sparserve.model.backend import BLOCK_SIZE, Phase
 
 
@@ -71,6 +72,7 @@ class CachedBlock:
 
     key: bytes
     block: int
+    stored: BlockStored | None = None  # None: watchers are not told of it
     # [num_layers, intermediate] fp16 of each kind that was collected
     statistics: dict[StatisticsKind, torch.Tensor] = field(default_factory=dict)
 
@@ -96,6 +98,9 @@ class BlockManager:
         self._cached: dict[bytes, CachedBlock] = {}
         self._cached_in: dict[int, CachedBlock] = {}  # by block
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.on_change: Callable[[CacheEvent], None] | None = (
+            None  # is told what happens to the cache
+        )
 
     @property
     def num_free(self) -> int:
@@ -163,19 +168,42 @@ class BlockManager:
         key: bytes,
         kind: StatisticsKind | None = None,
         statistics: torch.Tensor | None = None,
+        *,
+        stored: BlockStored | None = None,
     ) -> None:
         """`block`, in use and whole, holds the KV that `key` names; prompts to come may share it, and its
-        `statistics` of a kind where they were collected."""
+        `statistics` of a kind where they were collected. `stored` is what watchers are told of it."""
         assert self._provenance[block] == PREFILLED
         if not self._prefix_cache:
             return
         known = self._cached.get(key)
         if known is None:
-            known = self._cached[key] = self._cached_in[block] = CachedBlock(key, block)
+            known = self._cached[key] = self._cached_in[block] = CachedBlock(key, block, stored)
+            if stored is not None:
+                self._tell(stored)
         if kind is not None and statistics is not None:
             known.keep(kind, statistics)
 
+    def told_blocks(self) -> list[BlockStored]:
+        """What watchers would have been told, the beginnings of prompts first."""
+        told = [cached.stored for cached in self._cached.values() if cached.stored is not None]
+        return sorted(told, key=lambda stored: stored.position)
+
+    def forget_cached(self) -> None:
+        """Nothing is cached any more; blocks in use stay whose they are."""
+        self._free.extend(self._idle)
+        for known in (self._idle, self._cached, self._cached_in):
+            known.clear()
+        self._tell(CacheCleared())
+
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
-        del self._cached[self._cached_in.pop(block).key]
+        cached = self._cached_in.pop(block)
+        del self._cached[cached.key]
+        if cached.stored is not None:
+            self._tell(BlockRemoved(cached.key))
         return block
+
+    def _tell(self, event: CacheEvent) -> None:
+        if self.on_change is not None:
+            self.on_change(event)

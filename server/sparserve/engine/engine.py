@@ -6,10 +6,12 @@ import logging
 import secrets
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 from sparse_kernels.native import DeviceLost, NativeCallError
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
+from sparserve.engine.cache_events import BlockStored, CacheEvent
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.inputs import input_of
 from sparserve.engine.limits import EngineLimits, validate
@@ -127,6 +129,21 @@ class Engine:
         # list() first: other threads ask while the engine thread adds and removes.
         in_flight = [s for request in list(self._requests.values()) for s in request.sequences]
         return sum(s.prefill_target - s.num_computed for s in in_flight if s.phase is Phase.PREFILL)
+
+    def watch_cache(self, on_change: Callable[[CacheEvent], None] | None) -> None:
+        """Tell `on_change` from now on what happens to the prefix cache, while a step runs; None: nobody."""
+        self._blocks.on_change = on_change
+
+    def cached_prefixes(self) -> list[BlockStored]:
+        """What is cached, the beginnings of prompts first."""
+        return self._blocks.told_blocks()
+
+    def flush_cache(self) -> bool:
+        """Forget all cached prompts; False, and nothing done, where requests are in flight."""
+        if self.has_work:
+            return False
+        self._blocks.forget_cached()
+        return True
 
     def warm_up(self) -> None:
         """Run prefill and decode once, before the first request, so that none pays for it. Raises ConfigError

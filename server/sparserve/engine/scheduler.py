@@ -180,7 +180,13 @@ class Scheduler:
                 if sequence.statistics is None or kind is None
                 else sequence.statistics.block(index)
             )
-            self.blocks.publish(sequence.block_table[index], sequence.keys[index], kind, statistics)
+            self.blocks.publish(
+                sequence.block_table[index],
+                sequence.keys[index],
+                kind,
+                statistics,
+                stored=sequence.stored_block(index),
+            )
 
     def _schedule_decode(self, sequence: Sequence, plan: Plan) -> None:
         if self._make_room(sequence, plan):

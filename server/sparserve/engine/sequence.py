@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence as Ordered
 from enum import Enum
 
 import torch
 
 from sparserve.engine.block_manager import CachedBlock, StatisticsKind
+from sparserve.engine.cache_events import BlockStored
 from sparserve.engine.choosing import ChoiceState
 from sparserve.engine.detokenizer import Detokenizer
 from sparserve.engine.logits import LogitAdjuster
@@ -153,6 +155,15 @@ class Sequence:
             ids += part[max(start, 0) : max(start + count, 0)]
             start -= len(part)
         return tuple(ids)
+
+    def stored_block(self, index: int) -> BlockStored | None:
+        """What watchers of the prefix cache are told of the prompt's whole block `index`."""
+        if self.request.cache_salt:
+            return None
+        start = index * BLOCK_SIZE
+        ids = self.request.prompt_token_ids[start : start + BLOCK_SIZE]
+        parent = self.keys[index - 1] if index else None
+        return BlockStored(self.keys[index], parent, index, array("I", ids))
 
     def take_cached(self, cached: Ordered[CachedBlock]) -> None:
         """These blocks, from the cache, now begin this sequence; it has not computed anything yet."""

@@ -13,6 +13,7 @@ from sparserve.engine.async_engine import AsyncEngine
 
 _MODULES = {
     "kserve": "kserve",
+    "vllm": "vllm_engine",
     "vllm-inference": "vllm_inference",
 }
 
