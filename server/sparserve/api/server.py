@@ -30,6 +30,8 @@ SERVICES = (
 )
 # Calls whose requests are done get so long to be read to their end.
 _GRACE_SECONDS = 5.0
+# Calls that came before the ports closed get so long to become requests in flight.
+_LAST_ARRIVALS_SECONDS = 0.1
 
 
 class Server:
@@ -39,7 +41,7 @@ class Server:
         self._settings = settings
         self._health = HealthService(SERVICES)
         self._http: HttpServer | None = None
-        self._warm = False
+        self._welcoming = False  # warm, and not about to end
         self._asked_to_end = asyncio.Event()
         self.engine = AsyncEngine(
             engine,
@@ -65,7 +67,7 @@ class Server:
 
     @property
     def is_ready(self) -> bool:
-        return self._warm and self.engine.state is EngineState.READY
+        return self._welcoming and self.engine.state is EngineState.READY
 
     @property
     def lost_device(self) -> bool:
@@ -89,15 +91,28 @@ class Server:
         except BaseException:
             await self._close(grace=0)
             raise
-        self._warm = True
+        self._welcoming = True
         if self.is_ready:
             self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain_and_stop(self) -> None:
-        """Readiness goes first, requests in flight get `drain_timeout` seconds, then all ends."""
+        """Readiness goes first; after `drain_delay` seconds the ports close; requests in flight get
+        `drain_timeout` seconds, then all ends.
+
+        A closed port and GOAWAY send clients and balancers elsewhere before a request is refused, also those
+        that ask for no health.
+        """
+        self._welcoming = False
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self.engine.state is EngineState.READY:
+            await asyncio.sleep(self._settings.drain_delay)
+        grace = self._settings.drain_timeout + _GRACE_SECONDS
+        closing = [asyncio.create_task(listener.stop(grace)) for listener in self._listeners]
+        await asyncio.sleep(_LAST_ARRIVALS_SECONDS)
         await self.engine.drain(self._settings.drain_timeout)
         self._health.close()
         await self._close(_GRACE_SECONDS)
+        await asyncio.gather(*closing)
 
     async def run_until_signalled(self) -> None:
         """Serve until SIGTERM or SIGINT or the GPU fails, then drain; a second signal ends the wait."""
