@@ -11,12 +11,14 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import yaml
 
 from sparserve.client import make_request
 from sparserve.v1 import inference_pb2_grpc
@@ -53,9 +55,51 @@ def program() -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
+def installed() -> Callable[[str], bool]:
+    """`installed("nginx")`."""
+    return lambda name: find_program(name) is not None
+
+
+@pytest.fixture(scope="session")
 def deploy() -> Path:
     """The folder whose files are tested."""
     return DEPLOY
+
+
+def run_checked(*command: object) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., str]:
+    """`run(program, argument, …)` -> what it printed; it must end with status 0."""
+    return run_checked
+
+
+@pytest.fixture(scope="session")
+def composed(program: Callable[[str], str]) -> Callable[[str], dict[str, dict[str, Any]]]:
+    """`composed("cpu")` -> that overlay's manifests by kind, as `kubectl apply -k` would send them."""
+
+    def build(overlay: str) -> dict[str, dict[str, Any]]:
+        folder = DEPLOY / "kubernetes/overlays" / overlay
+        text = run_checked(program("kubectl"), "kustomize", folder)
+        return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def deployment(composed) -> Callable[[str], tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
+    """`deployment("cpu")` -> (pod spec, its container, its SPARSERVE_* environment)."""
+
+    def find(overlay: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+        manifests = composed(overlay)
+        pod = manifests["Deployment"]["spec"]["template"]["spec"]
+        return pod, pod["containers"][0], manifests["ConfigMap"]["data"]
+
+    return find
 
 
 def free_ports(count: int) -> list[int]:
@@ -170,8 +214,6 @@ def balancer(
     program: Callable[[str], str], tmp_path: Path
 ) -> Iterator[Callable[[str, list[Ports]], Awaitable[int]]]:
     """`await balancer("nginx", workers)` -> the port of one that runs until the test ends."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
 
         async def start(name: str, workers: list[Ports]) -> int:

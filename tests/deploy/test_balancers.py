@@ -14,7 +14,6 @@ from sparserve.client import make_request
 from sparserve.v1 import control_pb2, control_pb2_grpc, inference_pb2_grpc
 
 BALANCERS = ("envoy", "nginx", "haproxy")
-STREAMS = 8
 
 
 @asynccontextmanager
@@ -37,19 +36,6 @@ def finished(server) -> float:
     )
 
 
-async def answered(channel, seconds: float = 30.0) -> None:
-    """Until the balancer has found its workers."""
-    stub = inference_pb2_grpc.InferenceServiceStub(channel)
-    give_up = time.monotonic() + seconds
-    while True:
-        try:
-            await stub.Generate(make_request("hello", max_tokens=1), timeout=5)
-            return
-        except grpc.aio.AioRpcError:
-            assert time.monotonic() < give_up, "the balancer lets nothing through"
-            await asyncio.sleep(0.05)
-
-
 @pytest.mark.parametrize("name", BALANCERS)
 def test_the_program_itself_finds_no_fault_with_its_configuration(name, program, shipped):
     config, *check = shipped(name)
@@ -70,8 +56,8 @@ async def test_the_streams_of_one_connection_are_split_and_operators_calls_kept_
         await answered(one)
         await asyncio.sleep(1.2)  # Envoy: until both workers were asked for their health
         before = [finished(server) for server in servers]
-        left = iter(range(2 * STREAMS))
-        outcome = await stream(one, STREAMS, lambda: next(left, None) is None, tokens=30)
+        left = iter(range(16))
+        outcome = await stream(one, 8, lambda: next(left, None) is None, tokens=30)
         assert outcome.lost == outcome.cut == []
         after = [finished(server) for server in servers]
         shares = [b - a for a, b in zip(before, after, strict=True)]
@@ -100,54 +86,78 @@ RETRIES = {
 }
 # nginx cannot send again what it sent to a worker that died then.
 NEEDS_RETRIES = ("nginx",)
+STREAMS = 8
+ROUNDS = 6
 
 
-async def through_each(balancer, channel, program, workers) -> dict:
-    """name -> a channel through that balancer, for all that are installed."""
-    channels = {}
-    for name in BALANCERS:
+async def answered(channel) -> None:
+    """Until the balancer has found its workers."""
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    give_up = time.monotonic() + 60
+    while True:
         try:
-            program(name)
-        except pytest.skip.Exception:
-            continue
-        port = await balancer(name, [worker.ports for worker in workers])
-        config = RETRIES if name in NEEDS_RETRIES else {}
-        options = ("grpc.service_config", json.dumps(config))
-        channels[name] = channel(f"127.0.0.1:{port}", options)
-    if not channels:
-        pytest.skip("no balancer is installed")
-    await asyncio.gather(*(answered(one) for one in channels.values()))
-    await asyncio.sleep(1.2)  # until they have asked both workers for their health
-    return channels
+            await stub.Generate(make_request("hello", max_tokens=1), timeout=5)
+            return
+        except grpc.aio.AioRpcError:
+            assert time.monotonic() < give_up, "the balancer lets nothing through"
+            await asyncio.sleep(0.05)
 
 
-async def under_load(channels, stream, seconds: float, what) -> dict:
-    """name -> outcome of STREAMS streams at a time through each; `what()` is awaited meanwhile."""
-    end = time.monotonic() + seconds
+@pytest.fixture
+def through_each(balancer, channel, installed):
+    """`await through_each(workers)` -> a channel through each balancer that is installed, by its name."""
 
-    async def act() -> None:
-        await asyncio.sleep(seconds / 4)
-        await what()
+    async def connect(workers):
+        names = [name for name in BALANCERS if installed(name)]
+        if not names:
+            pytest.skip(f"none of {', '.join(BALANCERS)} is installed")
+        for worker in workers:
+            await worker.ready()
+        channels = {}
+        for name in names:
+            port = await balancer(name, [worker.ports for worker in workers])
+            config = RETRIES if name in NEEDS_RETRIES else {}
+            options = ("grpc.service_config", json.dumps(config))
+            channels[name] = channel(f"127.0.0.1:{port}", options)
+        await asyncio.gather(*(answered(one) for one in channels.values()))
+        await asyncio.sleep(1.2)  # until they have asked all workers for their health
+        return channels
 
-    *outcomes, _ = await asyncio.gather(
-        *(stream(c, STREAMS, lambda: time.monotonic() > end, 100) for c in channels.values()),
-        act(),
-    )
-    return dict(zip(channels, outcomes, strict=True))
+    return connect
+
+
+@pytest.fixture
+def under_load(stream):
+    """`await under_load(channels, seconds, act)` -> what became of the STREAMS streams at a time through each, by its
+    name, while `act` was awaited once.
+    """
+
+    async def load(channels, seconds, act):
+        end = time.monotonic() + seconds
+
+        async def later() -> None:
+            await asyncio.sleep(seconds / 4)
+            await act()
+
+        streams = (
+            stream(c, STREAMS, lambda: time.monotonic() > end, 100) for c in channels.values()
+        )
+        *outcomes, _ = await asyncio.gather(*streams, later())
+        return dict(zip(channels, outcomes, strict=True))
+
+    return load
 
 
 async def test_a_killed_worker_costs_only_what_had_begun_and_comes_back(
-    balancer, channel, program, workers, stream
+    through_each, under_load, workers
 ):
     first, second = workers
-    for worker in workers:
-        await worker.ready()
-    channels = await through_each(balancer, channel, program, workers)
+    channels = await through_each(workers)
 
     async def kill() -> None:
         first.kill()
 
-    outcomes = await under_load(channels, stream, 4.0, kill)
+    outcomes = await under_load(channels, 4.0, kill)
     first.start()
     for name, outcome in outcomes.items():
         assert (name, outcome.lost, outcome.hung) == (name, [], 0)
@@ -162,17 +172,47 @@ async def test_a_killed_worker_costs_only_what_had_begun_and_comes_back(
         second.start()
 
 
-async def test_a_drained_worker_costs_nothing(balancer, channel, program, workers, stream):
+async def test_a_drained_worker_costs_nothing(through_each, under_load, workers):
     first, _ = workers
-    for worker in workers:
-        await worker.ready()
-    channels = await through_each(balancer, channel, program, workers)
+    channels = await through_each(workers)
 
     async def drain() -> None:
         first.signal(signal.SIGTERM)
         assert await first.ended() == 0
 
-    outcomes = await under_load(channels, stream, 5.0, drain)
+    outcomes = await under_load(channels, 5.0, drain)
+    first.start()
     for name, outcome in outcomes.items():
         assert (name, outcome.lost, outcome.cut, outcome.hung) == (name, [], [], 0)
         assert outcome.finished >= 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_workers_killed_and_drained_by_turns_cost_only_what_a_kill_had_begun(
+    through_each, under_load, workers
+):
+    channels = await through_each(workers)
+    total = dict.fromkeys(channels, (0, 0))
+    for turn in range(2 * ROUNDS):
+        worker, killed = workers[turn % 2], turn % 4 < 2
+
+        async def end(worker=worker, killed=killed) -> None:
+            if killed:
+                worker.kill()
+            else:
+                worker.signal(signal.SIGTERM)
+                assert await worker.ended() == 0
+            await asyncio.sleep(1)
+            worker.start()
+            await worker.ready()
+
+        outcomes = await under_load(channels, 6.0, end)
+        for name, outcome in outcomes.items():
+            assert (turn, name, outcome.lost, outcome.hung) == (turn, name, [], 0)
+            assert killed or outcome.cut == []
+            finished, cut = total[name]
+            total[name] = (finished + outcome.finished, cut + len(outcome.cut))
+        await asyncio.sleep(3)  # until the balancers use it again
+    for name, (finished, cut) in total.items():
+        print(f"{name}: {finished} streams finished, {cut} cut by {ROUNDS} kills, none lost")

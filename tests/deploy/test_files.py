@@ -1,18 +1,14 @@
 """The files under deploy/: valid for the programs that read them, and in step with the server's own names."""
 
-import json
 import re
 import shlex
-import subprocess
 
 import pytest
 import yaml
-from prometheus_client import Histogram
 
 from sparserve.api import server as api_server
 from sparserve.config import ServerSettings
 from sparserve.engine import async_engine
-from sparserve.metrics import TABLE
 
 SETTINGS = ServerSettings.model_fields
 # After the drain: calls are read to their end, the last engine step ends.
@@ -23,34 +19,8 @@ END_SECONDS = (
 )  # fmt: skip
 
 
-def run(*command: object) -> str:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def seconds(text: object) -> float:
     return float(str(text).removesuffix("s"))
-
-
-@pytest.fixture(scope="module")
-def composed(program, deploy):
-    """overlay -> its manifests by kind, as `kubectl apply -k` would send them."""
-
-    def build(overlay: str) -> dict[str, dict]:
-        text = run(program("kubectl"), "kustomize", deploy / "kubernetes/overlays" / overlay)
-        return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
-
-    return build
-
-
-def deployment(manifests) -> tuple[dict, dict, dict[str, str]]:
-    """-> (pod spec, its container, its SPARSERVE_* environment)."""
-    pod = manifests["Deployment"]["spec"]["template"]["spec"]
-    return pod, pod["containers"][0], manifests["ConfigMap"]["data"]
-
-
-# Names and ports
 
 
 def texts(deploy):
@@ -70,7 +40,7 @@ def test_every_setting_that_a_file_names_exists(deploy):
     assert {name: path for name, path in found.items() if name not in SETTINGS} == {}
 
 
-def test_every_flag_of_the_server_that_a_file_names_exists(deploy, composed):
+def test_every_flag_of_the_server_that_a_file_names_exists(deploy, deployment):
     found = set()
     for path in texts(deploy):
         if path.name != "compose.yaml":  # smg's flags
@@ -83,12 +53,12 @@ def test_every_flag_of_the_server_that_a_file_names_exists(deploy, composed):
     unknown = {f for f in found - others if f.replace("-", "_") not in {*SETTINGS, "config"}}
     assert unknown == set()
     for overlay in ("cpu", "gpu"):
-        args = deployment(composed(overlay))[1]["args"]
+        args = deployment(overlay)[1]["args"]
         flags = dict(zip(args[::2], args[1::2], strict=True))
         ServerSettings(**{flag[2:].replace("-", "_"): value for flag, value in flags.items()})
 
 
-def test_the_ports_of_all_files_are_the_servers(deploy, composed):
+def test_the_ports_of_all_files_are_the_servers(deploy, composed, deployment):
     grpc, metrics, adapters = (
         SETTINGS[name].default for name in ("port", "metrics_port", "adapters_port")
     )
@@ -109,7 +79,7 @@ def test_the_ports_of_all_files_are_the_servers(deploy, composed):
     smg_port = next(p for p in command if p.startswith("--prometheus-port=")).split("=")[1]
     assert targets["smg"] == [f"gateway:{smg_port}"]
     manifests = composed("cpu")
-    _, container, _ = deployment(manifests)
+    _, container, _ = deployment("cpu")
     named = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert named == {"grpc": grpc, "metrics": metrics}
     assert {p["name"]: p["port"] for p in manifests["Service"]["spec"]["ports"]} == named
@@ -118,20 +88,17 @@ def test_the_ports_of_all_files_are_the_servers(deploy, composed):
         assert re.search(rf"\b{grpc}\b", (deploy / config).read_text())
 
 
-def test_the_services_whose_health_is_asked_are_the_servers(deploy, composed):
-    _, container, _ = deployment(composed("cpu"))
+def test_the_services_whose_health_is_asked_are_the_servers(deploy, deployment):
+    _, container, _ = deployment("cpu")
     assert container["readinessProbe"]["grpc"]["service"] in api_server.SERVICES
     envoy = yaml.safe_load((deploy / "envoy/envoy.yaml").read_text())
     (check,) = envoy["static_resources"]["clusters"][0]["health_checks"]
     assert check["grpc_health_check"]["service_name"] in api_server.SERVICES
 
 
-# Times that add up
-
-
-def test_kubernetes_waits_longer_than_a_pod_takes_to_end(composed):
+def test_kubernetes_waits_longer_than_a_pod_takes_to_end(deployment):
     for overlay in ("cpu", "gpu"):
-        pod, container, env = deployment(composed(overlay))
+        pod, container, env = deployment(overlay)
         settings = ServerSettings(
             **{k.removeprefix("SPARSERVE_").lower(): v for k, v in env.items()}
         )
@@ -163,8 +130,8 @@ def test_compose_and_systemd_wait_longer_than_a_worker_takes_to_end(deploy):
         assert drain + END_SECONDS < limit
 
 
-def test_balancers_see_a_drain_within_the_delay_that_the_files_give_workers(deploy, composed):
-    delay = float(deployment(composed("cpu"))[2]["SPARSERVE_DRAIN_DELAY"])
+def test_balancers_see_a_drain_within_the_delay_that_the_files_give_workers(deploy, deployment):
+    delay = float(deployment("cpu")[2]["SPARSERVE_DRAIN_DELAY"])
     envoy = yaml.safe_load((deploy / "envoy/envoy.yaml").read_text())
     (check,) = envoy["static_resources"]["clusters"][0]["health_checks"]
     assert seconds(check["interval"]) < delay
@@ -172,138 +139,7 @@ def test_balancers_see_a_drain_within_the_delay_that_the_files_give_workers(depl
     assert int(inter[1]) < delay
 
 
-# Kubernetes
-
-
-def test_manifests_follow_the_schemas_and_select_our_pods_alone(composed, tmp_path, program):
-    validate = pytest.importorskip("kubernetes_validate")
-    for overlay in ("cpu", "gpu"):
-        manifests = composed(overlay)
-        own = {"app.kubernetes.io/name": "sparserve"}
-        for kind, manifest in manifests.items():
-            if kind not in {"ServiceMonitor", "PrometheusRule"}:  # not of Kubernetes itself
-                validate.validate(manifest, "1.34", strict=True)
-            assert manifest["metadata"]["labels"].items() >= own.items()
-        assert manifests["Deployment"]["spec"]["template"]["metadata"]["labels"] == own
-        for kind, path in (
-            ("Deployment", ("selector", "matchLabels")),
-            ("Service", ("selector",)),
-            ("PodDisruptionBudget", ("selector", "matchLabels")),
-            ("NetworkPolicy", ("podSelector", "matchLabels")),
-            ("ServiceMonitor", ("selector", "matchLabels")),
-        ):
-            found = manifests[kind]["spec"]
-            for key in path:
-                found = found[key]
-            assert (kind, found) == (kind, own)
-        target = manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
-        assert target == manifests["Deployment"]["metadata"]["name"]
-
-
-def test_pods_are_hardened_and_the_images_user_is_theirs(composed, deploy):
-    user = re.search(r"^USER (\d+):", (deploy / "Dockerfile").read_text(), re.M)[1]
-    for overlay, image in (("cpu", "cpu"), ("gpu", "cuda")):
-        pod, container, _ = deployment(composed(overlay))
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert str(pod["securityContext"]["runAsUser"]) == user
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        # A Service of this name would put SPARSERVE_PORT=tcp://… into the environment.
-        assert pod["enableServiceLinks"] is False
-        assert container["image"] == f"sparserve:{image}"
-        assert f"AS {image}\n" in (deploy / "Dockerfile").read_text()
-
-
-def test_both_autoscalers_act_on_waiting_requests(composed, deploy):
-    waiting = next(spec.exported for spec in TABLE if spec.attribute == "waiting")
-    hpa = composed("cpu")["HorizontalPodAutoscaler"]["spec"]
-    (metric,) = hpa["metrics"]
-    assert metric["pods"]["metric"]["name"] == waiting
-    components = deploy / "kubernetes/components"
-    adapter = yaml.safe_load((components / "hpa/prometheus-adapter.yaml").read_text())
-    (rule,) = adapter["rules"]["custom"]
-    assert rule["name"]["as"] == waiting
-    assert rule["seriesQuery"].startswith(waiting + "{")
-    keda = yaml.safe_load((components / "keda/scaledobject.yaml").read_text())["spec"]
-    (trigger,) = keda["triggers"]
-    assert f"({waiting}[" in trigger["metadata"]["query"]
-    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (
-        hpa["minReplicas"],
-        hpa["maxReplicas"],
-    )
-    assert trigger["metadata"]["threshold"] == metric["pods"]["target"]["averageValue"]
-
-
-# Metrics
-
-
-def exported() -> set[str]:
-    names = {spec.exported for spec in TABLE}
-    for spec in TABLE:
-        if spec.kind is Histogram:
-            names |= {spec.exported + part for part in ("_bucket", "_sum", "_count")}
-    return names
-
-
-def metrics_of(text: str) -> set[str]:
-    return set(re.findall(r"\bsparserve_[a-z0-9_]+", text))
-
-
-def test_the_dashboard_asks_for_metrics_that_exist_by_labels_that_they_have(
-    deploy, program, tmp_path
-):
-    board = json.loads((deploy / "grafana/sparserve.json").read_text())
-    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    queries = [target["expr"] for panel in panels for target in panel["targets"]]
-    assert len(queries) > 20
-    labels = {"model_name", "instance", "le", *(spec.label for spec in TABLE if spec.label)}
-    for query in queries:
-        assert metrics_of(query), query
-        assert metrics_of(query) <= exported(), query
-        for group in re.findall(r"by \(([^)]*)\)", query):
-            assert set(group.split(", ")) <= labels, query
-    for variable in board["templating"]["list"][1:]:
-        assert metrics_of(variable["query"]) <= exported()
-    places = [tuple(panel["gridPos"][key] for key in "xy") for panel in board["panels"]]
-    assert len(set(places)) == len(places)
-    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
-    # The queries as Prometheus reads them, with Grafana's variables filled in.
-    filled = [
-        re.sub(r"\$__\w+", "5m", q).replace("$model", "m").replace("$instance", "i")
-        for q in queries
-    ]
-    rules = [{"record": f"panel:{i}:query", "expr": query} for i, query in enumerate(filled)]
-    (tmp_path / "rules.yaml").write_text(
-        yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]})
-    )
-    run(program("promtool"), "check", "rules", tmp_path / "rules.yaml")
-
-
-def test_alerts_ask_for_metrics_that_exist_and_are_the_same_in_kubernetes(deploy):
-    rules = yaml.safe_load((deploy / "prometheus/alerts.yaml").read_text())
-    alerts = [rule for group in rules["groups"] for rule in group["rules"]]
-    for alert in alerts:
-        assert metrics_of(alert["expr"]) <= exported(), alert["alert"]
-        assert metrics_of(alert["expr"]) or alert["expr"].startswith("up{")
-    tested = yaml.safe_load((deploy / "prometheus/alerts_test.yaml").read_text())["tests"]
-    fired = {t["alertname"] for case in tested for t in case["alert_rule_test"] if t["exp_alerts"]}
-    assert fired == {alert["alert"] for alert in alerts}
-    rule = deploy / "kubernetes/components/monitoring/prometheusrule.yaml"
-    assert yaml.safe_load(rule.read_text())["spec"] == rules
-
-
-def test_prometheus_accepts_its_files_and_the_alerts_fire_as_their_tests_say(deploy, program):
-    run(program("promtool"), "check", "config", deploy / "prometheus/prometheus.yaml")
-    run(program("promtool"), "test", "rules", deploy / "prometheus/alerts_test.yaml")
-
-
-# Containers and systemd
-
-
-def test_compose_follows_its_schema_and_mounts_files_that_exist(deploy):
+def test_compose_follows_its_schema_and_mounts_files_that_exist(deploy, run):
     pytest.importorskip("check_jsonschema")
     run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", deploy / "compose.yaml")
     compose = yaml.safe_load((deploy / "compose.yaml").read_text())
@@ -334,7 +170,9 @@ def test_adapters_are_open_only_to_the_gateway(deploy):
     )
 
 
-def test_the_dockerfile_is_clean_and_copies_only_what_its_ignore_file_lets_through(deploy, program):
+def test_the_dockerfile_is_clean_and_copies_only_what_its_ignore_file_lets_through(
+    deploy, program, run
+):
     run(program("hadolint"), deploy / "Dockerfile")
     let_through = {
         line[1:]
@@ -348,7 +186,7 @@ def test_the_dockerfile_is_clean_and_copies_only_what_its_ignore_file_lets_throu
     assert all((deploy.parent / name).exists() for name in copied)
 
 
-def test_systemd_accepts_the_unit(deploy, program, tmp_path):
+def test_systemd_accepts_the_unit(deploy, program, tmp_path, run):
     text = (deploy / "systemd/sparserve.service").read_text()
     assert text.count("/opt/sparserve/bin/sparserve serve") == 1
     # It looks for the program.
