@@ -41,7 +41,7 @@ status = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=10).status
 assert status == health_pb2.HealthCheckResponse.SERVING, status
 with Client(sys.argv[1]) as client:
     generation = client.generate("The capital of France is", max_tokens=8, temperature=0, timeout=120)
-print(repr(generation.result.text))
+print(repr(generation.text))
 """
 
 
@@ -95,7 +95,6 @@ class Replay:
         self._root = root
         self._given = args
         self._done: dict[str, Stage] = {}
-        self.seconds: list[tuple[float, str]] = []  # of each step
         base = root / "base"
         base.mkdir(parents=True)
         python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
@@ -162,8 +161,7 @@ class Replay:
             case _:
                 raise ReplayError(f"{keyword} cannot be replayed")
         if keyword in ("RUN", "COPY"):
-            self.seconds.append((time.monotonic() - begun, f"{keyword} {text}"))
-            print(f"{self.seconds[-1][0]:7.1f} s  {keyword} {text[:90]}", flush=True)
+            print(f"{time.monotonic() - begun:7.1f} s  {keyword} {text[:90]}", flush=True)
 
     def _copy(self, text: str, stage: Stage) -> None:
         *sources, target = text.split()

@@ -104,6 +104,30 @@ async def test_a_second_signal_stops_without_waiting(spawn, long_folder):
     assert not [line for line in served.lines if "Traceback" in line]
 
 
+# As process 1 of a container it has no default for SIGTERM.
+LOADS_FOR_EVER = """
+import signal, sys, time
+from sparserve.cli import main
+from sparserve.engine import factory
+
+def build_engine(*_, **__):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(1000)
+
+factory.build_engine = build_engine
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+main()
+"""
+
+
+async def test_sigterm_ends_a_server_that_still_loads_its_model(spawn_python, tiny_folder):
+    served = await spawn_python(LOADS_FOR_EVER, "serve", "--model", tiny_folder, *ANY_PORTS)
+    while await served.line() != "loading":
+        pass
+    served.signal(signal.SIGTERM)
+    assert await served.ended() == 128 + signal.SIGTERM
+
+
 # A server whose fifth forward finds the GPU lost: two warm up, three generate.
 LOSES_ITS_GPU = """
 import sys

@@ -69,6 +69,20 @@ async def test_the_streams_of_one_connection_are_split_and_operators_calls_kept_
         assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
+async def test_envoy_asks_another_worker_where_one_is_full(serving, balancer, channel, stream):
+    async with serving(max_running=1, max_waiting=0) as small, serving() as large:
+        port = await balancer("envoy", [At(small), At(large)])
+        one = channel(f"127.0.0.1:{port}")
+        await answered(one)
+        await asyncio.sleep(1.2)  # until both workers were asked for their health
+        left = iter(range(32))
+        outcome = await stream(one, 8, lambda: next(left, None) is None, tokens=100)
+        assert (outcome.finished, outcome.lost, outcome.cut) == (32, [], [])
+        assert min(finished(small), finished(large)) >= 1
+        rejected = small.engine.engine.metrics.requests_rejected.labels(reason="queue_full")
+        assert rejected._value.get() >= 1
+
+
 # A client's own retries, for what had not begun; see docs/deploy.md.
 RETRIES = {
     "methodConfig": [
@@ -193,7 +207,7 @@ async def test_workers_killed_and_drained_by_turns_cost_only_what_a_kill_had_beg
     through_each, under_load, workers
 ):
     channels = await through_each(workers)
-    total = dict.fromkeys(channels, (0, 0))
+    total = dict.fromkeys(channels, (0, []))
     for turn in range(2 * ROUNDS):
         worker, killed = workers[turn % 2], turn % 4 < 2
 
@@ -212,7 +226,8 @@ async def test_workers_killed_and_drained_by_turns_cost_only_what_a_kill_had_beg
             assert (turn, name, outcome.lost, outcome.hung) == (turn, name, [], 0)
             assert killed or outcome.cut == []
             finished, cut = total[name]
-            total[name] = (finished + outcome.finished, cut + len(outcome.cut))
+            total[name] = (finished + outcome.finished, cut + outcome.cut)
         await asyncio.sleep(3)  # until the balancers use it again
     for name, (finished, cut) in total.items():
-        print(f"{name}: {finished} streams finished, {cut} cut by {ROUNDS} kills, none lost")
+        codes = sorted({status.split(":")[0] for status in cut})
+        print(f"{name}: {finished} finished, {len(cut)} cut by {ROUNDS} kills ({codes}), none lost")

@@ -126,7 +126,8 @@ class Server:
             loop.add_signal_handler(number, on_signal)
         await asked.wait()
         log.info(
-            "draining: up to %g s for %d requests",
+            "draining: %g s in which new requests are taken, then up to %g s for %d requests",
+            self._settings.drain_delay,
             self._settings.drain_timeout,
             self.engine.in_flight,
         )
