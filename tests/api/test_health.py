@@ -112,6 +112,20 @@ async def test_a_server_that_is_to_end_says_so_takes_requests_for_a_while_then_c
         await draining
 
 
+async def test_a_closed_port_refuses_connections_and_leaves_those_that_stand(
+    serving, connect, http_get
+):
+    async with serving() as server, serving() as other:
+        wire = connect(server)
+        await wire.inference.Generate(SHORT)
+        server._listener.close_port()
+        with socket.socket() as late:
+            assert late.connect_ex(("127.0.0.1", server.port)) != 0
+        assert (await wire.inference.Generate(SHORT)).usage.completion_tokens == 3
+        assert (await http_get(server, "/readyz"))[0] == 200
+        assert (await connect(other).inference.Generate(SHORT)).usage.completion_tokens == 3
+
+
 async def test_requests_that_outlast_the_drain_timeout_are_told_to_go_elsewhere(
     serving, connect, controlled, details_of, until
 ):

@@ -13,7 +13,7 @@ from sparserve.engine import async_engine
 SETTINGS = ServerSettings.model_fields
 # After the drain: calls are read to their end, the last engine step ends.
 END_SECONDS = (
-    api_server._LAST_ARRIVALS_SECONDS
+    2 * api_server._LAST_ARRIVALS_SECONDS
     + api_server._GRACE_SECONDS
     + async_engine._LAST_STEP_SECONDS
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from sparserve.api.addresses import Address
+from sparserve.api.addresses import Address, stop_listening
 from sparserve.api.interceptors import AccessLogInterceptor, ErrorInterceptor
 from sparserve.config import ServerSettings
 
@@ -56,6 +56,10 @@ class Listener:
         except RuntimeError as error:
             raise self.address.taken() from error
         await self.server.start()
+
+    def close_port(self) -> None:
+        """Refuse new connections; those that stand may still call."""
+        stop_listening(self.port)
 
     async def stop(self, grace: float) -> None:
         """Calls in flight get `grace` seconds to be read to their end."""

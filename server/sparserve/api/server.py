@@ -30,7 +30,8 @@ SERVICES = (
 )
 # Calls whose requests are done get so long to be read to their end.
 _GRACE_SECONDS = 5.0
-# Calls that came before the ports closed get so long to become requests in flight.
+# Connections that were made before the ports closed get so long for their call, and calls that came before GOAWAY to
+# become requests in flight.
 _LAST_ARRIVALS_SECONDS = 0.1
 
 
@@ -96,16 +97,18 @@ class Server:
             self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain_and_stop(self) -> None:
-        """Readiness goes first; after `drain_delay` seconds the ports close; requests in flight get
-        `drain_timeout` seconds, then all ends.
+        """Readiness goes first; after `drain_delay` seconds the ports close, then connections get GOAWAY;
+        requests in flight get `drain_timeout` seconds, then all ends.
 
-        A closed port and GOAWAY send clients and balancers elsewhere before a request is refused, also those
-        that ask for no health.
+        So clients and balancers go elsewhere before a request is refused, also those that ask for no health.
         """
         self._welcoming = False
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self.engine.state is EngineState.READY:
             await asyncio.sleep(self._settings.drain_delay)
+        for listener in self._listeners:
+            listener.close_port()
+        await asyncio.sleep(_LAST_ARRIVALS_SECONDS)
         grace = self._settings.drain_timeout + _GRACE_SECONDS
         closing = [asyncio.create_task(listener.stop(grace)) for listener in self._listeners]
         await asyncio.sleep(_LAST_ARRIVALS_SECONDS)
