@@ -30,9 +30,9 @@ SERVICES = (
 )
 # Calls whose requests are done get so long to be read to their end.
 _GRACE_SECONDS = 5.0
-# Connections that were made before the ports closed get so long for their call, and calls that came before GOAWAY to
-# become requests in flight.
-_LAST_ARRIVALS_SECONDS = 0.1
+# On a busy event loop connections that were made before the ports closed get so long for their call, and calls that
+# came before GOAWAY to become requests in flight. gRPC ends with CANCELLED what it has not handed over until then.
+_LAST_ARRIVALS_SECONDS = 0.5
 
 
 class Server:
@@ -108,10 +108,11 @@ class Server:
             await asyncio.sleep(self._settings.drain_delay)
         for listener in self._listeners:
             listener.close_port()
-        await asyncio.sleep(_LAST_ARRIVALS_SECONDS)
+        last_arrivals = _LAST_ARRIVALS_SECONDS if self.engine.in_flight else 0
+        await asyncio.sleep(last_arrivals)
         grace = self._settings.drain_timeout + _GRACE_SECONDS
         closing = [asyncio.create_task(listener.stop(grace)) for listener in self._listeners]
-        await asyncio.sleep(_LAST_ARRIVALS_SECONDS)
+        await asyncio.sleep(last_arrivals)
         await self.engine.drain(self._settings.drain_timeout)
         self._health.close()
         await self._close(_GRACE_SECONDS)
