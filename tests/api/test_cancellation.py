@@ -117,8 +117,7 @@ async def test_who_leaves_the_queue_is_forgotten_and_nobody_else_notices(
             waiting = second.inference.GenerateStream(
                 LONG, timeout=2 if way == "deadline" else None
             )
-            await waiting.read()
-            assert server.engine.in_flight == 2
+            await until(lambda: server.engine.in_flight == 2)
             if way == "cancel":
                 waiting.cancel()
             elif way == "close":
@@ -133,8 +132,8 @@ async def test_who_leaves_the_queue_is_forgotten_and_nobody_else_notices(
             assert answer.choices == alone.choices
             assert forward.calls == 20
         if way == "abort":
-            events = [(await waiting.read()).WhichOneof("event") for _ in range(2)]
-            assert events == ["finished", "summary"]
+            events = [(await waiting.read()).WhichOneof("event") for _ in range(3)]
+            assert events == ["started", "finished", "summary"]
         assert engine.num_waiting == engine.used_blocks == server.engine.in_flight == 0
 
 

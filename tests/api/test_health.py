@@ -43,7 +43,7 @@ async def test_watch_tells_of_a_drain_before_the_requests_in_flight_are_done(
     serving, connect, controlled, until, monkeypatch, service
 ):
     monkeypatch.setattr("sparserve.api.server._GRACE_SECONDS", 1000.0)
-    async with serving() as server:
+    async with serving(drain_delay=0.5) as server:
         wire = connect(server)
         watch = wire.health.Watch(about(service))
         assert await next_status(watch) == SERVING
@@ -76,31 +76,54 @@ async def test_a_watcher_that_leaves_does_not_silence_the_others(serving, connec
         await draining
 
 
-async def test_a_draining_server_refuses_new_requests_and_says_to_come_back(
-    serving, connect, controlled, details_of, until, http_get
+async def test_a_server_that_is_to_end_says_so_takes_requests_for_a_while_then_closes_its_ports(
+    serving, connect, controlled, until, http_get
 ):
-    async with serving() as server:
+    async with serving(drain_delay=0.5) as server:
         wire = connect(server)
 
         async def readiness() -> list[int]:
             return [(await http_get(server, path))[0] for path in ("/healthz", "/readyz")]
 
+        def refuses(port: int) -> bool:
+            with socket.socket() as other:
+                return other.connect_ex(("127.0.0.1", port)) != 0
+
         assert await readiness() == [200, 200]
         with controlled(server) as forward:
             forward.hold()
-            call = asyncio.ensure_future(wire.inference.Generate(SHORT))
+            early = asyncio.ensure_future(wire.inference.Generate(SHORT))
             await until(lambda: forward.calls == 1)
             draining = asyncio.ensure_future(server.drain_and_stop())
             await asyncio.sleep(0)
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await wire.inference.Generate(make_request("hi"))
-            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert "draining" in error.value.details()
-            assert details_of(error.value)["RetryInfo"].retry_delay.ToMilliseconds() == 1000
             # Alive, so that nobody kills it, but not ready.
             assert await readiness() == [200, 503]
-        assert (await call).usage.completion_tokens == 3
+            late = asyncio.ensure_future(connect(server).inference.Generate(SHORT))
+            await until(lambda: server.engine.in_flight == 2)
+            await until(lambda: refuses(server.port))
+            assert not early.done()
+            assert not late.done()
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await connect(server).inference.Generate(SHORT)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert await readiness() == [200, 503]
+        assert (await early).usage.completion_tokens == 3
+        assert (await late).usage.completion_tokens == 3
         await draining
+
+
+async def test_a_closed_port_refuses_connections_and_leaves_those_that_stand(
+    serving, connect, http_get
+):
+    async with serving() as server, serving() as other:
+        wire = connect(server)
+        await wire.inference.Generate(SHORT)
+        server._listener.close_port()
+        with socket.socket() as late:
+            assert late.connect_ex(("127.0.0.1", server.port)) != 0
+        assert (await wire.inference.Generate(SHORT)).usage.completion_tokens == 3
+        assert (await http_get(server, "/readyz"))[0] == 200
+        assert (await connect(other).inference.Generate(SHORT)).usage.completion_tokens == 3
 
 
 async def test_requests_that_outlast_the_drain_timeout_are_told_to_go_elsewhere(

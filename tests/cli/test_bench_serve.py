@@ -70,7 +70,13 @@ async def test_a_running_server_is_loaded(spawn, tiny_folder, tmp_path):
 
 def test_rivals_have_names_and_processes():
     found = make_targets(
-        None, Connection("h:1, h:2", {}), [7], "a=http://h:3/v1,http://h:4/?x=y", None, [8, 9], Wish()
+        None,
+        Connection("h:1, h:2", {}),
+        [7],
+        "a=http://h:3/v1,http://h:4/?x=y",
+        None,
+        [8, 9],
+        Wish(),
     )
     assert [(target.name, target.address, list(target.pids)) for target in found] == [
         ("sparserve", "h:1,h:2", [7]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sparserve.errors import ConfigError
@@ -47,6 +49,30 @@ def check_addresses(addresses: Sequence[Address]) -> None:
         if address.port and (other := flags.get(address.port)):
             raise ConfigError(f"{other} and {address.flag} are both {address.port}; choose two")
         flags[address.port] = address.flag
+
+
+def stop_listening(port: int) -> None:
+    """Refuse new connections to a port of this process, and leave those that stand alone.
+
+    gRPC has no such call: with the port it closes every connection, and calls that arrive meanwhile end with CANCELLED.
+    It notices the shut socket and writes a line about a failed accept.
+    """
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # closed meanwhile, or no socket
+            candidate = socket.socket(fileno=descriptor)
+            try:
+                if _listens(candidate, port):
+                    candidate.shutdown(socket.SHUT_RDWR)
+            finally:
+                candidate.detach()
+
+
+def _listens(candidate: socket.socket, port: int) -> bool:
+    return (
+        candidate.family in (socket.AF_INET, socket.AF_INET6)
+        and candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+        and candidate.getsockname()[1] == port
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from sparserve.api.addresses import Address
+from sparserve.api.addresses import Address, stop_listening
 from sparserve.api.interceptors import AccessLogInterceptor, ErrorInterceptor
 from sparserve.config import ServerSettings
 
@@ -68,11 +68,15 @@ class Listener:
             raise self.address.taken() from error
         await self.server.start()
 
-    def _add_port(self) -> int:
-        if self._credentials is None:
-            return self.server.add_insecure_port(self.address.target)
-        return self.server.add_secure_port(self.address.target, self._credentials)
+    def close_port(self) -> None:
+        """Refuse new connections; those that stand may still call."""
+        stop_listening(self.port)
 
     async def stop(self, grace: float) -> None:
         """Calls in flight get `grace` seconds to be read to their end."""
         await self.server.stop(grace)
+
+    def _add_port(self) -> int:
+        if self._credentials is None:
+            return self.server.add_insecure_port(self.address.target)
+        return self.server.add_secure_port(self.address.target, self._credentials)

@@ -85,14 +85,20 @@ class Responder:
     async def stream(
         self, updates: AsyncIterator[Update]
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """The events of GenerateStream, one summary after the last choice's end."""
+        """The events of GenerateStream, one summary after the last choice's end.
+
+        Nothing comes before the first update: what has not begun, a balancer can send to another server.
+        """
         started = pb.Started(
             request_id=self._request.request_id,
             model=self._model_name,
             prompt_tokens=len(self._request.prompt_token_ids),
         )
-        yield pb.GenerateStreamResponse(started=started)
+        begun = False
         async for update in updates:
+            if not begun:
+                yield pb.GenerateStreamResponse(started=started)
+                begun = True
             if (prompt := await self._prompt(update)) is not None:
                 yield pb.GenerateStreamResponse(prompt=prompt)
             for event in self._events(update):

@@ -31,6 +31,9 @@ SERVICES = (
 )
 # Calls whose requests are done get so long to be read to their end.
 _GRACE_SECONDS = 5.0
+# On a busy event loop connections that were made before the ports closed get so long for their call, and calls that
+# came before GOAWAY to become requests in flight. gRPC ends with CANCELLED what it has not handed over until then.
+_LAST_ARRIVALS_SECONDS = 0.5
 
 
 class Server:
@@ -40,7 +43,7 @@ class Server:
         self._settings = settings
         self._health = HealthService(SERVICES)
         self._http: HttpServer | None = None
-        self._warm = False
+        self._welcoming = False  # warm, and not about to end
         self._asked_to_end = asyncio.Event()
         self.engine = AsyncEngine(
             engine,
@@ -67,7 +70,7 @@ class Server:
 
     @property
     def is_ready(self) -> bool:
-        return self._warm and self.engine.state is EngineState.READY
+        return self._welcoming and self.engine.state is EngineState.READY
 
     @property
     def lost_device(self) -> bool:
@@ -92,15 +95,31 @@ class Server:
         except BaseException:
             await self._close(grace=0)
             raise
-        self._warm = True
+        self._welcoming = True
         if self.is_ready:
             self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain_and_stop(self) -> None:
-        """Readiness goes first, requests in flight get `drain_timeout` seconds, then all ends."""
+        """Readiness goes first; after `drain_delay` seconds the ports close, then connections get GOAWAY;
+        requests in flight get `drain_timeout` seconds, then all ends.
+
+        So clients and balancers go elsewhere before a request is refused, also those that ask for no health.
+        """
+        self._welcoming = False
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self.engine.state is EngineState.READY:
+            await asyncio.sleep(self._settings.drain_delay)
+        for listener in self._listeners:
+            listener.close_port()
+        last_arrivals = _LAST_ARRIVALS_SECONDS if self.engine.in_flight else 0
+        await asyncio.sleep(last_arrivals)
+        grace = self._settings.drain_timeout + _GRACE_SECONDS
+        closing = [asyncio.create_task(listener.stop(grace)) for listener in self._listeners]
+        await asyncio.sleep(last_arrivals)
         await self.engine.drain(self._settings.drain_timeout)
         self._health.close()
         await self._close(_GRACE_SECONDS)
+        await asyncio.gather(*closing)
 
     async def run_until_signalled(self) -> None:
         """Serve until SIGTERM or SIGINT or the GPU fails, then drain; a second signal ends the wait."""
@@ -114,7 +133,8 @@ class Server:
             loop.add_signal_handler(number, on_signal)
         await asked.wait()
         log.info(
-            "draining: up to %g s for %d requests",
+            "draining: %g s in which new requests are taken, then up to %g s for %d requests",
+            self._settings.drain_delay,
             self._settings.drain_timeout,
             self.engine.in_flight,
         )

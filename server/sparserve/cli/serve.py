@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import sys
 
 from sparserve import logs
 from sparserve.cli.options import with_settings
@@ -31,6 +33,8 @@ def serve(settings: ServerSettings) -> None:
     check_security(settings)
     if warning := exposure(settings):
         log.warning("%s", warning)
+    # Process 1 of a container ignores what it does not handle, and a large model takes minutes to load.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with progress_bars() as bars:
         built = build_engine(
             settings, on_tensor=bars.on_tensor, on_layer=bars.on_layer, on_download=bars.on_download

@@ -87,12 +87,21 @@ class ServerSettings(EngineSettings, AdapterSettings, SecuritySettings):
             description="Seconds that calls then get on such a connection before it is closed; 0: as long as they take.",
         ),
     ] = 0
+    drain_delay: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=3600,
+            description="Seconds after SIGTERM in which health and /readyz already say no and new requests are still taken, so that "
+            "balancers notice before any is refused.",
+        ),
+    ] = 0
     drain_timeout: Annotated[
         float,
         Field(
             ge=0,
             le=86400,
-            description="Seconds that requests in flight get to finish after SIGTERM.",
+            description="Seconds that requests in flight get to finish after SIGTERM, from the end of drain_delay on.",
         ),
     ] = 30
     log_level: Annotated[
