@@ -303,12 +303,12 @@ async def test_an_answer_to_long_names_fits_into_the_metadata_of_a_call(
 
 
 async def test_a_request_id_in_flight_is_refused_until_its_request_ends(
-    server, wire, refusal, details_of, controlled
+    server, wire, refusal, details_of, controlled, until
 ):
     with controlled(server) as forward:
         forward.hold()
         first = wire.inference.GenerateStream(with_fields(request_id="mine"))
-        await first.read()
+        await until(lambda: forward.calls == 1)
         error = await refusal(with_fields(request_id="mine"))
         assert error.code() is grpc.StatusCode.ALREADY_EXISTS
         assert "'mine'" in error.details()

@@ -124,7 +124,7 @@ async def test_finished_requests_are_counted_by_reason(serving, connect, scrape,
         with controlled(server) as forward:
             forward.hold()
             call = wire.inference.GenerateStream(make_request("hello", request_id="a"))
-            await call.read()
+            await until(lambda: forward.calls == 1)
             await wire.control.Abort(control_pb2.AbortRequest(request_ids=["a"]))
         assert [event async for event in wire.inference.GenerateStream(make_request("x"))]
         await until(lambda: server.engine.in_flight == 0)

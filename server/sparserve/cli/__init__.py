@@ -6,6 +6,8 @@ ask a server, start in half a second instead of several.
 
 from __future__ import annotations
 
+import sparserve.cli.environment  # isort: skip  # noqa: F401  (before gRPC: it sets what gRPC logs)
+
 import sys
 
 import typer

@@ -1,4 +1,5 @@
-"""What SPARSERVE_* variables mean where they are no settings: slips of a name, and Kubernetes' own."""
+"""What SPARSERVE_* variables mean where they are no settings: slips of a name, and Kubernetes' own; and gRPC's own
+log, which is off."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from difflib import get_close_matches
 from sparserve.cli.output import warn
 from sparserve.config import ServerSettings
 from sparserve.errors import ConfigError
+
+# gRPC's core writes lines of its own shape to stderr, one of each port that is closed; what matters is told by us.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 PREFIX = "SPARSERVE_"
 # Every variable that means something: settings, where models are kept (model/catalog.py), a client's key.
