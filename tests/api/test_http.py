@@ -125,6 +125,7 @@ async def test_finished_requests_are_counted_by_reason(serving, connect, scrape,
             forward.hold()
             call = wire.inference.GenerateStream(make_request("hello", request_id="a"))
             await until(lambda: forward.calls == 1)
+            assert not call.done()
             await wire.control.Abort(control_pb2.AbortRequest(request_ids=["a"]))
         assert [event async for event in wire.inference.GenerateStream(make_request("x"))]
         await until(lambda: server.engine.in_flight == 0)
