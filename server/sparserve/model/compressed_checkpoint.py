@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,6 +33,7 @@ from sparserve.model.compressed_tensors import (
     read_tensors,
 )
 from sparserve.model.config import LayerSize, ModelConfig
+from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder, read_json
 
 VERSION = 1
@@ -134,7 +135,7 @@ class CompressedCheckpoint(HuggingFaceFolder):
                 raise CorruptCheckpoint(f"{path} is missing")
 
 
-class CompressedLayers(Sequence[LayerTensors]):
+class CompressedLayers(LayersAtUse[LayerTensors]):
     """The layers in the files of a folder; none is kept."""
 
     def __init__(
@@ -150,16 +151,9 @@ class CompressedLayers(Sequence[LayerTensors]):
     def __len__(self) -> int:
         return self._config.num_layers
 
-    @overload
-    def __getitem__(self, index: int) -> LayerTensors: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LayerTensors]: ...
-    def __getitem__(self, index: int | slice) -> LayerTensors | Sequence[LayerTensors]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        path = layer_file(self._folder, place)
-        layer = read_layer_file(path, self._config, place, self._formats.layer(place))
+    def layer(self, index: int) -> LayerTensors:
+        path = layer_file(self._folder, index)
+        layer = read_layer_file(path, self._config, index, self._formats.layer(index))
         self._on_read(path)
         return layer
 

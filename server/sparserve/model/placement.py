@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 from accelerate import infer_auto_device_map
@@ -14,6 +13,7 @@ from torch import nn
 
 from sparserve.errors import ConfigError
 from sparserve.model.config import ModelConfig
+from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.weights import LayerWeights, layer_shapes
 
 GPU_SHARE = 0.9  # of the free memory of a GPU; the rest is for activations
@@ -111,7 +111,7 @@ def _bytes_outside_layers(config: ModelConfig, dtype: torch.dtype) -> int:
     return tables * config.vocab_size * config.hidden_size * dtype.itemsize + 4 * config.hidden_size
 
 
-class PlacedLayers(Sequence[LayerWeights]):
+class PlacedLayers(LayersAtUse[LayerWeights]):
     """The layers of a model where a DeviceMap wants them, each ready for use on its device.
 
     All are read once at first, so that a damaged checkpoint is told then; those on disk are dropped
@@ -136,15 +136,9 @@ class PlacedLayers(Sequence[LayerWeights]):
     def __len__(self) -> int:
         return len(self._resident)
 
-    @overload
-    def __getitem__(self, index: int) -> LayerWeights: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LayerWeights]: ...
-    def __getitem__(self, index: int | slice) -> LayerWeights | Sequence[LayerWeights]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def layer(self, index: int) -> LayerWeights:
         layer = self._resident[index]
         if layer is None:
-            layer = self._read_layer(range(len(self))[index])
+            layer = self._read_layer(index)
         here = layer.wq.device
         return layer.to(self._devices.execution) if here.type == "cpu" else layer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from sparserve.compression.recipe import Prune
 from sparserve.compression.statistics import InputMoments
 from sparserve.errors import ConfigError
 from sparserve.model.config import LayerSize, ModelConfig
+from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.loader import LoadedModel
 from sparserve.model.walk import Walk, activations
 from sparserve.model.weights import LayerWeights, layer_shapes
@@ -93,7 +93,7 @@ def prune(
     return Pruned(pruned, report, removed)
 
 
-class PrunedLayers(Sequence[LayerWeights]):
+class PrunedLayers(LayersAtUse[LayerWeights]):
     """The layers of a model, cut at their use; restored matrices are kept."""
 
     def __init__(self, layers: Sequence[LayerWeights], kept: Sequence[Kept], head_dim: int) -> None:
@@ -106,16 +106,9 @@ class PrunedLayers(Sequence[LayerWeights]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    @overload
-    def __getitem__(self, index: int) -> LayerWeights: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LayerWeights]: ...
-    def __getitem__(self, index: int | slice) -> LayerWeights | Sequence[LayerWeights]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        layer = cut(self._layers[place], self.kept[place], self._head_dim)
-        own = self._restored.get(place, {})
+    def layer(self, index: int) -> LayerWeights:
+        layer = cut(self._layers[index], self.kept[index], self._head_dim)
+        own = self._restored.get(index, {})
         return replace(layer, **{name: t.to(layer.wo.dtype) for name, t in own.items()})
 
 
