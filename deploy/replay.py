@@ -204,12 +204,14 @@ def free_port() -> int:
 
 def ask(replay: Replay, stage: Stage, model: str | None) -> Iterator[str]:
     """Start the image's entry point, wait for its health check, ask it by gRPC, stop it. Yields what happened."""
-    port, metrics = free_port(), free_port()
+    port, metrics, adapters = free_port(), free_port(), free_port()
     # Free ports, and not open to the network.
     env = replay.environment(stage) | {
         "SPARSERVE_HOST": "127.0.0.1",
         "SPARSERVE_PORT": str(port),
         "SPARSERVE_METRICS_PORT": str(metrics),
+        "SPARSERVE_ADAPTERS": "vllm",  # as compose has it
+        "SPARSERVE_ADAPTERS_PORT": str(adapters),
         **({"SPARSERVE_MODEL": model} if model else {}),
     }
     cwd = replay.inside(stage.workdir)

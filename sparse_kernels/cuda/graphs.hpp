@@ -77,11 +77,14 @@ class Graphs {
   int32_t capture(uint64_t stream, Launches&& launches, void** graph) {
     SK_TRY(begin_capture(device_, stream));
     const int32_t launched = launches();
+    // Ending a capture that failed notes a failure of its own.
+    const std::string why = launched == SK_STATUS_OK ? "" : sk_last_error();
     // A capture is ended in any case: a stream that captures computes nothing.
     const int32_t ended = end_capture(device_, stream, launched == SK_STATUS_OK ? graph : nullptr);
-    if (launched != SK_STATUS_OK || ended != SK_STATUS_OK) {
-      return launched != SK_STATUS_OK ? launched : ended;
+    if (launched != SK_STATUS_OK && ended != SK_STATUS_DEVICE) {
+      return fail(launched, "%s", why.c_str());
     }
+    SK_TRY(ended);
     ++captures_;
     return SK_STATUS_OK;
   }

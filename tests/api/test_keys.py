@@ -224,6 +224,35 @@ async def test_keys_come_and_go_with_their_file_and_what_runs_goes_on(
         await until(lambda: reloads.labels(outcome="ok")._value.get() >= 1)
 
 
+async def test_a_call_that_was_opened_before_its_key_was_revoked_is_refused(
+    guarded, connect, key_file, until
+):
+    path = "/sparserve.v1.InferenceService/GenerateStream"
+    async with guarded() as server:
+        wire = connect(server)
+        call = wire.channel.stream_stream(path)(metadata=bearer(key_file.ann))
+        await call.wait_for_connection()
+        await asyncio.sleep(0.1)  # its headers are there
+        key_file.remove("ann")
+        await until(lambda: "ann" not in keys_of(server))
+        await call.write(make_request("hello", max_tokens=1).SerializeToString())
+        await call.done_writing()
+        assert await call.code() is UNAUTHENTICATED
+
+
+async def test_what_nobody_foresaw_in_one_file_does_not_keep_the_other_from_being_read(
+    guarded, key_file, until, monkeypatch, caplog
+):
+    async with guarded() as server:
+        failed = server.engine.engine.metrics.key_reloads.labels(outcome="failed")
+        monkeypatch.setattr(keys, "parse_keys", lambda path, content: {}["sps_secret"])
+        key_file.path.write_text("[]")
+        await until(lambda: failed._value.get() == 1)
+        (line,) = failures_told(caplog)
+        assert "KeyError" in line
+        assert "sps_secret" not in caplog.text
+
+
 @pytest.mark.parametrize("broken", [None, b"", b"- {name: [", b"- {name: ann, sha256: 00}"])
 async def test_a_broken_file_is_told_once_and_the_old_keys_stay(
     guarded, key_file, until, caplog, broken
@@ -393,7 +422,9 @@ HASH = "0" * 64
         (f"- {{name: a b, sha256: '{HASH}'}}", "key 1, name: String should match"),
         (f'- {{name: "a\\n", sha256: "{HASH}"}}', "key 1, name: String should match"),
         ("- {name: a, sha256: sps_plain}", "key 1, sha256: String should match"),
-        (f"- {{name: a, sha256: '{HASH}', controll: true}}", "controll: Extra inputs"),
+        (f"- {{name: a, sha256: '{HASH}', sps_plain}}", "key 1: Extra inputs"),
+        ("- {name: a, sha256: !!bool sps_plain}", "it is no YAML"),
+        (f"- {{name: a, sha256: '{HASH}', controll: true}}", "key 1: Extra inputs"),
         (f"- {{name: a, sha256: '{HASH}', control: 1}}", "control: Input should be a valid boolean"),
         (f"- {{name: a, sha256: '{HASH}', concurrent: -1}}", "concurrent: Input should be greater"),
         (f"- {{name: a, sha256: '{HASH}'}}\n" * 2, "key 2 has the name of an earlier one"),

@@ -144,6 +144,7 @@ async def test_a_worker_that_cannot_start_ends_it_and_says_why(spawn, tmp_path):
             "--model: for workers started here",
         ),
         (["--smg-flags", "'open"], "--smg-flags cannot be split into flags: No closing quotation"),
+        (["--smg-flags", "--port=1"], "--smg-flags has --port=1; use --port of"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:30000 for the gateway"),
     ],
 )
@@ -165,8 +166,14 @@ def test_a_worker_gets_the_flags_that_were_given_and_a_share_of_cpus_and_memory(
         {"dtype", "prefix_cache"},
         **{**EngineSettings().model_dump(), "dtype": "int8", "prefix_cache": False},
     )
-    flags = list(Worker.plan(0, given, 64).flags)
+    flags = list(Worker.plan(given, 64)[0].flags)
     assert flags[:3] == ["--dtype", "int8", "--no-prefix-cache"]
     assert flags[3:5] == ["--threads", "1"]
     assert flags[5] == "--kv-cache-gib"
     assert 0 < float(flags[6]) < 64
+
+
+def test_no_two_workers_share_a_port():
+    plans = Worker.plan(EngineSettings(), 64)
+    ports = [port for own in plans for port in (own.port, own.own_port, own.metrics_port)]
+    assert len(set(ports)) == 3 * 64

@@ -65,7 +65,7 @@ async def test_the_streams_of_one_connection_are_split_and_operators_calls_kept_
         assert min(shares) >= 1, shares
         control = control_pb2_grpc.ControlServiceStub(one)
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await control.GetLoad(control_pb2.GetLoadRequest(), timeout=10)
+            await control.Abort(control_pb2.AbortRequest(request_ids=["a"]), timeout=10)
         assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 

@@ -158,9 +158,13 @@ def test_compose_follows_its_schema_and_mounts_files_that_exist(deploy, run, pro
             assert (deploy / build["context"] / build["dockerfile"]).is_file()
 
 
-def test_adapters_are_open_only_to_the_gateway(deploy):
+def test_adapters_are_not_published_and_the_image_has_what_they_need(deploy):
     compose = yaml.safe_load((deploy / "compose.yaml").read_text())
     worker = compose["services"]["worker1"]
+    assert worker["environment"]["SPARSERVE_ADAPTERS"] == "vllm"
+    stage = f"FROM build AS build-{worker['build']['target']}\n"
+    built = (deploy / "Dockerfile").read_text().partition(stage)[2].partition("\nFROM ")[0]
+    assert "smg-grpc-proto" in built
     port = str(SETTINGS["adapters_port"].default)
     assert not any(port in published for published in worker["ports"])
     assert worker["environment"]["SPARSERVE_ALLOW_PUBLIC_ADAPTERS"] == "true"

@@ -2,9 +2,21 @@
 
 import random
 
+from sparserve.engine import cache_events
 from sparserve.engine.cache_events import BlockRemoved, BlockStored, CacheCleared, CacheEvent
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
+from sparserve.errors import FellBehind
 from sparserve.model.backend import BLOCK_SIZE
+
+
+def test_what_is_cached_at_the_beginning_is_no_backlog(monkeypatch):
+    monkeypatch.setattr(cache_events, "MAX_BACKLOG", 3)
+    watch = cache_events.CacheWatch(lambda _: None)
+    watch.begin([CacheCleared()] * 10)
+    watch.put([CacheCleared()] * 3)
+    assert watch._error is None
+    watch.put([CacheCleared()])
+    assert isinstance(watch._error, FellBehind)
 
 
 def test_events_add_up_to_the_cache_while_blocks_are_evicted(tiny_engine):

@@ -173,7 +173,9 @@ class Server:
         services = [
             service
             for name in settings.adapter_names
-            for service in adapter(name)(listener.server, self.engine, model_name, settings)
+            for service in adapter(name)(
+                listener.server, self.engine, model_name, settings, lambda: self.is_ready
+            )
         ]
         self._health.add(services)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)

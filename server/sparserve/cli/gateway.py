@@ -97,7 +97,7 @@ def gateway(
         )
     if not urls:
         _fetch_model(settings.model)
-    plans = [] if urls else [Worker.plan(number, settings, workers) for number in range(workers)]
+    plans = [] if urls else Worker.plan(settings, workers)
     asyncio.run(_Gateway(front, plans, urls or [plan.url for plan in plans]).run())
 
 
@@ -226,10 +226,21 @@ def _check_front(host: str, port: int, metrics_port: int) -> None:
 
 
 def _split(smg_flags: str) -> list[str]:
+    """Raises ConfigError, also of flags without which this command does not find smg."""
     try:
-        return shlex.split(smg_flags)
+        flags = shlex.split(smg_flags)
     except ValueError as error:
         raise ConfigError(f"--smg-flags cannot be split into flags: {error}") from error
+    ours = {
+        "--host": "--host",
+        "--port": "--port",
+        "--prometheus-port": "--gateway-metrics-port",
+        "--worker-urls": "--worker-urls",
+    }
+    for given in flags:
+        if own := ours.get(given.partition("=")[0]):
+            raise ConfigError(f"--smg-flags has {given}; use {own} of `sparserve gateway`")
+    return flags
 
 
 def _given_urls(text: str) -> list[str]:

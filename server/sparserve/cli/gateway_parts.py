@@ -87,10 +87,14 @@ class Worker:
     flags: Sequence[str]
 
     @classmethod
-    def plan(cls, number: int, settings: EngineSettings, workers: int) -> Worker:
-        port, own_port, metrics_port = _free_ports(3)
-        flags = _worker_flags(settings, workers)
-        return cls(f"worker {number}", port, own_port, metrics_port, flags)
+    def plan(cls, settings: EngineSettings, workers: int) -> list[Worker]:
+        """So many, no two on the same port."""
+        ports, flags = _free_ports(3 * workers), _worker_flags(settings, workers)
+        return [
+            cls(f"worker {number}", port, own_port, metrics_port, flags)
+            for number in range(workers)
+            for port, own_port, metrics_port in [ports[3 * number : 3 * number + 3]]
+        ]
 
     @property
     def url(self) -> str:

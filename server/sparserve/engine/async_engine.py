@@ -188,6 +188,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._commands: list[Callable[[], list[Update] | None]] = []
+        self._flushes: set[asyncio.Future[bool]] = set()
         self._cache = CacheFeed(engine, self._command, self._post)
         self._wake = threading.Condition()
         self._stopping = False
@@ -303,8 +304,12 @@ class AsyncEngine:
                 await asyncio.wait_for(self._idle.wait(), timeout)
             except TimeoutError:
                 return False
+        if self.state in (EngineState.BROKEN, EngineState.STOPPED):
+            raise Unavailable(f"the server is {self.state.value}")
         flushed: asyncio.Future[bool] = self._loop.create_future()
-        self._command(lambda: self._post(flushed.set_result, self.engine.flush_cache()))
+        self._flushes.add(flushed)
+        flushed.add_done_callback(self._flushes.discard)
+        self._command(lambda: self._post(_resolve, flushed, self.engine.flush_cache()))
         return await flushed
 
     async def drain(self, timeout: float) -> None:
@@ -450,8 +455,16 @@ class AsyncEngine:
         for key, stream in list(self._streams.items()):
             stream.fail(error)
             self._forget(key)
+        for flushed in list(self._flushes):
+            if not flushed.done():
+                flushed.set_exception(error)
 
     def _set_state(self, state: EngineState) -> None:
         if state is not self.state:
             self.state = state
             self._on_state(state)
+
+
+def _resolve(flushed: asyncio.Future[bool], value: bool) -> None:
+    if not flushed.done():  # whoever asked may have left
+        flushed.set_result(value)

@@ -54,6 +54,7 @@ class CacheWatch:
     def __init__(self, on_close: Callable[[CacheWatch], None]) -> None:
         self._on_close = on_close
         self._pending: list[CacheEvent] = []
+        self._backlog = 0  # of what is pending, without what was cached at the beginning
         self._has_begun = False
         self._error: SparserveError | None = None
         self._arrived = asyncio.Event()
@@ -67,8 +68,9 @@ class CacheWatch:
     def put(self, events: list[CacheEvent]) -> None:
         if not self._has_begun or self._error is not None:
             return  # what is cached when it begins has these
-        if len(self._pending) + len(events) > MAX_BACKLOG:
-            self.fail(FellBehind(len(self._pending) + len(events), MAX_BACKLOG))
+        self._backlog += len(events)
+        if self._backlog > MAX_BACKLOG:
+            self.fail(FellBehind(self._backlog, MAX_BACKLOG))
             return
         self._pending += events
         self._arrived.set()
@@ -87,7 +89,7 @@ class CacheWatch:
                 raise self._error
             self._arrived.clear()
             await self._arrived.wait()
-        events, self._pending = self._pending, []
+        events, self._pending, self._backlog = self._pending, [], 0
         return events
 
     def __enter__(self) -> CacheWatch:

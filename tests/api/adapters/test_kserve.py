@@ -342,11 +342,14 @@ BAD_PARAMETERS = [
     ('{"seed": -1}', ["seed is -1"]),
     ('{"policy": "fast"}', ["policy 'fast' is unknown", "dense, core"]),
     ('{"density": 2}', ["density is 2", "(0, 1]"]),
+    (json.dumps({"stop": [1] * 100_000}), ["characters, the limit is"]),
+    (json.dumps({"stop": ["a", 1, 2]}), ["stop"]),
     ('{"structured_outputs": {}}', ["structured_outputs has nothing", "json, regex"]),
     ('{"structured_outputs": {"shape": 1}}', ["structured_outputs.shape"]),
 ]
 BAD_FIELDS = [
     ({"model_version": "2"}, ["version '2'", "'1'"]),
+    ({"id": "x" * 300}, ["id has 300 characters", "256"]),
     (
         {"outputs": [pb.ModelInferRequest.InferRequestedOutputTensor(name="words")]},
         ["output 'words' is unknown", "text_output"],
@@ -433,6 +436,9 @@ async def test_readiness_goes_when_the_server_drains(kserve, server):
         )
 
     assert await told() == (True, True, True)
+    server._welcoming = False  # as for --drain-delay seconds
+    assert await told() == (True, False, False)
+    assert (await kserve.ModelInfer(asked())).model_name
     await server.engine.drain(0)
     assert await told() == (True, False, False)
     with pytest.raises(grpc.aio.AioRpcError) as refused:

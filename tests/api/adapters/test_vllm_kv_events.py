@@ -9,6 +9,7 @@ from smg_grpc_proto.generated import common_pb2
 
 from sparserve.client import AsyncClient
 from sparserve.engine import cache_events
+from sparserve.errors import EngineFailure
 from sparserve.model.backend import BLOCK_SIZE
 
 LONG = tuple(range(97, 97 + 26)) * 3  # 78 tokens: four whole blocks and a part
@@ -128,7 +129,7 @@ async def test_a_watcher_that_reads_nothing_is_ended(peer, monkeypatch, until):
         await peer.complete(ids=LONG)
         assert watch._error is None
         await peer.complete(ids=LONG[::-1])
-        with pytest.raises(cache_events.FellBehind, match="9 changes"):
+        with pytest.raises(cache_events.FellBehind, match="8 changes"):
             await anext(watch)
 
 
@@ -145,3 +146,19 @@ async def test_a_flush_waits_for_requests_in_flight(peer, controlled, until):
         assert (await flush).success
     assert peer.server.engine.engine.cached_blocks == 0
     call.cancel()
+
+
+async def test_a_flush_that_waits_ends_where_the_engine_breaks(peer, controlled, until):
+    engine = peer.server.engine
+    with controlled(peer.server) as forward:
+        forward.hold()
+        stream = peer.stub.Generate(peer.request_of(ids=LONG, stream=True))
+        await until(lambda: forward.calls == 1)
+        flush = asyncio.ensure_future(
+            peer.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=60))
+        )
+        await asyncio.sleep(0.05)
+        engine._break(EngineFailure("x"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await asyncio.wait_for(flush, 10)
+        stream.cancel()

@@ -84,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for place in range(body["max_tokens"]):
             time.sleep(own.seconds_per_token)
-            self._send({"choices": [{"text": f" {place}", "finish_reason": None}]})
+            # U+2028 ends a line for Python, and none of an event stream.
+            self._send({"choices": [{"text": f" {place}\u2028", "finish_reason": None}]})
         self._send({"choices": [{"text": "", "finish_reason": "length"}]})
         if own.usage:
             used = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
@@ -93,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _send(self, chunk: dict) -> None:
-        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
         self.wfile.flush()
 
     def _answer(self, content: bytes, kind: str, status: int = 200) -> None:

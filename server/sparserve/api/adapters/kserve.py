@@ -5,13 +5,14 @@ The model looks like one of Triton's vLLM backend: text_input and friends in, te
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from sparserve.api.adapters import kserve_model
+from sparserve.api.adapters import OWNER, kserve_model
 from sparserve.api.adapters.kserve_requests import InferRequest, blame_parameters, read_request
 from sparserve.api.adapters.kserve_responses import Responder
 from sparserve.api.adapters.kserve_stream import answer_stream
@@ -28,9 +29,14 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 
 
 def add(
-    server: grpc.aio.Server, engine: AsyncEngine, model_name: str, settings: ServerSettings
+    server: grpc.aio.Server,
+    engine: AsyncEngine,
+    model_name: str,
+    settings: ServerSettings,
+    is_ready: Callable[[], bool],
 ) -> Sequence[str]:
-    service = InferenceService(engine, model_name)
+    """See `registry.AddAdapter`."""
+    service = InferenceService(engine, model_name, is_ready)
     kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
     server.add_generic_rpc_handlers((Unserved(SERVICE),))
     return (SERVICE.full_name,)
@@ -41,9 +47,10 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
     request on a stream are told on it, and the stream goes on.
     """
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, model_name: str, is_ready: Callable[[], bool]) -> None:
         self._engine = engine
         self._model_name = model_name
+        self._is_ready = is_ready
         self._statistics = kserve_model.Statistics(engine.engine.metrics, model_name)
 
     async def ServerLive(
@@ -55,13 +62,13 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerReady(
         self, request: pb.ServerReadyRequest, context: Any
     ) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self._engine.state is EngineState.READY)
+        return pb.ServerReadyResponse(ready=self._is_ready())
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Any
     ) -> pb.ModelReadyResponse:
         self._check_model(request.name, request.version)
-        return pb.ModelReadyResponse(ready=self._engine.state is EngineState.READY)
+        return pb.ModelReadyResponse(ready=self._is_ready())
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Any
@@ -134,7 +141,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
             generation = await parse_generation(
                 infer.message, infer.deadline(context), self._engine, self._model_name
             )
-            updates = self._engine.submit(generation)
+            updates = self._engine.submit(replace(generation, owner=OWNER))
         except InvalidRequest as error:
             raise blame_parameters(error) from error
         self._statistics.begin()

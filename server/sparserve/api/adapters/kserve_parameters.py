@@ -10,6 +10,9 @@ from sparserve.errors import InvalidRequest
 from sparserve.v1 import inference_pb2 as own_pb
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Ids = list[Int32]
+# An error is made for each wrong value, a thousand times as large as the value.
+MAX_JSON = 64 << 10  # characters
 _MAX_PATH = 100  # characters
 _POLICIES = {
     name.removeprefix("SPARSITY_POLICY_").lower(): number
@@ -46,11 +49,11 @@ class SamplingParameters(BaseModel):
     frequency_penalty: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     logit_bias: dict[Int32, float] = {}
-    allowed_token_ids: list[Int32] = []
+    allowed_token_ids: Ids = []
     max_tokens: Int32 | None = None
     min_tokens: Int32 | None = None
     stop: str | list[str] = []
-    stop_token_ids: list[Int32] = []
+    stop_token_ids: Ids = []
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -68,6 +71,8 @@ _SAMPLING = (
 
 def set_parameters(message: own_pb.GenerateRequest, text: str) -> None:
     """Fill `message` with what the JSON object `text` says. Raises InvalidRequest."""
+    if len(text) > MAX_JSON:
+        raise _wrong("", f"it has {len(text)} characters, the limit is {MAX_JSON}")
     try:
         given = SamplingParameters.model_validate_json(text)
     except ValidationError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparserve.api.adapters.kserve_parameters import set_parameters
 from sparserve.api.adapters.kserve_tensors import OUTPUTS, Element, read_inputs
+from sparserve.engine.request import MAX_REQUEST_ID_LENGTH
 from sparserve.errors import InvalidRequest
 from sparserve.protocols import kserve_pb2 as pb
 from sparserve.v1 import inference_pb2 as own_pb
@@ -46,6 +47,10 @@ class Deadline:
 
 def read_request(request: pb.ModelInferRequest) -> InferRequest:
     """Raises InvalidRequest."""
+    if len(request.id) > MAX_REQUEST_ID_LENGTH:  # every response repeats it
+        raise InvalidRequest(
+            "id", f"id has {len(request.id)} characters, the limit is {MAX_REQUEST_ID_LENGTH}"
+        )
     inputs = read_inputs(request)
     timeout, wants_empty_final = _request_parameters(request)
     stream = bool(inputs.get("stream", False))

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 from sparserve.api.status import status_of
+from sparserve.engine.request import MAX_REQUEST_ID_LENGTH
 from sparserve.errors import RequestError
 from sparserve.logs import CallRecord, current_call, set_current_call
 from sparserve.protocols import kserve_pb2 as pb
@@ -71,7 +72,7 @@ async def _answer(request: pb.ModelInferRequest, answer: Answer, outbox: _Outbox
             call.blamed_field = error.field
         status, message, _ = status_of(error)
         code = status.name
-        failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+        failed = pb.ModelInferResponse(id=request.id[:MAX_REQUEST_ID_LENGTH])
         failed.parameters["triton_final_response"].bool_param = True
         await outbox.put(
             pb.ModelStreamInferResponse(error_message=f"{code}: {message}", infer_response=failed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -19,7 +19,8 @@ _MODULES = {
 
 
 class AddAdapter(Protocol):
-    """Adds the services of a protocol to `server`, and returns their full names.
+    """Adds the services of a protocol to `server`, and returns their full names. `is_ready` is false before others
+    are told to go elsewhere, while requests are still taken.
 
     Raises ConfigError where a package that it needs is not installed.
     """
@@ -30,6 +31,7 @@ class AddAdapter(Protocol):
         engine: AsyncEngine,
         model_name: str,
         settings: ServerSettings,
+        is_ready: Callable[[], bool],
     ) -> Sequence[str]: ...
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import grpc
 
 import sparserve
+from sparserve.api.adapters import OWNER
 from sparserve.api.adapters.vllm_kv_events import kv_event_batches
 from sparserve.api.adapters.vllm_requests import own_request, renamed
 from sparserve.api.adapters.vllm_responses import VllmResponder
@@ -28,10 +30,14 @@ MAX_FLUSH_SECONDS = 3600
 
 
 def add(
-    server: grpc.aio.Server, engine: AsyncEngine, model_name: str, settings: ServerSettings
+    server: grpc.aio.Server,
+    engine: AsyncEngine,
+    model_name: str,
+    settings: ServerSettings,
+    is_ready: Callable[[], bool],
 ) -> Sequence[str]:
     """See `registry.AddAdapter`."""
-    service = VllmEngineService(engine, model_name)
+    service = VllmEngineService(engine, model_name, is_ready)
     vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(service, server)
     return [pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name]
 
@@ -39,9 +45,10 @@ def add(
 class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
     """Messages to engine calls; every error is raised and becomes a status in the interceptor."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, model_name: str, is_ready: Callable[[], bool]) -> None:
         self._engine = engine
         self._model_name = model_name
+        self._is_ready = is_ready
         self._archive = TokenizerArchive(engine.engine)
         self._rate = _Rate(engine)
         self._started = time.monotonic()
@@ -56,7 +63,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         own = self._translated(request)
         try:
             generation = await parse_generation(own, context, self._engine, self._model_name)
-            updates = self._engine.submit(generation)
+            updates = self._engine.submit(replace(generation, owner=OWNER))
         except (InvalidRequest, PromptTooLong) as error:
             raise renamed(error) from error
         return VllmResponder(generation, stream=request.stream), updates
@@ -77,15 +84,15 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
                 f"{len(request.request_ids)} ids given, the limit is {MAX_ABORT_IDS}",
             )
         for request_id in request.request_ids:
-            self._engine.abort(request_id)
+            self._engine.abort(request_id, OWNER)
         return pb.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: Any) -> Any:
+        if self._is_ready():
+            return pb.HealthCheckResponse(healthy=True)
         state = self._engine.state
-        healthy = state is EngineState.READY
-        return pb.HealthCheckResponse(
-            healthy=healthy, message="" if healthy else f"the server is {state.value}"
-        )
+        told = "ending" if state is EngineState.READY else state.value
+        return pb.HealthCheckResponse(healthy=False, message=f"the server is {told}")
 
     async def GetModelInfo(self, request: Any, context: Any) -> Any:
         """Without a tokenizer path: a gateway may be on another machine, and GetTokenizer has the files."""
@@ -109,7 +116,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         info = engine.backend.info
         return pb.GetServerInfoResponse(
             active_requests=self._engine.in_flight,
-            is_paused=self._engine.state is not EngineState.READY,
+            is_paused=not self._is_ready(),
             uptime_seconds=time.monotonic() - self._started,
             server_type="sparserve",
             data_parallel_size=1,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 import sparserve
+from sparserve.api.adapters import OWNER
 from sparserve.api.adapters.unserved import Unserved
 from sparserve.api.adapters.vllm_inference_requests import own_request, renamed
 from sparserve.api.adapters.vllm_inference_responses import Responder
@@ -29,8 +31,13 @@ CONTROL = control_pb.DESCRIPTOR.services_by_name["Control"]
 
 
 def add(
-    server: grpc.aio.Server, engine: AsyncEngine, model_name: str, settings: ServerSettings
+    server: grpc.aio.Server,
+    engine: AsyncEngine,
+    model_name: str,
+    settings: ServerSettings,
+    is_ready: Callable[[], bool],
 ) -> Sequence[str]:
+    """See `registry.AddAdapter`."""
     names = ModelNames(model_name, settings.model)
     vllm_inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(engine, names), server)
     vllm_control_pb2_grpc.add_ControlServicer_to_server(ControlService(engine, names), server)
@@ -87,13 +94,14 @@ class InferenceService(vllm_inference_pb2_grpc.InferenceServicer):
         own = await self._translated(request)
         try:
             generation = await parse_generation(own, context, self._engine, self._names.served)
-            updates = self._engine.submit(generation)
+            updates = self._engine.submit(replace(generation, owner=OWNER))
         except (InvalidRequest, PromptTooLong) as error:
             raise renamed(error) from error
         return Responder(request.response, generation.prompt_token_ids), updates
 
     async def _translated(self, request: pb.GenerateRequest) -> own_pb.GenerateRequest:
         engine = self._engine.engine
+        self._engine.check_room()  # before the work of tokenizing
         try:
             own = await own_request(request, engine.tokenizer)
         except RequestError:
@@ -151,5 +159,5 @@ class ControlService(vllm_control_pb2_grpc.ControlServicer):
                 f"{len(request.request_ids)} ids given, the limit is {MAX_ABORT_IDS}",
             )
         for request_id in request.request_ids:
-            self._engine.abort(request_id)
+            self._engine.abort(request_id, OWNER)
         return control_pb.AbortResponse()

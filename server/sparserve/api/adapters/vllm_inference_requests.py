@@ -184,4 +184,7 @@ def _int32(path: str, value: int) -> int:
 
 
 def _ids(path: str, ids: Iterable[int]) -> list[int]:
-    return [_int32(path, token_id) for token_id in ids]
+    found = list(ids)
+    if found:
+        _int32(path, max(found))
+    return found

@@ -74,6 +74,7 @@ class Caller:
     control: bool = True
     own_cache: bool = False  # prompts of others are not found in the prefix cache
     quota: Quota | None = None
+    entry: KeyEntry | None = None  # of the key that was shown
     count_tokens: Callable[[float], None] = lambda tokens: None
 
     def claim(self, request: GenerationRequest) -> GenerationRequest:
@@ -175,7 +176,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if quota is None:  # the file was read a moment ago
             quota = self._quotas[entry.name] = Quota(entry.name, self._limits(entry))
         count_tokens = self._metrics.api_key_tokens.labels(key=entry.name).inc
-        return Caller(entry.name, entry.control, self._own_cache, quota, count_tokens)
+        return Caller(entry.name, entry.control, self._own_cache, quota, entry, count_tokens)
 
     def _limits(self, entry: KeyEntry) -> Limits:
         """The key's own, and the server's where it says nothing."""
@@ -204,8 +205,16 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return wrapped(handler, unary, stream)
 
+    def _check_still_valid(self, caller: Caller) -> None:
+        """A call may send its message long after its key was looked at. Raises Unauthenticated."""
+        now = self._files.value.entries.get(caller.name)
+        if caller.entry is not None and (now is None or now.sha256 != caller.entry.sha256):
+            self._metrics.auth_refusals.labels(reason="key").inc()
+            raise Unauthenticated
+
     @contextmanager
     def _called(self, caller: Caller, limited: bool) -> Iterator[None]:
+        self._check_still_valid(caller)
         _caller.set(caller)
         current_call().key = caller.name
         self._metrics.api_key_calls.labels(key=caller.name).inc()

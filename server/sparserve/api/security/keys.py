@@ -84,9 +84,10 @@ def parse_keys(path: Path, content: bytes) -> KeyRing:
         raise wrong("it is not UTF-8") from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise wrong(f"{line}it is no YAML") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise wrong("it is no YAML") from error
+        raise wrong(f"{line}it is no YAML") from None
+    # Tags make PyYAML raise others, whose texts quote the file.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise wrong("it is no YAML") from None
     try:
         entries = _ENTRIES.validate_python([] if lines is None else lines)
     except ValidationError as error:
@@ -143,7 +144,9 @@ def _digest(key: str) -> bytes:
 
 def _place(location: Sequence[object]) -> str:
     """Where in the list: `key 2, concurrent: `; "" for the whole of it."""
-    parts = [f"key {part + 1}" if isinstance(part, int) else str(part) for part in location]
+    parts = [f"key {part + 1}" for part in location if isinstance(part, int)]
+    # Another name may be a key that was put there.
+    parts += [part for part in location if isinstance(part, str) and part in KeyEntry.model_fields]
     return f"{', '.join(parts)}: " if parts else ""
 
 

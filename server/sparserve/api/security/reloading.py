@@ -44,6 +44,10 @@ class ReloadedFiles(Generic[T]):
             self.value = self._parse(contents)
         except ConfigError as error:
             return self._failed(contents, str(error))
+        except (
+            Exception
+        ) as error:  # of a library, of what nobody foresaw; its text may quote the file
+            return self._failed(contents, f"{type(error).__name__} while it was read")
         self._seen = contents
         log.info("%s changed and is in use", self._what)
         return True

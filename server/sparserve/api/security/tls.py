@@ -119,7 +119,11 @@ def _private_key(path: Path, content: bytes) -> PrivateKeyTypes:
 def _check_pair(
     paths: Sequence[Path], chain: Sequence[x509.Certificate], key: PrivateKeyTypes
 ) -> None:
-    owners = [number for number, each in enumerate(chain) if each.public_key() == key.public_key()]
+    try:
+        public = [each.public_key() for each in chain]
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{paths[0]} has a certificate whose key cannot be read") from error
+    owners = [number for number, each in enumerate(public) if each == key.public_key()]
     if not owners:
         subject = chain[0].subject.rfc4514_string()
         raise ConfigError(f"{paths[1]} is not the key of the certificate in {paths[0]} ({subject})")

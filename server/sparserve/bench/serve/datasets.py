@@ -18,6 +18,12 @@ Kind = Literal["random", "prefix", "sharegpt", "text", "jsonl"]
 MAX_FILE_BYTES = 2 << 30
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 64  # where nobody says otherwise
 MAX_LENGTH = 1 << 20  # tokens of a prompt or an answer
+STAGE_PROMPTS = (
+    1_000_000  # numbers of prompts kept apart for each stage, so that none is asked twice
+)
+APART = (
+    5**0.5 - 1
+) / 2  # of a file, between the beginnings of stages: its multiples are spread evenly over it
 LEAST_TOKENS = 4  # of a prompt and its answer in a ShareGPT file; shorter ones are left out
 
 
@@ -151,14 +157,16 @@ def as_texts(prompts: Prompts, tokenizer: Tokenizer) -> Prompts:
 
 @dataclass(frozen=True, slots=True)
 class FilePrompts:
-    """Prompts of a file in an order of the seed's, and from the first again after the last."""
+    """Prompts of a file in an order of the seed's, and from the first again after the last. Stages begin far apart."""
 
     prompts: Sequence[Prompt]
     left_out: int  # that are too short, or longer than the context
     order: npt.NDArray[np.int64]
 
     def __call__(self, number: int) -> Prompt:
-        return self.prompts[int(self.order[number % len(self.order)])]
+        stage, place = divmod(number, STAGE_PROMPTS)
+        begin = int(stage * APART * len(self.order))
+        return self.prompts[int(self.order[(begin + place) % len(self.order)])]
 
 
 def file_prompts(

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from sparse_kernels.native import NativeCallError, NativeLibraryError, read_probe
-from sparserve.bench.serve.datasets import Prompts
+from sparserve.bench.serve.datasets import STAGE_PROMPTS, Prompts
 from sparserve.bench.serve.load import Load
 from sparserve.bench.serve.records import Run
 from sparserve.bench.serve.report import Plan, Report, make_report
@@ -18,9 +18,6 @@ from sparserve.bench.serve.targets import Failed, Target
 from sparserve.errors import ConfigError
 
 PROBE_BYTES = 256 << 20  # well above any last-level cache that matters here
-STAGE_PROMPTS = (
-    1_000_000  # numbers of prompts kept apart for each stage, so that none is asked twice
-)
 
 OnStatus = Callable[[str, Status], None]
 OnRun = Callable[[str, Summary], None]

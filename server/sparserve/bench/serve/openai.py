@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from sparserve.bench.peers.packages import require
@@ -77,10 +77,10 @@ class OpenAi:
 
     async def _listen(self, response: Any, record: Record) -> None:
         done = False
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
+        async for line in _lines(response):
+            if not line.startswith(b"data:"):
                 continue
-            data = line[5:].strip()
+            data = line[5:].strip().decode(errors="replace")
             if data == DONE:
                 done = True
                 continue
@@ -104,6 +104,16 @@ class OpenAi:
             return str(answer.json()["data"][0]["id"])
         except (self._http.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{self.address}/v1/models names no model: {error!r}") from error
+
+
+async def _lines(response: Any) -> AsyncIterator[bytes]:
+    """Lines of an event stream end at LF or CRLF alone; httpx's own end at U+2028 too, which a token may have."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def _chunk(data: str) -> dict[str, Any]:

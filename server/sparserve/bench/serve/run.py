@@ -21,6 +21,7 @@ from sparserve.bench.serve.watch import LoopWatch, ProcessWatch
 
 SHOW = 0.5  # seconds between two looks at the progress
 TIMED_OUT = "TIMEOUT"
+AFTER_FAILURE = 0.1  # seconds until a user asks again: a full server is not asked all the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +145,16 @@ class _Generator:
     async def _user(self) -> None:
         while self._goes_on():
             number, self._next = self._next, self._next + 1
-            await self._one(number, self._now())
+            if not await self._one(number, self._now()):
+                await asyncio.sleep(AFTER_FAILURE)
 
     def _goes_on(self) -> bool:
         if self._load.duration is not None:
             return self._now() < self._load.duration
         return self._next < len(self._made)
 
-    async def _one(self, number: int, due: float) -> None:
+    async def _one(self, number: int, due: float) -> bool:
+        """-> whether it was answered."""
         record = Record(due, self._origin)
         self.records.append(record)
         prompt = self._prompt(number)
@@ -163,6 +166,7 @@ class _Generator:
             self._running -= 1
         self._finished += 1
         self._failed += bool(record.error)
+        return not record.error
 
     async def _ask(self, prompt: Prompt, record: Record) -> None:
         try:

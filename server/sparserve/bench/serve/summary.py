@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -143,7 +143,7 @@ def summarize(runs: Sequence[Run], percentiles: Sequence[float], slos: dict[str,
         total_tokens_per_second=rate(output + given),
         peak_output_tokens_per_second=max((peak_rate(run.records) for run in runs), default=0.0),
         peak_concurrency=max((peak_concurrency(run.records) for run in runs), default=0),
-        tokens_per_piece=round(sum(sum(r.tokens) for r in done) / pieces, 3) if pieces else 0.0,
+        tokens_per_piece=round(output / pieces, 3) if pieces else 0.0,
         ttft=latency(r.ttft for r in done),
         ttft_from_send=latency(r.times[0] - r.sent for r in started),
         tpot=latency(r.tpot for r in done),
@@ -162,12 +162,15 @@ def summarize(runs: Sequence[Run], percentiles: Sequence[float], slos: dict[str,
 
 
 def peak_rate(records: Iterable[Record]) -> float:
-    """Most tokens in a second of the clock, of all answers."""
-    counts: Counter[int] = Counter()
+    """Most tokens in a second of the clock, of all answers; where a server tells only how many an answer has in
+    all, each of its pieces has as many."""
+    counts: defaultdict[int, float] = defaultdict(float)
     for record in records:
+        heard = sum(record.tokens)
+        scale = record.output_tokens / heard if heard and not record.error else 1
         for at, tokens in zip(record.times, record.tokens, strict=True):
-            counts[int(at / PEAK_WINDOW)] += tokens
-    return max(counts.values(), default=0) / PEAK_WINDOW
+            counts[int(at / PEAK_WINDOW)] += tokens * scale
+    return round(max(counts.values(), default=0) / PEAK_WINDOW, 3)
 
 
 def peak_concurrency(records: Sequence[Record]) -> int:
