@@ -82,7 +82,7 @@ class Graphs {
     // A capture is ended in any case: a stream that captures computes nothing.
     const int32_t ended = end_capture(device_, stream, launched == SK_STATUS_OK ? graph : nullptr);
     if (launched != SK_STATUS_OK && ended != SK_STATUS_DEVICE) {
-      return fail(launched, "%s", why.c_str());
+      return fail(static_cast<sk_status>(launched), "%s", why.c_str());
     }
     SK_TRY(ended);
     ++captures_;

@@ -43,7 +43,7 @@ def test_a_layer_with_scaled_columns_computes_what_it_did(
     basis = torch.randn(32, model.config.hidden_size, generator=generator).bfloat16()
     layer = replace(layer, v=replace(v, factors=Factors(codes, v.scales[:, 0])), qkv_basis=basis)
 
-    alike = columns_alike(stack, model.config)
+    alike = columns_alike(stack, model.config, 0)
     width = getattr(layer, stack.names[0]).shape[1]
     if alike is None:
         scales = torch.rand(width, generator=generator) * 4 + 0.25
