@@ -65,6 +65,7 @@ class CompressionInfo:
     layer_sizes: tuple[
         LayerSize, ...
     ] = ()  # of each layer of a pruned model; (): as config.json says
+    healing: Mapping[str, Any] | None = None  # how it was healed; None: it was not
 
     def config(self, source: ModelConfig) -> ModelConfig:
         """Of what is stored. Raises CorruptCheckpoint of sizes that the source cannot have been cut to."""
