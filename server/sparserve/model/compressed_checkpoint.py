@@ -72,6 +72,7 @@ class CompressionInfo:
         LayerSize, ...
     ] = ()  # of each layer of a pruned model; (): as config.json says
     added_biases: tuple[AddedBias, ...] = ()  # that the source does not have
+    healing: Mapping[str, Any] | None = None  # how it was healed; None: it was not
 
     def __post_init__(self) -> None:
         if len(set(self.added_biases)) < len(self.added_biases):
