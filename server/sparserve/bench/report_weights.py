@@ -94,7 +94,7 @@ def prepare(
                 key,
                 _followed(name, model, own, policies, speed),
                 _bits(model, own, original),
-                round(1 - model.config.num_parameters / original.num_parameters, 6),
+                _pruned(model, original),
                 healed_through(folders[name]) if name in folders else None,
             )
         )
@@ -141,6 +141,13 @@ def _followed(
         else:
             followed.append(spec)
     return followed
+
+
+def _pruned(model: LoadedModel, original: ModelConfig) -> float:
+    """Raises CorruptCheckpoint of sizes that `original` cannot have been cut to."""
+    # Not the model's own count: it may have biases that the original lacks.
+    left = original.pruned(tuple(model.config.layers)).num_parameters
+    return round(1 - left / original.num_parameters, 6)
 
 
 def _bits(
