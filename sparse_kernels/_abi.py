@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 7
+SK_ABI_VERSION = 8
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -220,6 +220,7 @@ class sk_layer(ctypes.Structure):
     mlp_norm: "ctypes._Pointer[ctypes.c_float]"
     qkv_bias: "ctypes._Pointer[ctypes.c_float]"
     output_bias: "ctypes._Pointer[ctypes.c_float]"
+    down_bias: "ctypes._Pointer[ctypes.c_float]"
     q_norm: "ctypes._Pointer[ctypes.c_float]"
     k_norm: "ctypes._Pointer[ctypes.c_float]"
     planes_factors: "ctypes._Pointer[ctypes.c_float]"
@@ -245,6 +246,7 @@ class sk_layer(ctypes.Structure):
         ("mlp_norm", ctypes.POINTER(ctypes.c_float)),
         ("qkv_bias", ctypes.POINTER(ctypes.c_float)),
         ("output_bias", ctypes.POINTER(ctypes.c_float)),
+        ("down_bias", ctypes.POINTER(ctypes.c_float)),
         ("q_norm", ctypes.POINTER(ctypes.c_float)),
         ("k_norm", ctypes.POINTER(ctypes.c_float)),
         ("planes_factors", ctypes.POINTER(ctypes.c_float)),

@@ -227,7 +227,7 @@ def _layer_bytes(config: DecoderConfig, shape: LayerShape, formats: LayerFormats
         scales_bytes(*neurons, formats.down),
         *(matrix_bytes(*basis, BFLOAT16) for basis in _bases(config, shape, formats).values()),
     )
-    lengths = [*3 * [hidden], heads, *2 * [config.head_dim]]
+    lengths = [*4 * [hidden], heads, *2 * [config.head_dim]]
     return sum(matrices) + sum(map(_vector_bytes, lengths))
 
 
@@ -254,7 +254,7 @@ def _pack_layer(
     if tensors.q_bias is not None and tensors.k_bias is not None and tensors.v_bias is not None:
         bias = _by_head([tensors.q_bias, tensors.k_bias, tensors.v_bias], head_dim)
         layer.qkv_bias = pointer(_vector(arena, heads).copy_(bias))
-    for name in ("attention_norm", "mlp_norm", "output_bias", "q_norm", "k_norm"):
+    for name in ("attention_norm", "mlp_norm", "output_bias", "down_bias", "q_norm", "k_norm"):
         if (values := getattr(tensors, name)) is not None:
             setattr(layer, name, pointer(_vector(arena, len(values)).copy_(values)))
     return layer
@@ -324,7 +324,7 @@ def _check_layer(
     }  # fmt: skip
     vectors = {
         "attention_norm": hidden, "mlp_norm": hidden, "q_bias": q, "k_bias": kv, "v_bias": kv,
-        "output_bias": hidden, "q_norm": config.head_dim, "k_norm": config.head_dim,
+        "output_bias": hidden, "down_bias": hidden, "q_norm": config.head_dim, "k_norm": config.head_dim,
     }  # fmt: skip
     bases = _bases(config, shape, formats)
     for field in fields(tensors):

@@ -74,6 +74,8 @@ def forward(
         activations = chosen.activations
         low_bits = plan.down.low_bits
         x = x + down(layer.down, activations, chosen.down_whole, low_bits, layer.down_basis)
+        if layer.down_bias is not None:
+            x = x + layer.down_bias.double()
         if choice.correction:
             inputs, outputs = tensors.corrections[choice.correction - 1][index]
             x = x + (normed @ inputs.double().T) @ outputs.double()

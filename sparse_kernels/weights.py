@@ -102,6 +102,7 @@ class LayerTensors:
     k_bias: torch.Tensor | None = None  # [num_kv_heads * head_dim]
     v_bias: torch.Tensor | None = None  # [num_kv_heads * head_dim]
     output_bias: torch.Tensor | None = None  # [hidden]
+    down_bias: torch.Tensor | None = None  # [hidden]
     q_norm: torch.Tensor | None = None  # [head_dim]
     k_norm: torch.Tensor | None = None  # [head_dim]
     qkv_basis: torch.Tensor | None = None  # [rank, hidden], of q, k and v

@@ -37,7 +37,13 @@ from sparserve.config import ServerSettings
 from sparserve.engine.engine import Engine
 from sparserve.engine.factory import assemble_engine
 from sparserve.model.catalog import DEMO_MODEL
-from sparserve.model.compressed_checkpoint import CompressedWeights, CompressionInfo
+from sparserve.model.compressed_checkpoint import (
+    VERSION,
+    WITH_BIASES,
+    AddedBias,
+    CompressedWeights,
+    CompressionInfo,
+)
 from sparserve.model.compressed_writer import CheckpointWriter, source_of
 from sparserve.model.config import ModelConfig
 from sparserve.model.identity import index_key
@@ -202,6 +208,24 @@ def demo_bfloat16() -> LoadedModel:
     return load_model(DEMO_MODEL, dtype="bfloat16", layers_at_use=True)
 
 
+def add_biases(model: LoadedModel) -> LoadedModel:
+    """With random biases of the projections after attention and of the feed-forwards, as pruning adds them."""
+    generator = torch.Generator().manual_seed(4)
+    layers = [
+        replace(layer, bo=own[0], bd=own[1])
+        for layer in model.weights.layers
+        for own in [0.3 * torch.randn(2, model.config.hidden_size, generator=generator)]
+    ]
+    config = replace(model.config, output_bias=True, down_bias=True)
+    return replace(model, config=config, weights=replace(model.weights, layers=layers))
+
+
+@pytest.fixture(scope="session")
+def with_biases() -> Callable[[LoadedModel], LoadedModel]:
+    """`add_biases` itself."""
+    return add_biases
+
+
 def with_low_rank(
     layer: LayerTensors, formats: LayerFormats, seed: int, size: float
 ) -> LayerTensors:
@@ -235,13 +259,34 @@ def compress_to(
     layers: int | None = None,
     low_rank: float = 1,
     texts: tuple[str, ...] = ("a hash",),
+    biases: tuple[AddedBias, ...] = (),
 ) -> CompressedWeights:
-    """What stands in the folder `out` then; with `layers` a run that was interrupted after so many."""
+    """What stands in the folder `out` then; with `layers` a run that was interrupted after so many, with
+    `biases` random ones that the source does not have."""
     model = load_model(str(source), dtype="bfloat16", layers_at_use=True)
     weights = model.weights
-    info = CompressionInfo({"name": "test"}, formats, source_of(model), texts)
+    version = WITH_BIASES if biases else VERSION
+    info = CompressionInfo(
+        {"name": "test"},
+        formats,
+        source_of(model),
+        texts,
+        format_version=version,
+        added_biases=biases,
+    )
+    generator = torch.Generator().manual_seed(2)
+    added = [
+        {
+            f"{name}_bias": torch.randn(model.config.hidden_size, generator=generator)
+            for name in biases
+        }
+        for _ in weights.layers
+    ]
     tensors = [
-        with_low_rank(quantize_layer(layer_tensors(layer), own, ""), own, index, low_rank)
+        replace(
+            with_low_rank(quantize_layer(layer_tensors(layer), own, ""), own, index, low_rank),
+            **added[index],
+        )
         for index, layer in enumerate(weights.layers)
         for own in [formats.layer(index)]
     ]

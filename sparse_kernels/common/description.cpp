@@ -112,12 +112,14 @@ int32_t take_layer(Description& model, const sk_layer& from, const MatrixKinds& 
   SK_TRY(check_vector("mlp_norm", from.mlp_norm, model.hidden, true));
   SK_TRY(check_vector("qkv_bias", from.qkv_bias, heads * model.dim, false));
   SK_TRY(check_vector("output_bias", from.output_bias, model.hidden, false));
+  SK_TRY(check_vector("down_bias", from.down_bias, model.hidden, false));
   SK_TRY(check_vector("q_norm", from.q_norm, model.head_dim, false));
   SK_TRY(check_vector("k_norm", from.k_norm, model.head_dim, false));
   layer.attention_norm = from.attention_norm;
   layer.mlp_norm = from.mlp_norm;
   layer.qkv_bias = from.qkv_bias;
   layer.output_bias = from.output_bias;
+  layer.down_bias = from.down_bias;
   layer.q_norm = from.q_norm;
   layer.k_norm = from.k_norm;
   layer.kv_offset = model.kv_bytes;

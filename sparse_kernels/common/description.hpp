@@ -18,7 +18,7 @@ struct Layer {
   uint32_t partitions;  // of these, by the library's own choice
   Matrix qkv, output, gate, up, down;
   Matrix qkv_basis, output_basis, gate_up_basis, down_basis;  // of their low-rank terms
-  const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
+  const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *down_bias, *q_norm, *k_norm;
   // For choices by planes, if planes_factors is not empty: gate and up by their upper bits.
   Matrix gate_high, up_high;
   // And down with one number for all lower bits, in `middle`, if it is in two planes.

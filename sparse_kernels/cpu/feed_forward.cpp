@@ -105,7 +105,7 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
         down(layer, begin, end, first, n, partial_ + first, p != 0);
       }
       for (size_t t = 0; !low_rank && t < count_; ++t) {
-        take(t, first, partial_ + t * columns + first, n);
+        take(t, first, layer.down_bias, partial_ + t * columns + first, n);
       }
     };
     phase(own, (columns + unit - 1) / unit, add_columns, [&] { if_few_tokens(finish); });
@@ -175,7 +175,7 @@ void Forward::add_partitions(const Layer& layer, size_t partitions, size_t token
     take_factor_outputs(layer.down, first, z);
     k_.add_rows(&layer.down_basis, z, layer.down.rank, first);
   }
-  take(token, 0, first, m_.columns);
+  take(token, 0, layer.down_bias, first, m_.columns);
 }
 
 void Forward::add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index,

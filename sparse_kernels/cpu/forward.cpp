@@ -358,12 +358,7 @@ void Forward::output(const Layer& layer, const Own& own) {
         products(layer.output)
             .dot(&layer.output, first, count, attention_operand_, count_, scratch, kOutputRows);
         for (size_t t = 0; t < count_; ++t) {
-          float* values = scratch + t * kOutputRows;
-          if (layer.output_bias != nullptr) {
-            for (size_t j = 0; j < count && first + j < m_.hidden; ++j)
-              values[j] += layer.output_bias[first + j];
-          }
-          take(t, first, values, count);
+          take(t, first, layer.output_bias, scratch + t * kOutputRows, count);
         }
       },
       [&] {
@@ -380,7 +375,10 @@ void Forward::reduce_all() {
   for (size_t i = 0; i < count_ * m_.columns; ++i) x_[i] += reduced_[i];
 }
 
-void Forward::take(size_t token, size_t column, const float* values, size_t n) {
+void Forward::take(size_t token, size_t column, const float* bias, float* values, size_t n) {
+  if (bias != nullptr) {
+    for (size_t i = 0; i < n && column + i < m_.hidden; ++i) values[i] += bias[column + i];
+  }
   if (m_.reduce.add_up != nullptr) {
     std::copy_n(values, n, reduced_ + token * m_.columns + column);
     return;

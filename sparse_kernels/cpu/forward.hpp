@@ -182,8 +182,9 @@ class Forward {
   void output(const Layer& layer, const Own& own);
   // With several ranks: adds up all ranks' partial sums, then adds them to the residual.
   void reduce_all();
-  // Where the outputs of a sublayer are added up: the residual itself if there is one rank.
-  void take(size_t token, size_t column, const float* values, size_t n);
+  // Where the outputs of a sublayer are added up: the residual itself if there is one rank. Before
+  // that a bias [hidden], unless it is null, is added to `values`.
+  void take(size_t token, size_t column, const float* bias, float* values, size_t n);
   // The outputs by the scan; false where the whole LM head must be computed.
   bool scan(const Own& own);
   void copy_hidden();

@@ -106,6 +106,7 @@ struct PrepareArgs {
       down_halves;            // down_halves: 1 where its codes have 4 bits in all
   const uint8_t* down_basis;  // bfloat16 [down_rank, hidden]
   uint64_t down_basis_stride;
+  const float* down_bias;  // null, or [size] which is added to them
   // and corrections: of each row, z [rows, kMostCorrectionRank] times the outputs.
   const struct CorrectionArgs* corrections;  // null: none
   // kFromAttention: see AttendArgs.

@@ -150,6 +150,7 @@ void Pass::with_parts(PrepareArgs* args, uint32_t layer) const {
   args->down_halves = in_halves(from.down);
   args->down_basis = from.down_basis.rows;
   args->down_basis_stride = from.down_basis.stride;
+  args->down_bias = from.down_bias;
   if (!corrections_.empty()) args->corrections = device_corrections_ + layer;
 }
 

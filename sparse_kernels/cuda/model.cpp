@@ -165,6 +165,7 @@ DeviceLayer upload_layer(Upload& upload, const Model& model, size_t index) {
   to.mlp_norm = upload.vector(from.mlp_norm, shape.hidden);
   to.qkv_bias = upload.vector(from.qkv_bias, heads * shape.dim);
   to.output_bias = upload.vector(from.output_bias, shape.hidden);
+  to.down_bias = upload.vector(from.down_bias, shape.hidden);
   to.q_norm = upload.vector(from.q_norm, shape.head_dim);
   to.k_norm = upload.vector(from.k_norm, shape.head_dim);
   if (!from.planes_factors.empty()) {

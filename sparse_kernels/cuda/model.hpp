@@ -33,7 +33,7 @@ struct Basis {
 struct DeviceLayer {
   Weights qkv, output, gate, up, down;
   Basis qkv_basis, output_basis, gate_up_basis, down_basis;
-  const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *q_norm, *k_norm;
+  const float *attention_norm, *mlp_norm, *qkv_bias, *output_bias, *down_bias, *q_norm, *k_norm;
   const float *planes_factors, *gate_factors;
   const Correction* corrections;  // [num_corrections]
   uint32_t slices;                // of the down product's neurons

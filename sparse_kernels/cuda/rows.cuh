@@ -82,7 +82,10 @@ __device__ inline void add_parts(const PrepareArgs& args, uint32_t row, float* x
     for (uint32_t p = 0; p < args.num_parts; ++p) total += read_shared(parts + p * step + column);
     return total;
   };
-  for (uint32_t c = threadIdx.x; c < args.size; c += kThreads) x[c] += sum(c);
+  for (uint32_t c = threadIdx.x; c < args.size; c += kThreads) {
+    const float added = sum(c);
+    x[c] += args.down_bias == nullptr ? added : added + read_shared(args.down_bias + c);
+  }
   const Correction* correction =
       args.corrections == nullptr ? nullptr : correction_of(*args.corrections, row);
   if (correction != nullptr) {

@@ -26,7 +26,7 @@
 
 #define SK_API __attribute__((visibility("default")))
 
-#define SK_ABI_VERSION 7
+#define SK_ABI_VERSION 8
 
 #define SK_MAX_THREADS 1024
 /* A buffer smaller than this for each thread is refused; it is also the unit of its division. */
@@ -228,6 +228,7 @@ struct sk_layer {
   const float* mlp_norm;          /* [hidden_size] */
   const float* qkv_bias;          /* [(num_heads + 2 num_kv_heads) head] or null */
   const float* output_bias;       /* [hidden_size] or null; of several ranks only one may have it */
+  const float* down_bias;         /* the same, added whatever neurons are chosen */
   const float* q_norm;            /* [head_dim] or null */
   const float* k_norm;            /* [head_dim] or null */
   /* What a neuron's importance is multiplied with, see sk_choice; finite, >= 0. Null: sequences
@@ -249,9 +250,8 @@ struct sk_correction {
 };
 
 /* Adds up partial sums of all ranks in place: data [count] float32. Called on one thread of a
- * forward, after the attention output and after the feed-forward, while the others wait. The sum
- * after the attention output holds output_bias: a rank that had it beside another would add it
- * twice. */
+ * forward, after the attention output and after the feed-forward, while the others wait. The sums
+ * hold output_bias and down_bias: a rank that had one beside another would add it twice. */
 struct sk_reduce {
   uint32_t abi_version;
   uint32_t struct_size;

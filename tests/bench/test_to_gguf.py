@@ -1,6 +1,7 @@
 """Written GGUF files: read back by our loader, and by llama.cpp where it is installed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sparserve.bench.to_gguf import write_gguf
 from sparserve.cli import app
 from sparserve.errors import ConfigError, UnsupportedModel
 from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
+from sparserve.model.config import LayerSize
 from sparserve.model.llama import rope_frequencies
 from sparserve.model.loader import load_model
 from sparserve.model.reference import ReferenceBackend
@@ -151,6 +153,33 @@ def test_a_sentencepiece_tokenizer_comes_back(write_mergeable, tmp_path):
     assert_tokenizers_agree(load_model(str(tmp_path / "model.gguf")).tokenizer, tokenizer)
 
 
+def test_biases_of_output_and_down_come_back(write_mergeable, with_biases, tmp_path):
+    model = with_biases(load_model(str(write_mergeable(tmp_path / "source"))))
+    write_gguf(model, tmp_path / "model.gguf", "bfloat16")
+    back = load_model(str(tmp_path / "model.gguf"))
+    assert (back.config.output_bias, back.config.down_bias) == (True, True)
+    for ours, theirs in zip(back.weights.layers, model.weights.layers, strict=True):
+        assert torch.equal(ours.bo, theirs.bo)
+        assert torch.equal(ours.bd, theirs.bd)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_biases_are_refused_where_llama_cpp_has_none(
+    write_mergeable, with_biases, tmp_path, architecture
+):
+    model = load_model(str(write_mergeable(tmp_path / "source", architectures=[architecture])))
+    with pytest.raises(UnsupportedModel, match=r"no bias of output and down for qwen\d"):
+        write_gguf(with_biases(model), tmp_path / "model.gguf", "float32")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_layers_of_their_own_sizes_are_refused(write_mergeable, tmp_path):
+    model = load_model(str(write_mergeable(tmp_path / "source")))
+    config = model.config.pruned([LayerSize(4, 2, 96), LayerSize(4, 2, 90)])
+    with pytest.raises(UnsupportedModel, match="layers of this model differ in heads or neurons"):
+        write_gguf(replace(model, config=config), tmp_path / "model.gguf", "float32")
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [
@@ -211,6 +240,7 @@ def test_the_command_exports_a_model(mergeable_folder, tmp_path):
         {},
         {"tie_word_embeddings": True, "head_dim": 32},
         {"attention_bias": True},
+        {"biases": True},
         {"architectures": ["Qwen2ForCausalLM"]},
         {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
@@ -218,11 +248,14 @@ def test_the_command_exports_a_model(mergeable_folder, tmp_path):
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 0.75}},
     ],
-    ids=["llama", "tied, wide heads", "biases", "qwen2", "qwen3", "linear", "llama3", "yarn", "own yarn"],
+    ids=["llama", "tied, wide heads", "biases", "biases of output and down", "qwen2", "qwen3", "linear", "llama3", "yarn", "own yarn"],
 )  # fmt: skip
-def test_llama_cpp_computes_the_same(write_mergeable, tmp_path, config):
+def test_llama_cpp_computes_the_same(write_mergeable, with_biases, tmp_path, config):
     llama_cpp = pytest.importorskip("llama_cpp")
+    config = dict(config)
+    biased = config.pop("biases", False)
     model = load_model(str(write_mergeable(tmp_path / "source", **config)))
+    model = with_biases(model) if biased else model
     write_gguf(model, tmp_path / "model.gguf", "float32")
     theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
     text = "the 12 things in a row<eos>"

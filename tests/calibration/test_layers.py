@@ -23,9 +23,11 @@ INT8 = MatrixFormat(8, 64, 4)
 PLANES = DecoderFormats(INT8, INT8, MatrixFormat(8, 64), INT8)
 
 
-def test_activations_are_those_of_the_reference_backend(tiny_model):
-    backend = ReferenceBackend(tiny_model.config, tiny_model.weights, num_blocks=8, threads=1)
-    layers = list(walk(tiny_model, DecoderFormats(), TOKENS))
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biases"])
+def test_activations_are_those_of_the_reference_backend(tiny_model, with_biases, biased):
+    model = with_biases(tiny_model) if biased else tiny_model
+    backend = ReferenceBackend(model.config, model.weights, num_blocks=8, threads=1)
+    layers = list(walk(model, DecoderFormats(), TOKENS))
     for window, token_ids in enumerate(TOKENS.tolist()):
         own = SequenceInput(token_ids, 0, range(3), Phase.PREFILL, collect_statistics=True)
         parts = backend.forward(ForwardBatch([own])).statistics[0]

@@ -1,7 +1,7 @@
 """Folders of compressed models: what is written is what is read and served, and damage is told."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -90,14 +90,60 @@ def test_what_is_read_is_what_was_written(
     assert model.name == "out"
 
 
-@pytest.mark.parametrize("family", ["untied", "tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("biases", [("down",), ("output", "down"), ("output",)], ids=str)
+def test_biases_that_the_source_does_not_have_come_back(source, write_compressed, tmp_path, biases):
+    made = write_compressed(source, FORMATS["rank 32"], tmp_path / "out", biases=biases)
+    model = load_model(str(tmp_path / "out"), layers_at_use=True)
+    assert (made.info.format_version, model.compressed.info) == (2, made.info)
+    before = load_model(str(source)).config
+    assert not before.output_bias
+    assert not before.down_bias
+    added = {f"{name}_bias": True for name in biases}
+    assert model.config == replace(before, **added)
+    assert model.config.num_parameters == before.num_parameters + 2 * 64 * len(biases)
+    for one, other in zip(model.compressed.layers, made.layers, strict=True):
+        assert equal(one, other)
+        assert all(getattr(one, name).any() for name in added)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"format_version": 1}, "added_biases, which came with format version 2, and this is 1"),
+        ({"added_biases": ["down", "down"]}, "one of them twice"),
+        ({"added_biases": ["gate"]}, "added_biases.0: "),
+        ({"added_biases": "down"}, "added_biases: "),
+        ({"added_biases": []}, r"nothing reads its tensors \['down_bias'\]"),
+        ({"added_biases": ["down", "output"]}, "tensor output_bias is missing"),
+    ],
+)
+def test_added_biases_that_cannot_be_are_told(source, write_compressed, tmp_path, changes, told):
+    write_compressed(source, FORMATS["int8"], tmp_path / "out", biases=("down",))
+    change_info(tmp_path / "out", **changes)
+    with pytest.raises(CorruptCheckpoint, match=told):
+        load_model(str(tmp_path / "out"))
+
+
+def test_a_bias_is_not_added_to_a_source_that_has_one(
+    write_tiny_checkpoint, write_compressed, tmp_path
+):
+    original = write_tiny_checkpoint(tmp_path / "in", dtype=torch.bfloat16, attention_bias=True)
+    write_compressed(original, FORMATS["int8"], tmp_path / "out")
+    change_info(tmp_path / "out", format_version=2, added_biases=["output"])
+    with pytest.raises(CorruptCheckpoint, match=r"names output, and config\.json says .* has one"):
+        load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", ["untied", "tied", "qwen2", "qwen3", "added biases"])
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 def test_what_is_served_is_what_was_compressed(
     write_tiny_checkpoint, write_compressed, make_backend, all_logits, tmp_path, family, formats
 ):
     """The same bits as from the tensors in memory; nearly those of the reference backend in float32."""
-    original = write_tiny_checkpoint(tmp_path / "in", dtype=torch.bfloat16, **FAMILIES[family])
-    made = write_compressed(original, formats, tmp_path / "out")
+    biases = ("output", "down") if family == "added biases" else ()
+    changes = FAMILIES.get(family, {})
+    original = write_tiny_checkpoint(tmp_path / "in", dtype=torch.bfloat16, **changes)
+    made = write_compressed(original, formats, tmp_path / "out", biases=biases)
     model = load_model(str(tmp_path / "out"), dtype="bfloat16", layers_at_use=True)
     decoders = [
         make_decoder(model.config, model.weights, formats, threads=1, compressed=own)
@@ -328,8 +374,8 @@ def test_info_that_is_no_object_is_told(folder, text):
 
 
 def test_a_newer_version_is_unsupported(folder):
-    change_info(folder, format_version=2, sparserve_version="9.1", formats="not those of today")
-    told = f"has format version 2, made by sparserve '9.1'; sparserve {__version__} reads version 1"
+    change_info(folder, format_version=3, sparserve_version="9.1", formats="not those of today")
+    told = f"has format version 3, made by sparserve '9.1'; sparserve {__version__} reads version 2"
     with pytest.raises(UnsupportedModel, match=told):
         load_model(str(folder))
 

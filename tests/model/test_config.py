@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -150,6 +151,8 @@ def test_num_parameters_counts_every_weight_once():
     qwen3 = from_hf(architectures=["Qwen3ForCausalLM"], head_dim=16, attention_bias=True)
     biases, norms = 64 + 2 * 32 + 64, 2 * 16
     assert qwen3.num_parameters == untied.num_parameters + 2 * (biases + norms)
+    added = replace(untied, output_bias=True, down_bias=True)
+    assert added.num_parameters == untied.num_parameters + 2 * (64 + 64)
 
 
 NUMBERS = [
@@ -519,6 +522,12 @@ def test_traits_that_no_architecture_has_together_cannot_be_written():
     with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM has no words for qkv_bias True$"):
         config.to_hf()
     assert ModelConfig.from_gguf(GGUF, bias | {"blk.0.attn_output.bias"}).to_hf()["attention_bias"]
+    config = ModelConfig.from_gguf(GGUF, frozenset(["blk.0.ffn_down.bias"]))
+    assert config.down_bias
+    with pytest.raises(
+        UnsupportedModel, match=r"LlamaForCausalLM has no words for down_bias True$"
+    ):
+        config.to_hf()
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

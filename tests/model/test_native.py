@@ -96,6 +96,46 @@ def test_it_is_near_the_reference_backend(tiny_bfloat16, backend, make_backend, 
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+def test_biases_are_those_of_the_reference_backend(
+    tiny_bfloat16, with_biases, make_backend, all_logits
+):
+    """In prompts and steps, alone and in a batch, whatever neurons are chosen."""
+    biased = with_biases(tiny_bfloat16)
+    # Without one bias of down alone it is another model.
+    without = replace(biased.weights, layers=[*biased.weights.layers])
+    without.layers[1] = replace(without.layers[1], bd=torch.zeros(64))
+    neurons = torch.rand(2, 96, generator=torch.Generator().manual_seed(1)) < 0.6
+    core = NeuronChoice(core_words(neurons))
+    tokens, other = random_tokens(60, 6), random_tokens(12, 7)
+
+    def run(backend) -> torch.Tensor:
+        rows = []
+
+        def step(*batch: SequenceInput) -> None:
+            rows.append(all_logits(backend.forward(ForwardBatch(batch))))
+
+        def part(start: int, stop: int, phase: Phase, choice=ALL_NEURONS) -> SequenceInput:
+            return SequenceInput(
+                tokens[start:stop], start, range(4), phase,
+                output_offsets=range(stop - start), choice=choice,
+            )  # fmt: skip
+
+        step(part(0, 40, Phase.PREFILL))
+        step(
+            SequenceInput(other, 0, [9], Phase.PREFILL, output_offsets=[11]),
+            part(40, 41, Phase.DECODE),
+        )
+        step(part(41, 42, Phase.DECODE, core))
+        step(part(42, 60, Phase.DECODE))
+        return torch.cat(rows)
+
+    ours, theirs = (run(make_backend(biased, kind=kind)) for kind in ("cpu", "reference"))
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    for kind in ("cpu", "reference"):
+        found = run(make_backend(replace(biased, weights=without), kind=kind))
+        assert (found - theirs).norm() > 0.05 * theirs.norm()
+
+
 def rounded(model, formats: DecoderFormats):
     """The model whose weights are, in float32, the numbers that the integers stand for."""
 

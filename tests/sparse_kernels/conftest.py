@@ -125,6 +125,7 @@ def make_tiny(
                 k_bias=vector(kv, 0.0),
                 v_bias=vector(kv, 0.0),
                 output_bias=vector(hidden_size, 0.0),
+                down_bias=vector(hidden_size, 0.0),
             )
         if head_norms:
             tensors = replace(tensors, q_norm=vector(head_dim), k_norm=vector(head_dim))

@@ -137,6 +137,26 @@ def test_every_level_computes_what_a_choice_means(
             assert torch.equal(reads, expected)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "int8, down in 4 + 4 bits"])
+def test_a_bias_of_down_is_added_once_whatever_is_chosen(
+    name, levels, chooser, make_machine, make_run, random_tokens, random_core
+):
+    """Alone and beside a dense sequence, in steps of one token and of many."""
+    tiny = chooser(FORMATS[name], **SHAPES["odd sizes"], biases=True)
+    tokens, other = random_tokens(sum(FEW_COUNTS)), random_tokens(len(FEW_COUNTS), 5)
+    kinds = all_kinds(tiny, random_core) | {"nothing": NeuronChoice(random_core(tiny, 0.0))}
+    for (kind, choice), isa in itertools.product(kinds.items(), levels):
+        logits, _ = oracle(tiny, tokens, choice)
+        machine = make_machine(tiny, threads=2, isa=isa)
+        run = make_run(tokens, [9, *range(8)], choice=choice)
+        assert_near(decode(machine, run, FEW_COUNTS), logits, TYPICAL[16], f"{isa}, {kind}")
+        beside, dense = make_run(tokens[:10], [10], choice=choice), make_run(other, [11])
+        for count in FEW_COUNTS[:2]:
+            machine.step((beside, count), (dense, 1))
+        for ours, theirs in zip(beside.rows, run.rows[:10], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.soak_on_emulator(unless=ON_EMULATOR)
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
 def test_all_neurons_are_dense_to_the_bit(

@@ -566,6 +566,7 @@ def half(tiny, rank: int):
             v_bias=rows(layer.v_bias),
             # A part of the sum over all ranks: one of them has it.
             output_bias=None if rank else layer.output_bias,
+            down_bias=layer.down_bias if rank else None,
             qkv_basis=layer.qkv_basis,
             output_basis=columns(layer.output_basis),
             gate_up_basis=layer.gate_up_basis,

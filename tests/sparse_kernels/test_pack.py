@@ -174,7 +174,7 @@ def test_every_weight_is_in_its_place_and_the_padding_is_zero(
             (layer.down, down),
         ):
             only(matrix, [(neurons, weights)], rows, hidden)
-        for name in ("attention_norm", "mlp_norm", "output_bias", "q_norm", "k_norm"):
+        for name in ("attention_norm", "mlp_norm", "output_bias", "down_bias", "q_norm", "k_norm"):
             values = getattr(tensors, name)
             assert torch.equal(numbers(getattr(layer, name), len(values)), values)
     only(packed.embedding, [(slice(50), tiny.ends.embedding)], 50, hidden)
@@ -256,7 +256,7 @@ def test_what_is_read_of_a_chosen_neuron_is_side_by_side(tiny_decoder, formats):
 
 def test_what_a_model_does_not_have_is_null_and_a_tied_head_is_the_embedding(tiny_decoder):
     packed: PackedDecoder = tiny_decoder(tied=True).packed()
-    for name in ("qkv_bias", "output_bias", "q_norm", "k_norm"):
+    for name in ("qkv_bias", "output_bias", "down_bias", "q_norm", "k_norm"):
         assert not getattr(packed.layers[0], name)
     assert packed.lm_head.codes.data == packed.embedding.codes.data
 

@@ -80,6 +80,17 @@ def _refuse_what_has_no_counterpart(config: ModelConfig) -> None:
         raise UnsupportedModel(
             f"llama.cpp has no sliding window for {config.architecture}; its file would attend to everything"
         )
+    if config.layer_sizes:
+        raise UnsupportedModel(
+            "layers of this model differ in heads or neurons, and a GGUF file is written for layers alike alone; "
+            "compress it with prune.allocation uniform and shares that leave all layers as many"
+        )
+    biases = [name for name in ("output", "down") if getattr(config, f"{name}_bias")]
+    if biases and (arch := FAMILIES[config.architecture].gguf) != "llama":
+        raise UnsupportedModel(
+            f"llama.cpp has no bias of {' and '.join(biases)} for {arch}, and this model does; where pruning "
+            "added it, compress with prune.restore none"
+        )
     rope = config.rope
     if rope.kind == "dynamic":
         raise UnsupportedModel("llama.cpp has no RoPE of the kind dynamic")

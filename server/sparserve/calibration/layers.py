@@ -75,6 +75,8 @@ def walk(
         yield mlp, normed
         for own, inputs in zip(steps.x, normed, strict=True):
             own += mlp.activations(inputs) @ mlp.down
+            if layer.bd is not None:
+                own += layer.bd
 
 
 def _stored(model: LoadedModel, formats: DecoderFormats, index: int) -> LayerTensors:

@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,8 +36,14 @@ from sparserve.model.config import LayerSize, ModelConfig
 from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder, read_json
 
-VERSION = 1
+# Written is the first version that has all that is in a folder.
+VERSION, WITH_BIASES = 1, 2
+NEWEST = WITH_BIASES
 INFO, ENDS, LAYERS = "compression.json", "ends.safetensors", "layers"
+
+
+# Of the projection after attention, of that of the feed-forward.
+AddedBias = Literal["output", "down"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +71,28 @@ class CompressionInfo:
     layer_sizes: tuple[
         LayerSize, ...
     ] = ()  # of each layer of a pruned model; (): as config.json says
+    added_biases: tuple[AddedBias, ...] = ()  # that the source does not have
     healing: Mapping[str, Any] | None = None  # how it was healed; None: it was not
 
+    def __post_init__(self) -> None:
+        if len(set(self.added_biases)) < len(self.added_biases):
+            raise ValueError(f"added_biases are {self.added_biases}, one of them twice")
+        if self.added_biases and self.format_version < WITH_BIASES:
+            raise ValueError(
+                f"there are added_biases, which came with format version {WITH_BIASES}, and this is "
+                f"{self.format_version}"
+            )
+
     def config(self, source: ModelConfig) -> ModelConfig:
-        """Of what is stored. Raises CorruptCheckpoint of sizes that the source cannot have been cut to."""
-        return source.pruned(self.layer_sizes) if self.layer_sizes else source
+        """Of what is stored. Raises CorruptCheckpoint of sizes that the source cannot have been cut to, and of
+        added biases that it has."""
+        made = source.pruned(self.layer_sizes) if self.layer_sizes else source
+        for name in self.added_biases:
+            if getattr(made, f"{name}_bias"):
+                raise CorruptCheckpoint(
+                    f"added_biases names {name}, and config.json says that the source has one"
+                )
+        return made.with_biases(self.added_biases)
 
     def with_bits(self, config: ModelConfig) -> CompressionInfo:
         """Raises ValueError of formats for a layer that the model does not have."""
@@ -176,13 +199,13 @@ def read_info(folder: Path) -> CompressionInfo:
     version = raw.get("format_version")
     if type(version) is not int or version < 1:
         raise CorruptCheckpoint(
-            f"{path}: format_version is {reprlib.repr(version)}, expected {VERSION}"
+            f"{path}: format_version is {reprlib.repr(version)}, expected {VERSION} to {NEWEST}"
         )
-    if version > VERSION:
+    if version > NEWEST:
         by = reprlib.repr(raw.get("sparserve_version"))
         raise UnsupportedModel(
             f"{path} has format version {version}, made by sparserve {by}; sparserve {__version__} reads "
-            f"version {VERSION}: install a newer one, or compress the original again"
+            f"version {NEWEST}: install a newer one, or compress the original again"
         )
     try:
         # Of JSON, for strict dataclasses take no dictionaries of Python.

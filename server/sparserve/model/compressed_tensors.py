@@ -33,7 +33,7 @@ MATRICES = {
 PART_OF = {name: own.part for own in STACKS for name in (*own.names, own.basis)}
 VECTORS = {
     "attention_norm": "attn_norm", "mlp_norm": "mlp_norm", "q_bias": "bq", "k_bias": "bk", "v_bias": "bv",
-    "output_bias": "bo", "q_norm": "q_norm", "k_norm": "k_norm",
+    "output_bias": "bo", "down_bias": "bd", "q_norm": "q_norm", "k_norm": "k_norm",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -95,6 +95,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # of the projection after attention
+    down_bias: bool = False
     qk_norm: bool = False
     sliding_window: int = 0  # positions that attention sees in `sliding_layers`, its own included
     sliding_layers: Sequence[int] = ()
@@ -155,6 +156,14 @@ class ModelConfig:
             layer_sizes=tuple(sizes) if len(set(sizes)) > 1 else (),
         )
 
+    def with_biases(self, names: Collection[str]) -> ModelConfig:
+        """The same model with those of `output`, of `down` or both too."""
+        return replace(
+            self,
+            output_bias=self.output_bias or "output" in names,
+            down_bias=self.down_bias or "down" in names,
+        )
+
     def layer(self, index: int) -> LayerSize:
         if self.layer_sizes:
             return self.layer_sizes[index]
@@ -192,8 +201,8 @@ class ModelConfig:
         heads, kv_heads = self._num_heads_in_all
         attention = 2 * self.hidden_size * self.head_dim * (heads + kv_heads)
         attention += self.qkv_bias * self.head_dim * (heads + 2 * kv_heads)
-        vectors = self.output_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        vectors += 2 * self.hidden_size  # norms
+        biases = self.output_bias + self.down_bias
+        vectors = (2 + biases) * self.hidden_size + self.qk_norm * 2 * self.head_dim  # 2 norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         others = self.num_layers * vectors + embeddings + self.hidden_size
         return attention + self.mlp_parameters + others
@@ -354,6 +363,7 @@ class ModelConfig:
             bos_token_id=next(iter(read.ids("tokenizer.ggml.bos_token_id")), None),
             qkv_bias=family.qkv_bias or "blk.0.attn_q.bias" in tensor_names,
             output_bias="blk.0.attn_output.bias" in tensor_names,
+            down_bias="blk.0.ffn_down.bias" in tensor_names,
             qk_norm=family.qk_norm,
         )
         rotated = read.integer(f"{name}.rope.dimension_count", head_dim)

@@ -26,6 +26,7 @@ def effective(layer: LayerTensors, dtype: torch.dtype = torch.float32) -> LayerW
             ("bk", layer.k_bias),
             ("bv", layer.v_bias),
             ("bo", layer.output_bias),
+            ("bd", layer.down_bias),
             ("q_norm", layer.q_norm),
             ("k_norm", layer.k_norm),
         )

@@ -180,6 +180,7 @@ def layer_tensors(layer: LayerWeights) -> LayerTensors:
         k_bias=layer.bk,
         v_bias=layer.bv,
         output_bias=layer.bo,
+        down_bias=layer.bd,
         q_norm=layer.q_norm,
         k_norm=layer.k_norm,
     )

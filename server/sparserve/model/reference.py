@@ -197,10 +197,13 @@ class ReferenceBackend:
                 )
                 for part, rows in zip(parts, _rows_by_block(span.sequence), strict=True):
                     part.sums[index, : scores.shape[1]] += scores[rows].sum(dim=0).cpu()
-        if choosing.union is None:
-            return layout.linear(activations, layer.w_down)
-        self._choose(index, gate, activations, layout, choosing)
+        if choosing.union is not None:
+            self._choose(index, gate, activations, layout, choosing)
         out = layout.linear(activations, layer.w_down)
+        if layer.bd is not None:
+            out = out + layer.bd
+        if choosing.union is None:
+            return out
         for span in layout.spans:
             more = choosing.corrected(index, span.sequence.choice, normed[span.rows])
             if more is not None:

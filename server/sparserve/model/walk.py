@@ -62,7 +62,8 @@ class Walk:
 
     def add_feed_forward(self, layer: LayerWeights) -> None:
         for own in self.x:
-            own += F.linear(activations(layer, self.norm(own, layer.mlp_norm)), layer.w_down)
+            made = activations(layer, self.norm(own, layer.mlp_norm))
+            own += F.linear(made, layer.w_down, layer.bd)
 
 
 def activations(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:

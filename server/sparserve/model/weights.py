@@ -30,6 +30,7 @@ class LayerWeights:
     bk: torch.Tensor | None = None  # [num_kv_heads * head_dim]
     bv: torch.Tensor | None = None  # [num_kv_heads * head_dim]
     bo: torch.Tensor | None = None  # [hidden]
+    bd: torch.Tensor | None = None  # [hidden]
     q_norm: torch.Tensor | None = None  # [head_dim]
     k_norm: torch.Tensor | None = None  # [head_dim]
 
@@ -80,6 +81,7 @@ HF_NAMES = TensorNames(
         "bk": "model.layers.{i}.self_attn.k_proj.bias",
         "bv": "model.layers.{i}.self_attn.v_proj.bias",
         "bo": "model.layers.{i}.self_attn.o_proj.bias",
+        "bd": "model.layers.{i}.mlp.down_proj.bias",
         "q_norm": "model.layers.{i}.self_attn.q_norm.weight",
         "k_norm": "model.layers.{i}.self_attn.k_norm.weight",
     },
@@ -103,6 +105,7 @@ GGUF_NAMES = TensorNames(
         "bk": "blk.{i}.attn_k.bias",
         "bv": "blk.{i}.attn_v.bias",
         "bo": "blk.{i}.attn_output.bias",
+        "bd": "blk.{i}.ffn_down.bias",
         "q_norm": "blk.{i}.attn_q_norm.weight",
         "k_norm": "blk.{i}.attn_k_norm.weight",
     },
@@ -140,6 +143,8 @@ def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
         shapes |= {"bq": (q,), "bk": (kv,), "bv": (kv,)}
     if config.output_bias:
         shapes |= {"bo": (d,)}
+    if config.down_bias:
+        shapes |= {"bd": (d,)}
     if config.qk_norm:
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
     return shapes
