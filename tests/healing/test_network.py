@@ -6,17 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.weights import QuantizedMatrix
 from sparserve.compression.recipe import parse_recipe
+from sparserve.engine.formats import weight_formats
+from sparserve.errors import ConfigError
 from sparserve.healing.divergence import divergence
 from sparserve.healing.policies import parse_through
 from sparserve.healing.stored import healed_ends, healed_tensors, layer_as_stored, network_of
 from sparserve.healing.through import Core
-from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
+from sparserve.model.backend import ForwardBatch, Phase, SequenceInput, mean_neuron_bytes
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.effective import effective
 from sparserve.model.loader import load_model
 from sparserve.model.reference import ReferenceBackend
+from sparserve.model.weight_bytes import layer_neuron_bytes
 
 RECIPE = """
 name: tested
@@ -164,9 +168,34 @@ def test_a_core_is_the_prompts_and_holds_after_it():
     assert torch.equal(used[0, 6:, [1, 5]], activations[0, 6:, [1, 5]])
 
 
-def test_policies_that_cannot_be_learned_through_are_refused(model, settings):
-    from sparserve.errors import ConfigError
+@pytest.mark.parametrize("density", [0.5, 0.8])
+def test_tokens_that_choose_by_planes_read_their_share(model, settings, density):
+    served = settings.model_copy(update={"dtype": "int8", "weight_planes": "4+4"})
+    through = parse_through(f"token:{density}", model, served)
+    network = network_of(model)
+    through.attach(network)
+    through.begin(1, watch=False)
+    shares = []
 
+    def used(layer: int, inputs: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+        made = through(layer, inputs, activations)
+        assert torch.equal(made[:, 0], activations[:, 0])  # the prompt
+        after = made[:, 1:] != 0
+        whole = after & (made[:, 1:] == activations[:, 1:])
+        shares.append([float(own.float().mean()) for own in (after, whole)])
+        close = (made - activations)[:, 1:][after].norm() / activations[:, 1:][after].norm()
+        assert close < 0.2
+        return made
+
+    network(torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1)), used)
+    looked, down, low, _ = mean_neuron_bytes(
+        layer_neuron_bytes(model.config, weight_formats(served))[ChoiceKind.PLANES]
+    )
+    read = [(looked + a * down + b * low) / (looked + down + low) for a, b in shares]
+    assert sum(read) / len(read) == pytest.approx(density, abs=0.04)
+
+
+def test_policies_that_cannot_be_learned_through_are_refused(model, settings):
     with pytest.raises(ConfigError, match=r"through is 'exact', and healing goes through dense"):
         parse_through("exact", model, settings)
     with pytest.raises(ConfigError, match="begins with 'nonsense'"):

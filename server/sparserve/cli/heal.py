@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sparserve.cli.options import with_settings
-from sparserve.cli.output import err, out
+from sparserve.cli.output import check_folder, err, out
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 
@@ -93,6 +93,9 @@ def heal(
         int | None, typer.Option(help="Looks without a better one that end the run.", min=1)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.", min=0)] = None,
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Draw the run's curve here.", metavar="<file>")
+    ] = None,
 ) -> None:
     """Teach a pruned, rounded or sparsely read model to answer as the original did (self-distillation).
 
@@ -100,12 +103,17 @@ def heal(
     serve. What is learned becomes part of the matrices, norms and biases, so it costs nothing when it is served. Text that
     is held out tells when to stop; the best state is written. A run that was interrupted goes on from its last look.
     """
+    from sparserve.bench.plot import require_matplotlib
     from sparserve.healing.pipeline import heal as run
+    from sparserve.healing.plot import draw_looks
 
     if name is not None:
         if "model" in settings.model_fields_set and settings.model != name:
             raise ConfigError(f"MODEL is {name} and --model {settings.model}; give one of them")
         settings = settings.model_copy(update={"model": name})
+    if png_file is not None:
+        check_folder("--png", png_file)
+        require_matplotlib()
     how = _how(
         through=through, tokens=tokens, generated=generate, window=window, batch=batch, rank=rank,
         learning_rate=learning_rate, concentrate=concentrate, evaluations=evaluations, patience=patience, seed=seed,
@@ -126,6 +134,11 @@ def heal(
             err.print("interrupted; the same command goes on from the last look")
             raise
     _print(made, how)
+    if png_file is not None:
+        draw_looks(made.healed.looks, f"{made.info.source.name} through {how.through}").savefig(
+            png_file
+        )
+        err.print(f"curve written to {png_file}")
     err.print(f"written to {out_folder}; next:", markup=False, soft_wrap=True)
     err.print(
         f"  sparserve serve --model {shlex.quote(str(out_folder))}", markup=False, soft_wrap=True
@@ -175,14 +188,15 @@ class _Display:
         self._progress.update(self._tasks[what], completed=done, total=total or None, told=told)
 
     def step(self, progress: training.Progress) -> None:
-        self._losses.append(progress.loss)
         if (look := progress.look) is not None:
-            self._held_out = f", held out {look.held_out:.3f}"
-            err.print(
-                f"step {progress.step} of {progress.steps}: KL {progress.loss:.3f}{self._held_out}, "
-                f"{progress.tokens_per_second:.0f} tokens/s"
-            )
-        told = f"KL {progress.loss:.3f}{self._held_out}, {progress.tokens_per_second:.0f} tokens/s {curve(self._losses)}"
+            self._held_out = f"KL held out {look.held_out:.3f}"
+            trained = "" if look.training is None else f", trained on {look.training:.3f}"
+            speed = f", {progress.tokens_per_second:.0f} tokens/s" if progress.step else ""
+            err.print(f"step {progress.step} of {progress.steps}: {self._held_out}{trained}{speed}")
+        if progress.loss is None:
+            return
+        self._losses.append(progress.loss)
+        told = f"{self._held_out}, now {progress.loss:.3f}, {progress.tokens_per_second:.0f} tokens/s {curve(self._losses)}"
         self.stage("healing", progress.step, progress.steps, told)
 
 

@@ -29,11 +29,11 @@ DIVERGED = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Told after each step."""
+    """Told after each step, and of the look before the first one."""
 
     step: int
     steps: int
-    loss: float
+    loss: float | None  # of the step
     tokens_per_second: float
     look: Look | None  # where this step ended with one
 
@@ -91,7 +91,8 @@ class _Run:
         state, how = self._state, self._how
         looks_at = {round(how.steps * n / how.evaluations) for n in range(1, how.evaluations + 1)}
         if not state.looks:
-            self._look()
+            look = self._look()
+            self._on_progress(Progress(0, how.steps, None, 0.0, look))
         diverged = self._has_diverged()
         begun, first = time.perf_counter(), state.step
         while state.step < how.steps and not self._is_over() and not diverged:
@@ -99,13 +100,13 @@ class _Run:
             state.step += 1
             self._losses.append(loss)
             diverged = not math.isfinite(loss)
-            look = None
+            seen = None
             if diverged or state.step in looks_at:
-                look = self._look()
+                seen = self._look()
                 diverged = diverged or self._has_diverged()
             done = (state.step - first) * how.batch * how.window
             speed = done / (time.perf_counter() - begun)
-            self._on_progress(Progress(state.step, how.steps, loss, speed, look))
+            self._on_progress(Progress(state.step, how.steps, loss, speed, seen))
         self._plain.load_state_dict(state.best)
         return Healed(state.looks, state.best_look, state.step, diverged)
 
