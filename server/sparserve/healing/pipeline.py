@@ -19,6 +19,7 @@ from sparserve.config import EngineSettings
 from sparserve.engine.formats import served_formats
 from sparserve.engine.threads import torch_threads
 from sparserve.errors import ConfigError
+from sparserve.healing.network import Network
 from sparserve.healing.policies import parse_through
 from sparserve.healing.state import Look, StateFile
 from sparserve.healing.stored import (
@@ -67,6 +68,8 @@ def heal(
     The teacher is `original`, else what the folder `model` was made of, else `model` itself. `settings` say where
     the teacher writes text. An interrupted run goes on from its last look, kept in a file beside `out`.
 
+    Of several processes that accelerate launched, the first writes.
+
     Raises ModelError, and ConfigError of texts that are too short, a policy that cannot be learned through, a teacher
     that is not this model's, and where `out` cannot be written or is there already.
     """
@@ -76,11 +79,13 @@ def heal(
     through = parse_through(how.through, student, settings)
     given = read_given(teacher, how, texts)
     inputs = _inputs(how, student, teacher, given, settings)
+    accelerator = _accelerator(how, settings)
+    inputs["processes"] = accelerator.num_processes
     with torch_threads(settings):
-        windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
+        with accelerator.main_process_first():  # others then find what it has written
+            windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
         network = network_of(student, how.rank, how.seed)
         kept = StateFile(out.with_name(f"{out.name}.state"), inputs)
-        accelerator = Accelerator(cpu=settings.device == "cpu")
         healed = train(
             network, network_of(teacher), how, through, windows, kept, accelerator, on_step
         )
@@ -90,15 +95,39 @@ def heal(
             f"nothing is written. Lower --learning-rate, {how.learning_rate:g} now, or give more text"
         )
     info = _info(student, teacher, how, given, healed, inputs)
+    if accelerator.is_main_process:
+        info = _write(student, network, healed, info, out, on_stage)
+        kept.forget()
+        _written_file(out).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return HealedFolder(info, healed, time.monotonic() - begun)
+
+
+def _write(
+    student: LoadedModel,
+    network: Network,
+    healed: Healed,
+    info: CompressionInfo,
+    out: Path,
+    on_stage: OnStage,
+) -> CompressionInfo:
     writer = CheckpointWriter(out, info)
     for index, layer in enumerate(network.healed):
         writer.write_layer(index, healed_tensors(layer_as_stored(student, index), layer))
         on_stage("writing layers", index + 1, len(network.healed))
     writer.write_file(LOOKS, _looks_as_json(healed.looks))
     writer.finish(healed_ends(student, network))
-    kept.forget()
-    _written_file(out).unlink(missing_ok=True)
-    return HealedFolder(writer.info, healed, time.monotonic() - begun)
+    return writer.info
+
+
+def _accelerator(how: Heal, settings: EngineSettings) -> Accelerator:
+    """Raises ConfigError of a batch that processes cannot share evenly."""
+    found = Accelerator(cpu=settings.device == "cpu")
+    if how.batch % found.num_processes:
+        raise ConfigError(
+            f"batch is {how.batch}, and accelerate launched {found.num_processes} processes; take a multiple of it"
+        )
+    return found
 
 
 def _both(model: str, original: str | None) -> tuple[LoadedModel, LoadedModel]:

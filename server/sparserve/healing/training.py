@@ -92,7 +92,7 @@ class _Run:
         looks_at = {round(how.steps * n / how.evaluations) for n in range(1, how.evaluations + 1)}
         if not state.looks:
             look = self._look()
-            self._on_progress(Progress(0, how.steps, None, 0.0, look))
+            self._tell(Progress(0, how.steps, None, 0.0, look))
         diverged = self._has_diverged()
         begun, first = time.perf_counter(), state.step
         while state.step < how.steps and not self._is_over() and not diverged:
@@ -106,9 +106,13 @@ class _Run:
                 diverged = diverged or self._has_diverged()
             done = (state.step - first) * how.batch * how.window
             speed = done / (time.perf_counter() - begun)
-            self._on_progress(Progress(state.step, how.steps, loss, speed, seen))
+            self._tell(Progress(state.step, how.steps, loss, speed, seen))
         self._plain.load_state_dict(state.best)
         return Healed(state.looks, state.best_look, state.step, diverged)
+
+    def _tell(self, progress: Progress) -> None:
+        if self._accelerator.is_main_process:
+            self._on_progress(progress)
 
     def _step(self, step: int) -> float:
         how = self._how
