@@ -32,7 +32,7 @@ from sparserve.healing.stored import (
 from sparserve.healing.text import Windows, read_given, windows_of, write_text
 from sparserve.healing.training import Healed, OnProgress, train
 from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo
-from sparserve.model.compressed_writer import CheckpointWriter, refuse_existing, source_of
+from sparserve.model.compressed_writer import CheckpointWriter, first_info, refuse_existing
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
@@ -94,7 +94,7 @@ def heal(
             f"no look at the held-out windows was better than the first one, a KL of {healed.best.held_out:.3g}: "
             f"nothing is written. Lower --learning-rate, {how.learning_rate:g} now, or give more text"
         )
-    info = _info(student, teacher, how, given, healed, inputs)
+    info = _info(student, how, given, healed, inputs)
     if accelerator.is_main_process:
         info = _write(student, network, healed, info, out, on_stage)
         kept.forget()
@@ -205,7 +205,6 @@ def _written_file(out: Path) -> Path:
 
 def _info(
     student: LoadedModel,
-    teacher: LoadedModel,
     how: Heal,
     given: TextFiles,
     healed: Healed,
@@ -218,17 +217,9 @@ def _info(
         "held_out_before": healed.looks[0].held_out,
         "held_out_after": healed.best.held_out,
     }
-    if student.compressed is None:
-        return CompressionInfo(
-            {"name": "healed"},
-            formats_of(student),
-            source_of(teacher),
-            texts=tuple(given.files),
-            format_version=WITH_BIASES,
-            added_biases=() if student.config.down_bias else ("down",),
-            healing=told,
-        )
-    info = student.compressed.info
+    known = student.compressed
+    recipe = {"name": "healed"} if known is None else known.info.recipe
+    info = first_info(student, recipe, formats_of(student))
     biases = info.added_biases if student.config.down_bias else (*info.added_biases, "down")
     texts = tuple(dict.fromkeys((*info.texts, *given.files)))
     return replace(info, format_version=WITH_BIASES, texts=texts, added_biases=biases, healing=told)
