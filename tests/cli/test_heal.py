@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sparserve.cli.heal import curve
+from sparserve.cli.healing_display import curve
 from sparserve.model.loader import load_model
 
 

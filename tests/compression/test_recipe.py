@@ -196,7 +196,10 @@ def test_all_bfloat16_and_value_bits_of_nothing_are_refused(recipe_of):
 
 
 def test_a_recipe_that_is_nowhere_is_told_with_those_there_are(tmp_path):
-    with pytest.raises(ConfigError, match="no recipe 'best': expected quality, balanced, fast, or"):
+    with pytest.raises(
+        ConfigError,
+        match="no recipe 'best': expected quality, balanced, fast, none with --prune, or",
+    ):
         read_recipe("best")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipe(str(tmp_path))

@@ -9,7 +9,8 @@ import torch
 from sparse_kernels.formats import MatrixFormat
 from sparse_kernels.weights import EndTensors
 from sparserve.compression.quantize import quantize_layer
-from sparserve.compression.recipe import PARTS, Recipe
+from sparserve.compression.recipe import Recipe
+from sparserve.compression.sections import PARTS
 from sparserve.errors import ConfigError
 from sparserve.model import mixed
 from sparserve.model.backend import ForwardBatch, Phase, SequenceInput

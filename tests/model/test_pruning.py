@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparserve.compression.recipe import Prune, parse_recipe
+from sparserve.compression.recipe import parse_recipe
+from sparserve.compression.sections import Prune
 from sparserve.config import ServerSettings
 from sparserve.engine.factory import assemble_engine
 from sparserve.errors import ConfigError, CorruptCheckpoint, UnsupportedModel

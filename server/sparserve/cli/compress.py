@@ -12,12 +12,15 @@ import typer
 from rich import box
 from rich.table import Table
 
+from sparserve.cli.healing_display import HealingDisplay, tell_healed
 from sparserve.cli.output import counting_bar, err, out, warn
+from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import DEMO_MODEL
 
 if TYPE_CHECKING:
     from sparserve.compression.matrix import MatrixReport
+    from sparserve.compression.recipe import Recipe
     from sparserve.model.compress_folder import CompressedFolder
     from sparserve.model.pruning import Pruned
 
@@ -56,7 +59,8 @@ def compress(
         str,
         typer.Option(
             help="fast (4 bits, the quickest), balanced (smaller groups, and each matrix makes up for those before it), "
-            "quality (low-rank terms on top), or a YAML file of your own.",
+            "quality (low-rank terms on top), none (what is pruned stays in 16 bits), or a YAML file of your own, which may "
+            "also heal and calibrate.",
             metavar="<name or file>",
         ),
     ] = "balanced",
@@ -104,14 +108,17 @@ def compress(
     another one to evaluate with. One layer is in memory at a time. A run that was interrupted goes on where it
     stopped when it is started again, to the same bytes.
     """
-    from sparserve.compression.recipe import pruning, read_recipe
+    from sparserve.compression.recipe import read_pruning
     from sparserve.model.compress_folder import compress_folder
     from sparserve.model.compressed_writer import partial_of, refuse_existing
 
-    followed = pruning(read_recipe(recipe), ratio=prune, heads=prune_heads, mlp=prune_mlp)
+    followed = read_pruning(recipe, ratio=prune, heads=prune_heads, mlp=prune_mlp)
     texts = text or []
     if texts and not followed.needs_text:
         warn(f"the recipe {followed.name} needs no text: --text is not read")
+    if not followed.is_one_step:
+        _follow_steps(model, followed, texts, out_folder)
+        return
     refuse_existing(out_folder)
     left = any(partial_of(out_folder).glob("layers/*.safetensors"))
     with counting_bar() as show:
@@ -143,10 +150,42 @@ def compress(
             err.print("interrupted; the same command goes on where this one stopped")
             raise
     _print(made)
+    _tell_next(out_folder)
+
+
+def _follow_steps(model: str, recipe: Recipe, texts: Sequence[Path], out_folder: Path) -> None:
+    """Of a recipe that heals or calibrates, too."""
+    from sparserve.healing.steps import follow
+
+    with HealingDisplay() as display:
+        try:
+            made = follow(
+                model,
+                recipe,
+                texts,
+                out_folder,
+                EngineSettings(model=model),
+                on_step=display.stage,
+                on_healing=display.step,
+            )
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on with the step that is not finished")
+            raise
+    for folder in (made.pruned, made.rounded):
+        if folder is not None:
+            _print(folder)
+    if made.healed is not None:
+        assert recipe.heal is not None
+        tell_healed(made.healed, recipe.heal)
+    _tell_next(out_folder, made.index)
+
+
+def _tell_next(out_folder: Path, index: Path | None = None) -> None:
     err.print(f"written to {out_folder}; next:", markup=False, soft_wrap=True)
-    err.print(
-        f"  sparserve serve --model {shlex.quote(str(out_folder))}", markup=False, soft_wrap=True
-    )
+    command = f"  sparserve serve --model {shlex.quote(str(out_folder))}"
+    if index is not None:
+        command += f" --index {shlex.quote(str(index))}"
+    err.print(command, markup=False, soft_wrap=True)
 
 
 def _print(made: CompressedFolder) -> None:

@@ -10,6 +10,15 @@ Or formats that are chosen by part and layer:
 
     name: chosen
     mixed: {target_bits: 4.95, choices: [{bits: 4}, {bits: 4, group_size: 32}, {bits: 8}]}
+
+Or several steps, one after another:
+
+    name: steps
+    prune: {ratio: 0.2}
+    heal: {through: "core:0.5", tokens: 1_000_000}
+    compensate: qera
+    attention: {bits: 4, rank: 32}
+    calibrate: {windows: 64}
 """
 
 from __future__ import annotations
@@ -20,139 +29,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from sparse_kernels import _abi
 from sparse_kernels.formats import DecoderFormats, LayerFormats, MatrixFormat
+from sparserve.compression.sections import (
+    PARTS,
+    Calibrate,
+    CalibrationSize,
+    HealStep,
+    Mixed,
+    Override,
+    Part,
+    Prune,
+)
 from sparserve.errors import ConfigError
 
 SHIPPED = ("quality", "balanced", "fast")
-PARTS = ("attention", "gate_up", "down")  # of a layer
-MOST_LAYERS = _abi.SK_MAX_LAYERS
+# A name that stands for no rounding at all: of what is pruned.
+NONE = "none"
 MOST_PROBLEMS = 10  # that are told of a recipe
-
-
-class Part(BaseModel):
-    """How matrices of one kind are stored; see `MatrixFormat`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    bits: Literal[4, 8, 16] = 4  # 16: they stay in bfloat16, and the rest has no meaning
-    group_size: int = 64
-    low_bits: int = 0
-    rank: int = 0
-
-    def format(self) -> MatrixFormat:
-        if self.bits == 16:
-            return MatrixFormat(low_bits=self.low_bits, rank=self.rank)
-        return MatrixFormat(self.bits, self.group_size, self.low_bits, self.rank)
-
-    @model_validator(mode="after")
-    def _must_be_a_format(self) -> Self:
-        self.format()
-        return self
-
-
-def _layers(value: Any) -> Any:
-    """ "2-5" and 3 as tuples; all else as it is."""
-    if isinstance(value, str):
-        first, dash, last = value.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
-            raise ValueError('expected a layer, a range like "2-5", or a list of layers')
-        return tuple(range(int(first), min(int(last or first), MOST_LAYERS) + 1))
-    return (
-        (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
-    )
-
-
-class Override(BaseModel):
-    """What some layers have instead of what the recipe says of all; each part as a whole."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    layers: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], BeforeValidator(_layers)
-    ]
-    attention: Part | None = None
-    gate_up: Part | None = None
-    down: Part | None = None
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        parts = {name: getattr(self, name) for name in PARTS}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    @model_validator(mode="after")
-    def _must_change_something(self) -> Self:
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise ValueError("layers must be one or more, each once")
-        if not self.parts:
-            raise ValueError(f"there is nothing that changes; give {', '.join(PARTS)}, or some")
-        return self
-
-
-class Mixed(BaseModel):
-    """Formats that are chosen for each part of each layer, up to a size or down to a KL."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    target_bits: Annotated[float, Field(gt=0, le=16)] | None = None  # of a weight of the layers
-    target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # predicted
-    choices: Annotated[tuple[Part, ...], Field(strict=False, min_length=2)] | None = None
-
-    @model_validator(mode="after")
-    def _must_have_a_target_and_a_choice(self) -> Self:
-        if (self.target_bits is None) == (self.target_kl is None):
-            raise ValueError("give one of target_bits and target_kl")
-        choices = self.choices or ()
-        if len(set(choices)) < len(choices):
-            raise ValueError("choices has one twice")
-        if len({own.low_bits for own in choices}) > 1:
-            raise ValueError("choices differ in low_bits, which must be the same in all layers")
-        return self
-
-
-class Prune(BaseModel):
-    """Which heads and neurons are removed before anything is rounded. Either `ratio`, or `heads`, `mlp` or both."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all the model's parameters
-    heads: Annotated[float, Field(ge=0, lt=1)] = 0  # of the parameters of attention
-    mlp: Annotated[float, Field(ge=0, lt=1)] = 0  # of the feed-forward layers' parameters
-    criterion: Literal["amp", "amp_w", "wanda", "flap", "magnitude", "random"] = "amp_w"
-    # The same share of each layer, or more of layers whose units differ less.
-    allocation: Literal["uniform", "adaptive"] = "uniform"
-    # A KV head with all its query heads, or a query head of each, which leaves the KV cache as large as it is.
-    head_unit: Literal["groups", "queries"] = "groups"
-    # The matrices after what is removed are fitted again, where that helps on held-out text.
-    restore: Literal["none", "least_squares"] = "least_squares"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of criterion random
-
-    @model_validator(mode="after")
-    def _must_remove_something(self) -> Self:
-        if self.ratio is not None and (self.heads or self.mlp):
-            raise ValueError("give ratio, or heads and mlp; not both")
-        if self.ratio is None and not (self.heads or self.mlp):
-            raise ValueError("nothing is removed; give ratio, heads or mlp")
-        return self
-
-
-class CalibrationSize(BaseModel):
-    """Of the text that inputs are measured on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    windows: Annotated[int, Field(ge=1, le=65536)] = 32
-    tokens: Annotated[int, Field(ge=2, le=65536)] = 512  # of a window
 
 
 class Recipe(BaseModel):
@@ -182,12 +78,26 @@ class Recipe(BaseModel):
     # Instead of attention, gate_up, down and overrides, which `model.mixed.allocate` fills in.
     mixed: Mixed | None = None
     prune: Prune | None = None
+    heal: HealStep | None = None
+    calibrate: Calibrate | None = None
     calibration: CalibrationSize = CalibrationSize()
 
     @property
     def needs_text(self) -> bool:
         by_inputs = self.quantizer == "gptq" or self.compensate.startswith("qera")
-        return by_inputs or self.mixed is not None or self.prune is not None
+        return (by_inputs and self.rounds) or self.mixed is not None or self.prune is not None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether any matrix gets integers."""
+        if self.mixed is not None:
+            return True
+        return any(own.bits != 16 for own in (*self._all_parts().values(), self.lm_head))
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether `compress_folder` can follow it alone."""
+        return self.heal is None and self.calibrate is None
 
     @property
     def choices(self) -> tuple[Part, ...]:
@@ -242,7 +152,7 @@ class Recipe(BaseModel):
             self._refuse_what_is_mixed()
         parts = self._all_parts()
         ranks = {name: part.rank for name, part in parts.items()}
-        if self.prune is None and all(own.bits == 16 for own in (*parts.values(), self.lm_head)):
+        if self.prune is None and self.heal is None and not self.rounds:
             raise ValueError("all matrices have 16 bits, so nothing is compressed; give one 4 or 8")
         if self.compensate == "none" and any(ranks.values()):
             name = next(name for name, rank in ranks.items() if rank)
@@ -284,6 +194,8 @@ class Recipe(BaseModel):
 CHOICES = (Part(bits=4, group_size=64), Part(bits=4, group_size=32), Part(bits=8, group_size=64))
 RANKED_CHOICE = Part(bits=4, group_size=32, rank=32)  # with low-rank terms
 
+ALL_16 = {name: {"bits": 16} for name in (*PARTS, "lm_head")}
+
 SECTIONS: dict[str, type[BaseModel]] = {
     "attention": Part,
     "gate_up": Part,
@@ -292,6 +204,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "overrides": Override,
     "mixed": Mixed,
     "prune": Prune,
+    "heal": HealStep,
+    "calibrate": Calibrate,
     "choices": Part,
     "calibration": CalibrationSize,
 }
@@ -307,27 +221,51 @@ def read_recipe(recipe: str) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(
-            f"there is no recipe {recipe!r}: expected {', '.join(SHIPPED)}, or the path of a YAML file"
+            f"there is no recipe {recipe!r}: expected {', '.join(SHIPPED)}, {NONE} with --prune, or the path of a YAML file"
         ) from error
     except (OSError, ValueError) as error:  # not UTF-8, or a zero byte in the path
         raise ConfigError(f"the recipe {recipe!r} cannot be read: {error}") from error
     return parse_recipe(text, recipe)
 
 
-def pruning(
-    recipe: Recipe,
+def read_pruning(
+    recipe: str,
     *,
     ratio: float | None = None,
     heads: float | None = None,
     mlp: float | None = None,
 ) -> Recipe:
-    """`recipe` with these shares pruned, as its own `prune` says how; without any as it is. Raises ConfigError."""
-    if ratio is None and heads is None and mlp is None:
-        return recipe
-    own = {} if recipe.prune is None else recipe.prune.model_dump()
-    shares = {"ratio": ratio, "heads": heads or 0, "mlp": mlp or 0}
-    content = recipe.model_dump(exclude_unset=True) | {"prune": own | shares}
-    return _validated(content, f"{recipe.name} with --prune")
+    """As `read_recipe`, NONE too, with these shares pruned, as its own `prune` says how; without any as it is. Raises
+    ConfigError."""
+    prunes = not (ratio is None and heads is None and mlp is None)
+    if recipe == NONE and not prunes:
+        raise ConfigError(
+            "the recipe none rounds nothing, and nothing is pruned: give --prune, or another recipe"
+        )
+    content: dict[str, Any] = {"name": NONE, **ALL_16}
+    if recipe != NONE:
+        content = _given(read_recipe(recipe))
+    if prunes:
+        own = content.get("prune") or {}
+        shares = {"ratio": ratio, "heads": heads or 0, "mlp": mlp or 0}
+        content |= {"prune": own | shares}
+    return _validated(content, f"{recipe} with --prune" if prunes else recipe)
+
+
+def without(recipe: Recipe, *steps: str) -> Recipe:
+    """`recipe` with these sections left out. Raises ConfigError where nothing is left."""
+    content = {name: own for name, own in _given(recipe).items() if name not in steps}
+    return _validated(content, recipe.name)
+
+
+def pruning_alone(recipe: Recipe) -> Recipe:
+    """What `recipe` prunes, and nothing rounded."""
+    kept = {name: own for name, own in _given(recipe).items() if name in ("prune", "calibration")}
+    return _validated({"name": recipe.name, **ALL_16, **kept}, recipe.name)
+
+
+def _given(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(exclude_unset=True)
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import usable_cpus
 from sparserve.calibration.stages import Stages
 from sparserve.compression.healing import Heal
@@ -60,13 +61,14 @@ def heal(
     settings: EngineSettings,
     *,
     original: str | None = None,
+    formats: DecoderFormats | None = None,
     on_stage: OnStage = lambda what, done, total: None,
     on_step: OnProgress = lambda progress: None,
 ) -> HealedFolder:
     """Write `model`, what `load_model` takes, as a folder `out` that it takes as well, healed as `how` says.
 
-    The teacher is `original`, else what the folder `model` was made of, else `model` itself. `settings` say where
-    the teacher writes text. An interrupted run goes on from its last look, kept in a file beside `out`.
+    The teacher is `original`, else what the folder `model` was made of, else `model` itself. `formats` are those that
+    will serve; by default those of `settings`, which also say where the teacher writes text. An interrupted run goes on from its last look, kept in a file beside `out`.
 
     Of several processes that accelerate launched, the first writes.
 
@@ -76,9 +78,10 @@ def heal(
     begun = time.monotonic()
     refuse_existing(out)
     student, teacher = _both(model, original)
-    through = parse_through(how.through, student, settings)
+    formats = formats or served_formats(student, settings)
+    through = parse_through(how.through, student, formats)
     given = read_given(teacher, how, texts)
-    inputs = _inputs(how, student, teacher, given, settings)
+    inputs = _inputs(how, student, teacher, given, formats, settings)
     accelerator = _accelerator(how, settings)
     inputs["processes"] = accelerator.num_processes
     with torch_threads(settings):
@@ -163,6 +166,7 @@ def _inputs(
     student: LoadedModel,
     teacher: LoadedModel,
     given: TextFiles,
+    formats: DecoderFormats,
     settings: EngineSettings,
 ) -> dict[str, Any]:
     """All that results depend on."""
@@ -172,7 +176,7 @@ def _inputs(
         "student": hash_of_files(student.path),
         "teacher": hash_of_files(teacher.path),
         "text": given.hash,
-        "served": str(served_formats(student, settings)),
+        "served": str(formats),
         "threads": settings.threads or usable_cpus(),
         "torch": torch.__version__,
     }
@@ -220,6 +224,8 @@ def _info(
     known = student.compressed
     recipe = {"name": "healed"} if known is None else known.info.recipe
     info = first_info(student, recipe, formats_of(student))
+    if known is not None:  # whose recipe is still the last one
+        info = replace(info, earlier=known.info.earlier)
     biases = info.added_biases if student.config.down_bias else (*info.added_biases, "down")
     texts = tuple(dict.fromkeys((*info.texts, *given.files)))
     return replace(info, format_version=WITH_BIASES, texts=texts, added_biases=biases, healing=told)

@@ -43,7 +43,7 @@ def stored_stack(layer: LayerTensors, stack: Stack) -> StoredStack:
         term = LowRank(outputs, getattr(layer, stack.basis).float())
     if stack is DOWN:
         weight, term = weight.T, term and term.transposed
-    return StoredStack(weight, term, integers=True)
+    return StoredStack(weight, term and _balanced(term), integers=True)
 
 
 def layer_as_stored(model: LoadedModel, index: int) -> LayerTensors:
@@ -123,6 +123,13 @@ def network_of(model: LoadedModel, rank: int = 0, seed: int = 0) -> Network:
             stacks[name] = HealedStack(own.weight, term)
         layers.append(HealedLayer(model.config, index, tensors, stacks))
     return Network(model.config, model.weights, layers)
+
+
+def _balanced(term: LowRank) -> LowRank:
+    """The same product, with rows of A about as long as those of a new term: as it is stored B is large and A small,
+    and one learning rate is for both."""
+    length = float(term.inputs.norm()) / len(term.inputs) ** 0.5 or 1.0
+    return LowRank(term.outputs * length, term.inputs / length)
 
 
 def _new_term(weight: torch.Tensor, rank: int, generator: torch.Generator) -> LowRank:

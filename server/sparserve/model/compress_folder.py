@@ -73,6 +73,7 @@ def compress_folder(
     it, and where `out` cannot be written or is there already.
     """
     begun = time.monotonic()
+    _refuse_steps(recipe)
     refuse_existing(out)  # told now, not after formats are chosen
     require_text(recipe, texts)
     source = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
@@ -101,6 +102,16 @@ def compress_folder(
         weights, head = source.weights, compress_lm_head(source, followed)
         writer.finish(EndTensors(weights.embedding, weights.norm, head))
     return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl, pruned)
+
+
+def _refuse_steps(recipe: Recipe) -> None:
+    """Raises ConfigError of steps that train or measure, which nobody wants to wait for when a model is loaded."""
+    if not recipe.is_one_step:
+        step = "heals" if recipe.heal is not None else "calibrates"
+        raise ConfigError(
+            f"the recipe {recipe.name} {step}, which takes long: follow it once with `sparserve compress --recipe … "
+            "--out FOLDER`, and name the folder"
+        )
 
 
 def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:

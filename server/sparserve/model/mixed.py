@@ -21,8 +21,9 @@ from sparse_kernels.formats import LayerFormats
 from sparse_kernels.weights import LayerTensors
 from sparserve.compression.allocation import Option, give_out, ladder, totals
 from sparserve.compression.matrix import compress
-from sparserve.compression.recipe import PARTS, Override, Part, Recipe
+from sparserve.compression.recipe import Recipe
 from sparserve.compression.scaling import column_scales
+from sparserve.compression.sections import PARTS, Override, Part
 from sparserve.errors import ConfigError
 from sparserve.model.compressed_tensors import layer_weights, part_bytes
 from sparserve.model.compressing import (

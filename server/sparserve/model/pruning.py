@@ -19,7 +19,7 @@ from sparserve.compression.pruning.budget import (
 from sparserve.compression.pruning.criteria import CRITERIA, LayerMatrices
 from sparserve.compression.pruning.restore import Restored, least_squares
 from sparserve.compression.pruning.statistics import LayerStatistics
-from sparserve.compression.recipe import Prune
+from sparserve.compression.sections import Prune
 from sparserve.compression.statistics import InputMoments
 from sparserve.errors import ConfigError
 from sparserve.model.config import LayerSize, ModelConfig

@@ -1,0 +1,151 @@
+"""Recipes of several steps, and what is made of folders that were pruned or healed."""
+
+import pytest
+import torch
+
+from sparserve.compression.recipe import Recipe, parse_recipe, read_pruning
+from sparserve.engine.factory import build_engine
+from sparserve.errors import ConfigError, UnsupportedModel
+from sparserve.healing import steps
+from sparserve.healing.steps import follow, index_of
+from sparserve.model.compress_folder import compress_folder
+from sparserve.model.compressed_checkpoint import read_info
+from sparserve.model.identity import hash_of_files
+from sparserve.model.loader import load_model
+
+HEAL = """
+heal:
+  {through: "%s", tokens: 1024, window: 32, batch: 4, generated: 8, held_out: 8, evaluations: 2, rank: 8,
+   learning_rate: 0.001, after_rounding: %s}
+"""
+INT4 = """
+compensate: lorc
+quantizer: rtn
+act_order: false
+attention: {bits: 4, group_size: 32, rank: 32}
+gate_up: {bits: 4, group_size: 32, rank: 32}
+down: {bits: 4, group_size: 32, rank: 32}
+"""
+PRUNE = "prune: {mlp: 0.3, restore: none}\ncalibration: {windows: 4, tokens: 64}\n"
+CALIBRATE = "calibrate: {windows: 2, prompt_tokens: 24, decode_tokens: 8, quick: true}\n"
+
+
+def recipe(*parts: str) -> Recipe:
+    return parse_recipe("name: steps\n" + "".join(parts), "steps")
+
+
+def test_all_steps_one_after_another(folder, text, settings, tmp_path):
+    out = tmp_path / "out"
+    own = recipe(PRUNE, HEAL % ("core:0.5", "false"), INT4, CALIBRATE)
+    made = follow(str(folder), own, [text], out, settings)
+    info = read_info(out)
+    assert info.formats.gate_up.bits == 4
+    assert {own.intermediate_size for own in info.layer_sizes} == {67}
+    assert info.added_biases == ("down",)
+    assert info.healing["through"] == "core:0.5"
+    assert info.source.hash == hash_of_files(folder)
+    assert [before["name"] for before in info.earlier] == ["steps"]
+    assert info.earlier[0]["prune"]["mlp"] == 0.3
+    assert made.index == index_of(out)
+    assert made.index.is_file()
+    assert not (tmp_path / "out.steps").exists()
+    changes = {"model": str(out), "index": str(made.index), "default_policy": "token"}
+    engine = build_engine(settings.model_copy(update=changes)).engine
+    assert engine.backend.config.down_bias
+
+
+def test_steps_that_are_finished_are_not_done_again(folder, text, settings, tmp_path, monkeypatch):
+    own, out = recipe(PRUNE, HEAL % ("dense", "false"), INT4), tmp_path / "out"
+    compress = steps.compress_folder
+
+    def stopped(model, recipe, *arguments, **named):
+        if recipe.rounds:
+            raise KeyboardInterrupt
+        return compress(model, recipe, *arguments, **named)
+
+    monkeypatch.setattr(steps, "compress_folder", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    again = follow(str(folder), own, [text], out, settings)
+    assert again.pruned is None
+    assert again.healed is None
+    assert again.rounded is not None
+
+
+def test_what_another_recipe_left_is_forgotten(folder, text, settings, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "heal", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), recipe(PRUNE, HEAL % ("dense", "false")), [text], out, settings)
+    monkeypatch.undo()
+    other = recipe(PRUNE.replace("0.3", "0.5"), HEAL % ("dense", "false"))
+    made = follow(str(folder), other, [text], out, settings)
+    assert made.pruned is not None
+    assert {own.intermediate_size for own in read_info(out).layer_sizes} == {48}
+
+
+def test_healing_after_rounding_keeps_the_integers(folder, text, settings, tmp_path):
+    coarse = INT4 + "value_bits: 2\n"
+    own = recipe(coarse, HEAL % ("dense", "true"))
+    made = follow(str(folder), own, [text], tmp_path / "out", settings)
+    compress_folder(str(folder), recipe(coarse), [], tmp_path / "rounded")
+    healed, rounded = (
+        load_model(str(tmp_path / name), layers_at_use=True).compressed
+        for name in ("out", "rounded")
+    )
+    assert made.healed.healed.best.held_out < made.healed.healed.looks[0].held_out
+    for one, other in zip(healed.layers, rounded.layers, strict=True):
+        assert torch.equal(one.gate.codes, other.gate.codes)
+        assert not torch.equal(one.gate.factors.codes, other.gate.factors.codes)
+
+
+def test_what_was_only_pruned_serves_in_any_format(folder, text, settings, tmp_path):
+    own = read_pruning("none", ratio=0.1).model_copy(
+        update={"calibration": recipe(PRUNE).calibration}
+    )
+    compress_folder(str(folder), own, [text], tmp_path / "pruned")
+    for dtype in ("bfloat16", "int8"):
+        changes = {"model": str(tmp_path / "pruned"), "dtype": dtype}
+        engine = build_engine(settings.model_copy(update=changes)).engine
+        assert engine.backend.info.dtype.startswith(dtype)
+    compress_folder(str(tmp_path / "pruned"), recipe(INT4), [], tmp_path / "small")
+    assert read_info(tmp_path / "small").layer_sizes == read_info(tmp_path / "pruned").layer_sizes
+    with pytest.raises(UnsupportedModel, match="compressed already"):
+        compress_folder(str(tmp_path / "small"), recipe(INT4), [], tmp_path / "again")
+
+
+def test_steps_are_not_for_loading(folder, text, settings):
+    changes = {"compress": "", "model": str(folder)}
+    path = text.with_name("steps.yaml")
+    path.write_text("name: steps\n" + INT4 + HEAL % ("dense", "false"))
+    changes |= {"compress": str(path), "compress_text": str(text), "compress_cache": False}
+    with pytest.raises(
+        ConfigError, match=r"the recipe steps heals, which takes long: follow it once"
+    ):
+        build_engine(settings.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ((HEAL % ("dense", "true"),), "heal.after_rounding is true, and the recipe steps rounds and prunes nothing"),
+        ((PRUNE, HEAL % ("token:0.5", "false"), INT4), "in a recipe gate_up with low_bits"),
+    ],
+)  # fmt: skip
+def test_steps_that_do_not_fit_are_refused(folder, text, settings, tmp_path, parts, told):
+    sixteen = "".join(
+        f"{name}: {{bits: 16}}\n" for name in ("attention", "gate_up", "down", "lm_head")
+    )
+    own = recipe(*parts, "" if INT4 in parts else sixteen)
+    with pytest.raises(ConfigError, match=told):
+        follow(str(folder), own, [text], tmp_path / "out", settings)
+
+
+def test_the_recipe_none_must_prune():
+    with pytest.raises(ConfigError, match="the recipe none rounds nothing, and nothing is pruned"):
+        read_pruning("none")
