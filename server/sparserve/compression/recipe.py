@@ -133,8 +133,9 @@ class Prune(BaseModel):
     allocation: Literal["uniform", "adaptive"] = "uniform"
     # A KV head with all its query heads, or a query head of each, which leaves the KV cache as large as it is.
     head_unit: Literal["groups", "queries"] = "groups"
-    # The matrices after what is removed are fitted again, where that helps on held-out text.
-    restore: Literal["none", "least_squares"] = "least_squares"
+    # What is removed is replaced by its mean, as a bias; or the matrices after it are fitted again, with a bias.
+    # Each matrix has of what is tried what helps most on held-out text.
+    restore: Literal["none", "bias", "least_squares"] = "least_squares"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of criterion random
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from sparserve.compression.matrix import MatrixReport
 from sparserve.compression.recipe import Recipe
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.compressed_checkpoint import CompressionInfo
+from sparserve.model.compressed_checkpoint import VERSION, WITH_BIASES, CompressionInfo
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
     partial_of,
@@ -89,12 +89,15 @@ def compress_folder(
         assert windows is not None
         chosen = allocate(source, recipe, windows.token_ids, on_choice)
         followed, kl = chosen.recipe, chosen.kl
+    added = () if pruned is None else pruned.added_biases
     info = CompressionInfo(
         recipe.model_dump(mode="json"),
         followed.formats(),
         origin,
         texts=() if windows is None else tuple(windows.files),
+        format_version=WITH_BIASES if added else VERSION,
         layer_sizes=() if pruned is None else tuple(source.config.layers),
+        added_biases=added,
     )
     with _alone_with(out):
         writer = CheckpointWriter(out, info)
