@@ -42,9 +42,8 @@ from sparserve.model.compressed_checkpoint import (
     WITH_BIASES,
     AddedBias,
     CompressedWeights,
-    CompressionInfo,
 )
-from sparserve.model.compressed_writer import CheckpointWriter, source_of
+from sparserve.model.compressed_writer import CheckpointWriter, first_info
 from sparserve.model.config import ModelConfig
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel, load_model
@@ -266,11 +265,9 @@ def compress_to(
     model = load_model(str(source), dtype="bfloat16", layers_at_use=True)
     weights = model.weights
     version = WITH_BIASES if biases else VERSION
-    info = CompressionInfo(
-        {"name": "test"},
-        formats,
-        source_of(model),
-        texts,
+    info = replace(
+        first_info(model, {"name": "test"}, formats),
+        texts=texts,
         format_version=version,
         added_biases=biases,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from sparserve.bench.report_tiers import Row
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
 
 
@@ -54,3 +56,45 @@ def mergeable_folder(
     write_mergeable: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return write_mergeable(tmp_path_factory.mktemp("mergeable"))
+
+
+@pytest.fixture(scope="session")
+def report_row() -> Callable[..., Row]:
+    """`report_row(label, kl, *rounds, …)`: a row of a report, with fields that are given."""
+
+    def make(
+        label: str, kl: float, *rounds: float, system: str = "sparserve", **given: object
+    ) -> Row:
+        speed = sorted(rounds)[len(rounds) // 2]
+        usual = {
+            "recipe": None,
+            "policy": "dense",
+            "pruned": 0,
+            "healed": None,
+            "bits_decoder": 4.375,
+            "bits_file": 5.25,
+        }
+        return Row(
+            system=system,
+            label=label,
+            format=label.removeprefix(f"{system} ").split()[0],
+            kl=kl,
+            kl_low=0.9 * kl,
+            kl_high=1.2 * kl,
+            top1=0.875,
+            perplexity=12.5,
+            density=1.0,
+            batch=1,
+            context=128,
+            new_tokens=64,
+            tokens_per_second=speed,
+            tokens_per_second_low=min(rounds),
+            tokens_per_second_high=max(rounds),
+            rounds=rounds,
+            read_ceiling_gb_s=24.0,
+            percent_of_byte_bound=50.0,
+            ratio=speed / 50,
+            **{**usual, **given},
+        )
+
+    return make

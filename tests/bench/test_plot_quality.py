@@ -1,152 +1,140 @@
-"""Reports of speed and of quality on the same axes."""
+"""The picture of speed over quality."""
 
-import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sparserve.bench.plot_quality import LEAST_KL, Point, draw_quality, front, join
-from sparserve.errors import ConfigError
+from sparserve.bench.plot_quality import LEAST_KL, draw_quality
+from sparserve.bench.quality_points import Point, Points
 
-INT8 = "int8 (gate and up in planes of 4 + 4 bits)"
-SCORED = [
-    ("sparserve", INT8, "dense", 3e-3),
-    ("sparserve", INT8, "token:0.6/planes", 3e-2),
-    ("sparserve", INT8, "token:0.5/planes", 0.09),
-    ("sparserve", INT8, "core:0.5", 0.9),
-    ("sparserve", "float32", "dense", 0.0),
-    ("llama.cpp", "Q8_0", "dense", 4e-3),
-    ("llama.cpp", "Q4_0", "dense", 0.3),  # not timed
+# (weights, policy, KL, tokens/s, bits, pruned, healed)
+OURS = [
+    ("float32", "dense", 0.0, 40, 32.0, 0.0, None),
+    ("float32", "exact/draft=ngram", 0.0, 60, 32.0, 0.0, None),
+    ("int8", "dense", 3e-3, 100, 8.4, 0.0, None),
+    ("int8", "token:0.6/planes", 3e-2, 130, 8.4, 0.0, None),
+    ("int8", "token:0.5/planes", 0.09, 140, 8.4, 0.0, None),
+    ("int8", "core:0.5", 0.9, 140, 8.4, 0.0, None),
+    ("cut", "dense", 0.25, 110, 7.5, 0.1, None),
+    ("cut-healed", "dense", 0.06, 110, 7.5, 0.1, "core:0.5"),
+    ("cut-healed", "core:0.5", 0.08, 150, 7.5, 0.1, "core:0.5"),
+    ("healed", "kl:0.05", 0.2, 90, 16.0, 0.0, "dense"),
 ]
-TIMED = [
-    ("sparserve", INT8, "dense", 100.0),
-    ("sparserve", INT8, "token:0.6/planes", 130.0),
-    ("sparserve", INT8, "token:0.5/planes", 140.0),
-    ("sparserve", INT8, "core:0.5", 140.0),
-    ("sparserve", "float32", "dense", 40.0),
-    ("sparserve", "float32", "exact/draft=ngram", 60.0),  # is dense in what it says
-    ("llama.cpp", "Q8_0", None, 90.0),  # reports had no policies once
-    ("transformers", "float32", "dense", 20.0),  # not scored
+RIVALS = [
+    ("llama.cpp", "Q8_0", 4e-3, 90, 8.5),
+    ("llama.cpp", "Q4_0", 0.3, 85, 4.5),
+    ("openvino", "int8", 0.04, 95, 8.1),
 ]
+FRONT = ["float32 exact/draft=ngram", "int8", "int8 token:0.6/planes", "cut-healed core:0.5"]
+
+
+def point(system, weights, policy, kl, speed, bits, pruned=0.0, healed=None):
+    name = weights if system == "sparserve" else f"{system} {weights}"
+    label = name if policy == "dense" else f"{name} {policy}"
+    return Point(
+        system, weights, policy, label, kl, 0.9 * kl, 1.2 * kl, speed, speed - 2, speed + 3, bits, pruned, healed
+    )  # fmt: skip
 
 
 @pytest.fixture
-def reports(tmp_path):
-    quality, decode = tmp_path / "eval.json", tmp_path / "decode.json"
-    rows = [
-        {"system": s, "format": f, "policy": p, "kl": kl, "kl_low": 0.9 * kl, "kl_high": 1.2 * kl}
-        for s, f, p, kl in SCORED
-    ]
-    quality.write_text(json.dumps(rows))
-    timed = [
-        {
-            "system": s, "format": f, "model": "tiny", "batch": batch, "context": context,
-            "tokens_per_second": batch * speed, "tokens_per_second_low": batch * speed - 1,
-            "tokens_per_second_high": batch * speed + 2, **({"policy": p} if p else {}),
-        }
-        for s, f, p, speed in TIMED
-        for batch in (1, 4)
-        for context in (128, 1024)
-    ]  # fmt: skip
-    decode.write_text(json.dumps({"rows": timed}))
-    return quality, decode
+def points():
+    ours = [point("sparserve", *row) for row in OURS]
+    rivals = [point(system, format, "dense", *row) for system, format, *row in RIVALS]
+    return Points([*ours, *rivals], (), "tiny", 1, 128)
 
 
-def test_points_are_what_both_commands_measured(reports):
-    points = join(reports, 4, None)
-    assert (points.model, points.batch, points.context) == ("tiny", 4, 128)
-    exact = ("sparserve", "float32", "exact/draft=ngram", 0.0)
-    assert [(p.system, p.weights, p.policy, p.kl) for p in points.points] == [*SCORED[:-1], exact]
-    assert [point.speed for point in points.points] == [400, 520, 560, 560, 160, 360, 240]
-    assert (points.points[1].kl_low, points.points[1].kl_high) == pytest.approx((0.027, 0.036))
-    assert (points.points[1].speed_low, points.points[1].speed_high) == (519, 522)
-    assert sorted(points.unmatched) == ["llama.cpp Q4_0 dense", "transformers float32 dense"]
-    assert join(reports, 1, 1024).points[0].speed == 100
+def marks(panel):
+    """{(KL, height): (marker, fill style)} of all, {(KL, height)} of rings."""
+    lines = [line for line in panel.lines if line.get_linestyle() == "None"]
+    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines]
+    both = list(zip(places, lines, strict=True))
+    told = {
+        at: (line.get_marker(), line.get_fillstyle())
+        for at, line in both
+        if line.get_fillstyle() != "none"
+    }
+    return told, {at for at, line in both if line.get_fillstyle() == "none"}
 
 
-def test_the_picture_has_every_point_and_a_line_for_each_format(reports, tmp_path):
-    points = join(reports, 1, None)
-    figure = draw_quality(points)
-    (panel,) = figure.axes
-    assert panel.get_xscale() == "log"
-    expected = {(max(p.kl, LEAST_KL), p.speed) for p in points.points}
-    drawn = [line for line in panel.lines if line.get_marker() in "osDX"]
-    assert {(line.get_xdata()[0], line.get_ydata()[0]) for line in drawn} == expected
-    assert sorted(line.get_marker() for line in drawn) == ["D", "D", "X", "o", "o", "o", "s"]
-    joined = [list(line.get_ydata()) for line in panel.lines if line.get_linestyle() == "-"]
-    assert sorted(joined) == [[40, 60], [100, 130, 140], [100, 140]]  # from dense on, by KL
-    (best,) = (list(line.get_ydata()) for line in panel.lines if line.get_linestyle() == "--")
-    assert best == [60, 100, 130, 140]
-    texts = {text.get_text() for text in panel.texts}
-    assert texts == {
-        "sparserve int8", "token:0.6/planes", "token:0.5/planes", "core:0.5", "sparserve float32", "exact/draft=ngram", "llama.cpp Q8_0",
+def heights(panel, style):
+    return [list(line.get_ydata()) for line in panel.lines if line.get_linestyle() == style]
+
+
+def test_marks_tell_policies_pruned_and_healed_apart(points):
+    speed, size = draw_quality(points).axes
+    assert speed.get_xscale() == "log"
+    marked, rings = marks(speed)
+    assert set(marked) == {(max(p.kl, LEAST_KL), p.speed) for p in points.points}
+    assert marked[LEAST_KL, 40] == ("o", "full")
+    assert marked[LEAST_KL, 60] == ("X", "full")
+    assert marked[3e-2, 130] == ("D", "full")
+    assert marked[0.9, 140] == ("s", "full")
+    assert marked[0.2, 90] == ("v", "full")
+    assert {at for at, (_, fill) in marked.items() if fill == "left"} == {
+        (0.25, 110), (0.06, 110), (0.08, 150)
     }  # fmt: skip
-    labels = [text.get_text() for text in panel.get_legend().get_texts()]
-    assert labels == [f"sparserve {INT8}", "sparserve float32", "llama.cpp Q8_0"]
+    assert rings == {(0.06, 110), (0.08, 150), (0.2, 90)}
+    # Policies have the size of their weights.
+    assert set(marks(size)[0]) == {
+        (LEAST_KL, 32), (3e-3, 8.4), (0.25, 7.5), (0.06, 7.5), (0.2, 16), (4e-3, 8.5), (0.3, 4.5), (0.04, 8.1)
+    }  # fmt: skip
+
+
+def test_the_front_of_ours_and_that_of_rivals_are_steps(points):
+    speed, size = draw_quality(points).axes
+    assert heights(speed, "--") == [[60, 100, 130, 150]]
+    assert heights(speed, ":") == [[90, 95]]
+    assert heights(size, "--") == [[32, 8.4, 7.5]]
+    assert heights(size, ":") == [[8.5, 8.1, 4.5]]
+    drawn = [line.get_drawstyle() for line in speed.lines if line.get_linestyle() in ("--", ":")]
+    assert set(drawn) == {"steps-post"}
+    # Of each weights dense and the policies of one kind, by KL.
+    assert sorted(heights(speed, "-")) == [[40, 60], [90], [100, 130, 140], [100, 140], [110, 150]]
+
+
+def test_only_what_is_on_a_front_has_a_label(points, tmp_path):
+    figure = draw_quality(points)
+    speed, size = figure.axes
+    assert [text.get_text() for text in speed.texts] == [*FRONT, "openvino int8", "llama.cpp Q8_0"]
+    assert [text.get_text() for text in size.texts[:3]] == ["float32", "int8", "cut-healed"]
     assert "tiny" in figure.get_suptitle()
     figure.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_sizes_are_drawn_beside_speeds_where_all_are_known(reports):
-    points = join(reports, 1, None)
-    bits = dict(zip(points.points, (8.4, 8.4, 8.4, 8.4, 32, 8.5, 32), strict=True))
-    sized = replace(points, points=[replace(p, bits=own) for p, own in bits.items()])
-    speed, size = draw_quality(sized).axes
-    drawn = {
-        (line.get_xdata()[0], line.get_ydata()[0])
-        for line in size.lines
-        if line.get_marker() in "osDX"
-    }
-    # Policies have the size of their weights.
-    assert drawn == {(3e-3, 8.4), (LEAST_KL, 32), (4e-3, 8.5)}
-    (best,) = (list(line.get_ydata()) for line in size.lines if line.get_linestyle() == "--")
-    assert best == [32, 8.4]
-    assert "tokens/s" in speed.get_ylabel()
-    assert "bits" in size.get_ylabel()
+def test_the_legend_has_what_is_there(points):
+    def told(found):
+        (legend,) = draw_quality(found).legends
+        return [text.get_text() for text in legend.get_texts()]
+
+    kinds = ["dense", "core", "token", "exact", "kl"]
+    assert told(points) == ["sparserve", "llama.cpp", "openvino", *kinds, "pruned", "healed"]
+    assert told(replace(points, points=points.points[2:4])) == ["sparserve", "dense", "token"]
+    odd = replace(points.points[0], policy="new:1")  # files come from elsewhere
+    assert told(replace(points, points=[odd])) == ["sparserve", "new"]
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=9), st.booleans()
-)
-def test_the_front_is_what_nothing_else_is_better_than(values, less_is_better):
-    points = [Point("s", "w", "dense", "", kl, kl, kl, speed, 0, 0) for kl, speed in values]
-    sign = -1 if less_is_better else 1
-    found = front(points, lambda p: p.speed, min if less_is_better else max)
-    beaten = {
-        (p.kl, p.speed)
-        for p in points
-        for q in points
-        if q.kl <= p.kl and sign * q.speed >= sign * p.speed and (q.kl, q.speed) != (p.kl, p.speed)
-    }
-    assert [(p.kl, p.speed) for p in found] == sorted(set(values) - beaten)
+def test_labels_of_many_points_stay_apart_and_inside(points):
+    many = [
+        point("sparserve", f"a-recipe-of-a-long-name-{i}", "core:0.7+token:0.5/planes", 1e-3 * 1.2**i, 50 + 1.1 * i, 4.0)
+        for i in range(40)
+    ]  # fmt: skip
+    figure = draw_quality(replace(points, points=[*many, *points.points[-3:]]))
+    figure.draw_without_rendering()
+    panel = figure.axes[0]
+    # Of the text alone, without the line to its mark.
+    extents = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
+    ours = extents[:40]
+    assert len(ours) == 40
+    letters = 7 * panel.figure.dpi / 72  # that they are high
+    assert all(other.y0 - one.y0 >= letters for one, other in pairwise(ours))
+    assert all(panel.bbox.x0 - 2 <= each.x0 and each.x1 <= panel.bbox.x1 + 2 for each in extents)
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (
-            lambda quality, decode: ([quality], 1, None),
-            "no report of sparserve bench decode at batch 1",
-        ),
-        (lambda quality, decode: ([quality, decode], 2, None), "bench decode at batch 2 is among"),
-        (lambda quality, decode: ([decode], 1, None), "no report of sparserve eval"),
-        (lambda quality, decode: ([quality, decode], 1, 64), "context of 64; there are: 128, 1024"),
-        (lambda quality, decode: ([quality, decode.parent / "none"], 1, None), "none is no report"),
-    ],
-)
-def test_what_cannot_be_drawn_is_told(reports, change, told):
-    with pytest.raises(ConfigError, match=told):
-        join(*change(*reports))
-
-
-@pytest.mark.parametrize(
-    "text", ["[1, 2]", "{", '{"a": 1}', '[{"kl": 1}]', '{"rows": [{"system": "x"}]}']
-)
-def test_a_file_that_is_no_report_is_told(tmp_path, text):
-    file = tmp_path / "other.json"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=r"other\.json is no report of"):
-        join([file], 1, None)
+def test_sizes_are_drawn_only_where_all_are_known(points):
+    first, *others = points.points
+    figure = draw_quality(replace(points, points=[replace(first, bits=None), *others]))
+    (panel,) = figure.axes
+    assert "tokens/s" in panel.get_ylabel()
+    assert "speed and size" not in figure.get_suptitle()

@@ -9,7 +9,7 @@ from sparserve.calibration.factors import (
     RIDGE,
     Aim,
     Tiers,
-    _by_planes,
+    by_planes,
     fit_corrections,
     fit_factors,
 )
@@ -32,7 +32,7 @@ def test_thresholds_read_the_share_they_aim_at_in_every_layer(tiny_bfloat16, tie
     found = fit_factors(tiny_bfloat16, PLANES, TOKENS, {ChoiceKind.PLANES: aim}, ignore)
     factors = found[ChoiceKind.PLANES]
     for layer, (mlp, inputs) in enumerate(walk(tiny_bfloat16, PLANES, TOKENS)):
-        _, importance, noise = _by_planes(mlp, inputs[:, 1:].flatten(0, 1))
+        _, importance, noise = by_planes(mlp, inputs[:, 1:].flatten(0, 1))
         for place, reach in enumerate(REACHES):
             use, whole, down = tiers.of(factors.thresholds[:, 0, place])[layer]
             used = importance >= use

@@ -9,7 +9,7 @@ from sparse_kernels import reference
 from sparse_kernels.choice import ChoiceKind, NeuronChoice
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import ChoiceTensors
-from sparserve.calibration.factors import _by_gate, _by_planes
+from sparserve.calibration.factors import _by_gate, by_planes
 from sparserve.calibration.layers import walk
 from sparserve.compression.quantize import quantize_layer
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
@@ -65,10 +65,10 @@ def test_low_rank_terms_are_among_what_the_kernels_choose_by(with_low_rank, kind
 def check_choice(model, layer, formats, kind):
     mlp, inputs = next(iter(walk(model, formats, TOKENS)))
     x = inputs.flatten(0, 1)
-    by_planes = kind is ChoiceKind.PLANES
-    factors, importance, noise = (_by_planes if by_planes else _by_gate)(mlp, x)
+    planes = kind is ChoiceKind.PLANES
+    factors, importance, noise = (by_planes if planes else _by_gate)(mlp, x)
     use = float(importance.quantile(0.4))
-    complete = float(noise.quantile(0.7)) if by_planes else 0.0
+    complete = float(noise.quantile(0.7)) if planes else 0.0
     thresholds = torch.tensor([[use, complete, 0.0]])
     tensors = ChoiceTensors(**{f"{kind.value}_factors": factors[None]})
     chosen = reference.choose(

@@ -1,6 +1,7 @@
 """`sparserve report`: formats, recipes, folders and policies of the tiny model in one grid."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,13 +13,14 @@ from sparserve.bench.policies import parse_policies
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 from sparserve.model.loader import load_model
+from sparserve.model.text import text_hash
 
 SMALL = (
     "--threads", "1", "--kv-cache-gib", "0.01", "--rounds", "2", "--windows", "4", "--prompt-tokens", "40",
     "--decode-tokens", "8", "--context", "20", "--new-tokens", "4",
 )  # fmt: skip
 ROW = {
-    "system", "label", "format", "recipe", "policy", "bits_decoder", "bits_file", "kl", "kl_low", "kl_high", "top1",
+    "system", "label", "format", "recipe", "policy", "pruned", "healed", "bits_decoder", "bits_file", "kl", "kl_low", "kl_high", "top1",
     "perplexity", "density", "batch", "context", "new_tokens", "tokens_per_second", "tokens_per_second_low",
     "tokens_per_second_high", "rounds", "read_ceiling_gb_s", "percent_of_byte_bound", "ratio",
 }  # fmt: skip
@@ -30,6 +32,20 @@ calibration: {windows: 4, tokens: 64}
 """
 
 
+CUT = """
+name: cut
+attention: {group_size: 32}
+prune: {mlp: 0.25, heads: 0.5}
+calibration: {windows: 4, tokens: 64}
+"""
+
+
+def heal(folder, **healing):
+    """Say so in a folder whose weights stay as they are."""
+    file = folder / "compression.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"healing": healing}))
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSERVE_CACHE_DIR", str(tmp_path / "cache"))
@@ -38,6 +54,7 @@ def files(tmp_path, monkeypatch):
         "seen.txt": "rivers and stones and birds that sing over green hills. " * 60,
         "plain.yaml": PLAIN,
         "fitted.yaml": FITTED,
+        "cut.yaml": CUT,
     }
     for name, content in texts.items():
         (tmp_path / name).write_text(content)
@@ -115,6 +132,7 @@ def test_a_grid_of_formats_recipes_and_policies(
     assert by_label["int8 exact/draft=ngram"]["kl"] == by_label["int8"]["kl"]
     assert by_label["plain"]["kl"] > by_label["int8"]["kl"] > by_label["bfloat16"]["kl"]
     assert by_label["int8"]["ratio"] == 1
+    assert {(row["pruned"], row["healed"]) for row in rows} == {(0, None)}
     assert [(tier["kl"], tier["peer"], tier["ratio"]) for tier in found["tiers"]] == [
         (0.001, None, None),
         (9, None, None),
@@ -139,6 +157,56 @@ def test_a_grid_of_formats_recipes_and_policies(
     (files / "wiki.txt").write_text("Another text, of which nothing is known yet. " * 40)
     _, err, _ = report("--formats", "int8")
     assert "measured before" not in err
+
+
+def test_what_is_pruned_and_healed_stands_beside_what_is_not(
+    report, files, tiny_folder, write_compressed
+):
+    _, _, found = report(
+        "--formats", "none", "--recipes", files / "cut.yaml", "--compress-text", files / "seen.txt"
+    )
+    (cut,) = found["rows"]
+    assert (cut["healed"], cut["policy"]) == (None, "dense")
+    # Both folders name the original, whatever was done to it meanwhile; one has nothing rounded, and
+    # biases that the original lacks, which do not count.
+    again, whole = files / "again", files / "whole"
+    shutil.copytree(files / "out" / "models" / "cut", again)
+    heal(again, through="core:0.5", tokens=4000)
+    write_compressed(tiny_folder, DecoderFormats(*[MatrixFormat()] * 4), whole, biases=("down",))
+    heal(whole, through="dense")
+    out, _, found = report(
+        "--formats", "bfloat16", "--recipes", f"{again},{whole}", "--policies", "dense,core:0.5", "--tiers", "99"
+    )  # fmt: skip
+    rows = {row["label"]: row for row in found["rows"]}
+    model, left = load_model(str(tiny_folder)).config, load_model(str(again)).config
+    share = 1 - left.num_parameters / model.num_parameters
+    assert share > 0.1
+    assert [(row["pruned"], row["healed"]) for row in rows.values()] == [
+        *2 * [(0, None)], *2 * [(pytest.approx(share, abs=1e-6), "core:0.5")], *2 * [(0, "dense")]
+    ]  # fmt: skip
+    assert rows["again"]["kl"] == cut["kl"]
+    # Bits are of the original's weights, of which a quarter or a half is not there.
+    assert rows["whole"]["bits_decoder"] == 16
+    assert 0.5 * 4.5 < rows["again"]["bits_decoder"] < 0.75 * 4.75
+    stored = load_model(str(again), dtype="bfloat16", layers_at_use=True).compressed.info
+    assert rows["again"]["bits_file"] == pytest.approx(
+        (1 - share) * stored.bits_per_weight, abs=1e-3
+    )
+    (tier,) = found["tiers"]
+    fastest = {
+        what: max(own, key=lambda label: rows[label]["tokens_per_second"])
+        for what, own in {
+            "pruned": ["again", "again core:0.5"],
+            "not healed": ["bfloat16", "bfloat16 core:0.5"],
+            "sparse": [label for label in rows if label.endswith("core:0.5")],
+        }.items()
+    }
+    assert tier["pruning"]["with"] == fastest["pruned"]
+    assert tier["healing"]["without"] == fastest["not healed"]
+    assert tier["sparsity"]["with"] == fastest["sparse"]
+    assert all(tier[what]["ratio"] > 0 for what in ("sparsity", "pruning", "healing"))
+    assert f"| {share:.1%} | core:0.5 |" in out
+    assert "| 99 | healing | " in out
 
 
 def test_an_interrupted_report_goes_on_where_it_stopped(report, monkeypatch, evaluated):
@@ -197,8 +265,11 @@ def test_each_weights_take_the_index_that_fits_them(report, index_file, caplog):
         (["--recipes", "fast", "--compress-text", "none.txt"], "cannot be read as UTF-8 text"),
         (["--recipes", "fast,fast2.yaml", "--compress-text", "seen.txt"], "2 systems would be named 'fast'"),
         (["--compress-text", "seen.txt"], "--compress-text is for recipes"),
-        (["--recipes", "."], "is a folder and none that `sparserve compress` made"),
-        (["--recipes", "other"], "other was compressed from other-llama with hash"),
+        (["--recipes", "."], "is a folder, and not of a model that was compressed"),
+        (["--recipes", "other"], "other was made of other-llama with hash"),
+        (["--recipes", "damaged"], "damaged/layers has the files of 1 layers, and config.json asks for 2"),
+        (["--recipes", "wordless"], "healing.through is 5, and must say in words"),
+        (["--model", "int8"], "give that as --model, and this with --recipes"),
         (["--recipes", "known"], "the model known was calibrated on"),
         (["--out", "wiki.txt/out"], "quality.json cannot be written"),
         (["--peers", "llama.cpp:Q4_0"], "package llama-cpp-python: pip install"),
@@ -235,15 +306,18 @@ def test_what_cannot_be_reported_is_told_before_anything_is_measured(
     (files / "high.yaml").write_text(
         f"name: high\nquantizer: rtn\ncompensate: lorc\nattention: {high}\n"
     )
-    if flags[-1] in ("other", "known"):
+    folder = files / flags[-1]
+    if folder.name in ("other", "known", "damaged", "wordless", "int8"):
         formats = DecoderFormats(*[MatrixFormat(8, 64)] * 4)
         own = tiny_folder
-        if flags[-1] == "other":
+        if folder.name == "other":
             own = write_tiny_checkpoint(files / "other-llama", seed=7)
-        from sparserve.model.text import text_hash
-
-        texts = (text_hash((files / "wiki.txt").read_bytes()),) if flags[-1] == "known" else ()
-        write_compressed(own, formats, files / flags[-1], texts=texts)
+        seen = text_hash((files / "wiki.txt").read_bytes())
+        write_compressed(own, formats, folder, texts=(seen,) if folder.name == "known" else ())
+        if folder.name == "damaged":
+            (folder / "layers" / "00001.safetensors").unlink()
+        if folder.name == "wordless":
+            heal(folder, through=5)
     _, err, found = report("--formats", "bfloat16", *flags, expect=1)
     assert told in " ".join(err.split())
     assert found is None

@@ -10,8 +10,8 @@ import torch
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import EndTensors
 from sparserve.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UnsupportedModel
-from sparserve.model.compressed_checkpoint import CompressionInfo, Source
-from sparserve.model.compressed_writer import CheckpointWriter, source_of
+from sparserve.model.compressed_checkpoint import Source
+from sparserve.model.compressed_writer import CheckpointWriter, first_info
 from sparserve.model.loader import load_model
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder
 
@@ -213,7 +213,7 @@ def test_a_gguf_file_becomes_a_folder_in_the_terms_of_hugging_face(
 
 
 def test_the_demo_model_keeps_its_tokenizer_and_chats(demo_bfloat16, tmp_path):
-    info = CompressionInfo({"name": "test"}, FORMATS, source_of(demo_bfloat16))
+    info = first_info(demo_bfloat16, {"name": "test"}, FORMATS)
     folder = HuggingFaceFolder(CheckpointWriter(tmp_path / "out", info).folder)
     assert folder.config == demo_bfloat16.config
     assert folder.chat_template() == demo_bfloat16.chat_template
@@ -242,12 +242,12 @@ def test_what_a_folder_cannot_hold_is_refused(whole, write_gguf, tmp_path):
     factors, biased = tmp_path / "factors.gguf", tmp_path / "biased.gguf"
     write_gguf(factors, extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
     with pytest.raises(UnsupportedModel, match=f"{factors} has .*rope_freqs.* Hugging Face folder"):
-        source_of(load_model(str(factors)))
+        first_info(load_model(str(factors)), {}, FORMATS)
     write_gguf(biased, attention_bias=True)
     with pytest.raises(UnsupportedModel, match=f"{biased}: .* no words for qkv_bias True"):
-        source_of(load_model(str(biased)))
+        first_info(load_model(str(biased)), {}, FORMATS)
     with pytest.raises(UnsupportedModel, match=f"{whole[0]} is compressed already, from .*source"):
-        source_of(load_model(str(whole[0])))
+        first_info(load_model(str(whole[0])), {}, FORMATS)
     info = replace(whole[1].info, source=Source("tiny", str(tmp_path), ""))
     with pytest.raises(ModelNotFound, match=r"has no config.json"):
         CheckpointWriter(tmp_path / "out", info)

@@ -13,8 +13,7 @@ from sparserve.compression.recipe import PARTS, Recipe
 from sparserve.errors import ConfigError
 from sparserve.model import mixed
 from sparserve.model.backend import ForwardBatch, Phase, SequenceInput
-from sparserve.model.compressed_checkpoint import CompressionInfo
-from sparserve.model.compressed_writer import CheckpointWriter, source_of
+from sparserve.model.compressed_writer import CheckpointWriter, first_info
 from sparserve.model.compressing import compress_layers, compress_lm_head
 from sparserve.model.effective import effective
 from sparserve.model.loader import LoadedModel, load_model
@@ -225,7 +224,7 @@ def test_a_rank_that_a_matrix_does_not_have_is_told(model):
 def test_what_is_allocated_is_written_and_served(model, make_backend, all_logits, tmp_path):
     found = allocate(model, recipe_of(target_bits=5.6), TEXT)
     recipe = found.recipe
-    info = CompressionInfo(recipe.model_dump(mode="json"), recipe.formats(), source_of(model))
+    info = first_info(model, recipe.model_dump(mode="json"), recipe.formats())
     writer = CheckpointWriter(tmp_path / "out", info)
     layers = list(compress_layers(model, recipe, TEXT))
     for layer in layers[:2]:

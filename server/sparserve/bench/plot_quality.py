@@ -2,111 +2,55 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sparserve.bench.peers.packages import require
 from sparserve.bench.plot import colour_of
-from sparserve.bench.systems import DENSE_POLICY, data_type
-from sparserve.errors import ConfigError
+from sparserve.bench.quality_points import OURS, Point, Points, front, kind_of
+from sparserve.bench.systems import DENSE_POLICY
 
-LIGHTEST = 2.5  # steps of `colour_of`, of the last of a system's weights
 LEAST_KL = 1e-6  # what lies below is drawn here: 0 has no place on a logarithmic axis
 # By the kind of policy, which its words begin with.
-MARKERS = {DENSE_POLICY: "o", "core": "s", "token": "D", "core+token": "P", "exact": "X"}
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    system: str
-    weights: str  # their format, or the recipe that made them
-    policy: str
-    label: str  # beside it; the legend has system and weights
-    kl: float
-    kl_low: float
-    kl_high: float
-    speed: float  # tokens/s of all sequences together
-    speed_low: float
-    speed_high: float
-    bits: float | None = None  # of a decoder weight, with its share of scales
-
-
-@dataclass(frozen=True, slots=True)
-class Points:
-    points: Sequence[Point]
-    unmatched: Sequence[str]  # what has only one of speed and KL
-    model: str
-    batch: int
-    context: int
-
-
-def join(files: Iterable[Path], batch: int, context: int | None) -> Points:
-    """Reports of `sparserve eval` and `sparserve bench decode` on one model, joined by system, format and
-    policy; the fastest and slowest rounds of those at `batch` and `context` (None: the shortest that there
-    is). Raises ConfigError.
-    """
-    scored: dict[tuple[str, str, str], dict[str, Any]] = {}
-    timed: list[dict[str, Any]] = []
-    for file in files:
-        for row in _rows(file):
-            if "kl" in row:
-                scored[_key(row)] = row
-            elif row["batch"] == batch:
-                timed.append(row)
-    if not scored or not timed:
-        missing = "sparserve eval" if not scored else f"sparserve bench decode at batch {batch}"
-        raise ConfigError(
-            f"no report of {missing} is among the files; give one of each, made with --json"
-        )
-    if len(models := {row["model"] for row in timed}) > 1:
-        raise ConfigError(
-            f"the reports are of several models, {', '.join(sorted(models))}; draw each"
-        )
-    contexts = {row["context"] for row in timed}
-    if context is not None and context not in contexts:
-        raise ConfigError(f"no report has a context of {context}; there are: {_listed(contexts)}")
-    context = min(contexts) if context is None else context
-    speeds = {_key(row): row for row in timed if row["context"] == context}
-    for system, format, policy in list(speeds):
-        dense = scored.get((system, format, DENSE_POLICY))
-        if _kind(policy) == "exact" and dense is not None:  # it has the distributions of dense
-            scored[system, format, policy] = dense
-    both = [key for key in scored if key in speeds]
-    if not both:
-        raise ConfigError("no system, format and policy is in reports of both commands")
-    return Points(
-        [_point(key, scored[key], speeds[key]) for key in both],
-        [" ".join(key) for key in scored.keys() ^ speeds.keys()],
-        models.pop(),
-        batch,
-        context,
-    )
+MARKERS = {
+    DENSE_POLICY: "o", "core": "s", "token": "D", "core+token": "P", "exact": "X", "auto": "^", "kl": "v",
+}  # fmt: skip
+OTHER_MARKER = "*"
+LABEL_SIZE, LABEL_GAP, LABEL_STEP = 7, 8, 9  # points: of its letters, to its mark, to the next one
+LEGEND_COLUMN = 1.4  # inches
+LINE_COLOUR = "#777777"
 
 
 def draw_quality(points: Points) -> Any:
     """A matplotlib figure: speed over KL and, where all points have them, bits over KL. Policies of one kind on the
-    same weights are joined by a line, from dense on; a dashed one joins what nothing else is better than.
+    same weights are joined by a faint line, from dense on. Steps join ours, and rivals, that no other of them is better
+    than in both; only these have labels, for there may be many.
     """
     figure_class = require("matplotlib.figure").Figure
     with_bits = all(point.bits is not None for point in points.points)
-    size = (16 if with_bits else 10, 6.5)
+    size = (16 if with_bits else 10, 7)
     figure = figure_class(figsize=size, layout="constrained", dpi=160)
-    panels = figure.subplots(1, 2 if with_bits else 1, squeeze=False)[0]
-    _draw_panel(panels[0], points.points, _SPEED)
+    drawn = [(_SPEED, points.points)]
     if with_bits:
-        _draw_panel(panels[1], _of_each_size(points.points), _BITS)
-    panels[0].legend(frameon=False, fontsize=9)
+        drawn.append((_BITS, _of_each_size(points.points)))
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for panel, (axis, own) in zip(panels, drawn, strict=True):
+        _draw_panel(panel, own, axis)
+    figure.legend(
+        handles=_legend(points.points), loc="outside lower center", ncols=int(size[0] / LEGEND_COLUMN), frameon=False, fontsize=9
+    )  # fmt: skip
     what = "one request" if points.batch == 1 else f"{points.batch} requests at once"
     figure.suptitle(
         f"{points.model}: quality against {'speed and size' if with_bits else 'decode speed'}, {what} after "
         f"{points.context} tokens\n"
-        "whiskers: slowest and fastest round, 95 % interval of the KL; dashed: nothing else is better in both",
+        "steps: the best within each KL; whiskers: slowest and fastest round, 95 % interval of the KL",
         fontsize=11,
     )
+    figure.draw_without_rendering()  # labels are put where there is room, in a layout that is settled
+    for panel, (axis, own) in zip(panels, drawn, strict=True):
+        for best, ours in _fronts(own, axis):
+            _label(panel, best, axis, ours)
     return figure
 
 
@@ -121,32 +65,28 @@ class _Axis:
     def at(self, point: Point) -> float:
         return self.range(point)[1]
 
+    def place(self, point: Point) -> tuple[float, float]:
+        return max(point.kl, LEAST_KL), self.at(point)
+
 
 _SPEED = _Axis("tokens/s (more is better)", max, lambda p: (p.speed_low, p.speed, p.speed_high))
-_BITS = _Axis("bits per decoder weight (less is better)", min, lambda p: (p.bits or 0,) * 3)
+_BITS = _Axis(
+    "bits per decoder weight of the original (less is better)", min, lambda p: (p.bits or 0,) * 3
+)
 
 
 def _draw_panel(panel: Any, points: Sequence[Point], axis: _Axis) -> None:
-    weights: dict[str, list[str]] = {}
-    for point in points:
-        of_system = weights.setdefault(point.system, [])
-        if point.weights not in of_system:
-            of_system.append(point.weights)
-    for system, names in weights.items():
-        # The last of many is still no white.
-        step = min(1.0, LIGHTEST / max(1, len(names) - 1))
-        for place, name in enumerate(names):
-            own = [p for p in points if (p.system, p.weights) == (system, name)]
-            _draw_weights(panel, own, axis, colour_of(system, place * step))
-    best = front(points, axis.at, axis.best)
-    line = [max(point.kl, LEAST_KL) for point in best], [axis.at(point) for point in best]
-    panel.plot(*line, "--", color="#777777", linewidth=1, zorder=0)
-    for index, point in enumerate(sorted(points, key=lambda p: p.kl)):
-        where = max(point.kl, LEAST_KL), axis.at(point)
-        offset = (6, 4 if index % 2 == 0 else -10)  # neighbours stay apart
-        panel.annotate(point.label, where, xytext=offset, textcoords="offset points", fontsize=7)
+    for system, weights in dict.fromkeys((point.system, point.weights) for point in points):
+        own = [p for p in points if (p.system, p.weights) == (system, weights)]
+        _draw_weights(panel, own, axis)
+    for best, ours in _fronts(points, axis):
+        places = zip(*map(axis.place, best), strict=True)
+        panel.plot(
+            *places, "--" if ours else ":", drawstyle="steps-post", color=LINE_COLOUR, linewidth=1, zorder=0
+        )  # fmt: skip
     panel.set_xscale("log")
-    panel.set_ylim(0, 1.1 * max(axis.range(point)[2] for point in points))
+    panel.margins(x=0.1)
+    panel.set_ylim(0, 1.15 * max(axis.range(point)[2] for point in points))
     panel.set_xlabel("KL to the original in float32, nats per token (less is better)")
     panel.set_ylabel(axis.title)
     panel.spines[["top", "right"]].set_visible(False)
@@ -161,42 +101,32 @@ def _of_each_size(points: Sequence[Point]) -> list[Point]:
     return list(best.values())
 
 
-def front(
-    points: Iterable[Point],
-    at: Callable[[Point], float],
-    best: Callable[[Iterable[float]], float] = max,
-) -> list[Point]:
-    """By KL, those that no point with at most their KL beats or equals in `at`."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.kl, at(p) if best is min else -at(p))):
-        reached = [at(p) for p in found]
-        if not found or best([*reached, at(point)]) not in reached:
-            found.append(point)
-    return found
+def _fronts(points: Sequence[Point], axis: _Axis) -> list[tuple[list[Point], bool]]:
+    """(front, whether it is ours), of ours and of all rivals together, where there are any."""
+    kinds = (([p for p in points if (p.system == OURS) == ours], ours) for ours in (True, False))
+    return [(front(own, axis.at, axis.best), ours) for own, ours in kinds if own]
 
 
-def _draw_weights(
-    panel: Any, points: Sequence[Point], axis: _Axis, colour: tuple[float, ...]
-) -> None:
+def _draw_weights(panel: Any, points: Sequence[Point], axis: _Axis) -> None:
+    """All policies on the same weights."""
+    colour = colour_of(points[0].system, 0)
     ordered = sorted(points, key=lambda point: (point.policy != DENSE_POLICY, point.kl))
-    at = [max(point.kl, LEAST_KL) for point in ordered]
-    heights = [axis.at(point) for point in ordered]
-    for kind in {_kind(point.policy) for point in ordered} - {DENSE_POLICY}:
-        own = [i for i, p in enumerate(ordered) if _kind(p.policy) in (kind, DENSE_POLICY)]
-        line = [at[i] for i in own], [heights[i] for i in own]
-        panel.plot(*line, color=colour, linewidth=0.9, alpha=0.5, zorder=1)
+    at, heights = zip(*map(axis.place, ordered), strict=True)
+    for kind in {kind_of(point.policy) for point in ordered} - {DENSE_POLICY}:
+        own = [p for p in ordered if kind_of(p.policy) in (kind, DENSE_POLICY)]
+        line = zip(*map(axis.place, own), strict=True)
+        panel.plot(*line, "-", color=colour, linewidth=0.8, alpha=0.3, zorder=1)
     panel.errorbar(
         at, heights,
         xerr=_whiskers([(p.kl_low, p.kl, p.kl_high) for p in ordered]),
         yerr=_whiskers([axis.range(p) for p in ordered]),
-        fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.7, zorder=2,
+        fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5, zorder=2,
     )  # fmt: skip
-    for index, (point, x) in enumerate(zip(ordered, at, strict=True)):
-        panel.plot(
-            x, axis.at(point), MARKERS.get(_kind(point.policy), "^"), color=colour, markeredgecolor="black",
-            markeredgewidth=0.6, markersize=8 if point.policy == DENSE_POLICY else 6.5, zorder=3,
-            label=f"{point.system} {point.weights}" if index == 0 else None, linestyle="none",
-        )  # fmt: skip
+    for point in ordered:
+        look = _mark(kind_of(point.policy), pruned=point.pruned > 0)
+        panel.plot(*axis.place(point), color=colour, zorder=3, **look)
+        if point.healed is not None:
+            panel.plot(*axis.place(point), zorder=3, **_RING)
 
 
 def _whiskers(ranges: Sequence[tuple[float, float, float]]) -> list[list[float]]:
@@ -205,54 +135,60 @@ def _whiskers(ranges: Sequence[tuple[float, float, float]]) -> list[list[float]]
     return [down, [max(0.0, high - middle) for _, middle, high in ranges]]
 
 
-def _kind(policy: str) -> str:
-    """Of its words; see `PolicySpec`."""
-    return re.sub(r":[^+/]*", "", policy.split("/")[0])
+def _mark(kind: str, *, pruned: bool) -> dict[str, Any]:
+    """Half of the mark of a pruned model is missing."""
+    return {
+        "marker": MARKERS.get(kind, OTHER_MARKER), "markersize": 8 if kind == DENSE_POLICY else 7,
+        "markeredgecolor": "black", "markeredgewidth": 0.6, "linestyle": "none",
+        "fillstyle": "left" if pruned else "full", "markerfacecoloralt": "white",
+    }  # fmt: skip
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """Raises ConfigError of what is no report of either command."""
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        rows: list[dict[str, Any]] = report["rows"] if isinstance(report, dict) else report
-        for row in rows:
-            missing = {"system", "format"} - row.keys()
-            needed = _SCORED if "kl" in row else _TIMED
-            if missing := missing | (needed - row.keys()):
-                raise ConfigError(
-                    f"{file} is no report of sparserve eval or bench decode: its rows lack "
-                    f"{', '.join(sorted(missing))}"
-                )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"{file} is no report of sparserve eval or bench decode: {error}"
-        ) from error
-    return rows
-
-
-_SCORED = {"kl", "kl_low", "kl_high"}
-_TIMED = {
-    "model", "batch", "context", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
+_RING = {
+    "marker": "o", "markersize": 14, "markeredgecolor": "black", "markeredgewidth": 0.9, "linestyle": "none",
+    "fillstyle": "none",
 }  # fmt: skip
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["system"], row["format"], row.get("policy", DENSE_POLICY)
+def _legend(points: Sequence[Point]) -> list[Any]:
+    """Colours are systems; marks, alike in all colours, are policies and what else was done."""
+    line = require("matplotlib.lines").Line2D
+    kinds = {kind_of(point.policy) for point in points}
+    found = [
+        line([], [], color=colour_of(system, 0), label=system, **_mark(DENSE_POLICY, pruned=False))
+        for system in dict.fromkeys(point.system for point in points)
+    ]
+    grey = LINE_COLOUR
+    found += [
+        line([], [], color=grey, label=kind, **_mark(kind, pruned=False))
+        for kind in [*(kind for kind in MARKERS if kind in kinds), *sorted(kinds - MARKERS.keys())]
+    ]
+    if any(point.pruned for point in points):
+        found.append(line([], [], color=grey, label="pruned", **_mark(DENSE_POLICY, pruned=True)))
+    if any(point.healed is not None for point in points):
+        found.append(line([], [], label="healed", **_RING))
+    return found
 
 
-def _point(key: tuple[str, str, str], scored: dict[str, Any], timed: dict[str, Any]) -> Point:
-    system, format, policy = key
-    return Point(
-        *key,
-        label=f"{system} {data_type(format)}" if policy == DENSE_POLICY else policy,
-        kl=scored["kl"],
-        kl_low=scored["kl_low"],
-        kl_high=scored["kl_high"],
-        speed=timed["tokens_per_second"],
-        speed_low=timed["tokens_per_second_low"],
-        speed_high=timed["tokens_per_second_high"],
-    )
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(numbers)))
+def _label(panel: Any, best: Sequence[Point], axis: _Axis, ours: bool) -> None:
+    """Beside a front of ours on the side where nothing is better, so nothing is there; of rivals on the other one. Each
+    label is beyond the one before it.
+    """
+    up = 1 if ours == (axis.best is max) else -1
+    side = -1 if ours else 1
+    points_of = 72 / panel.figure.dpi  # a pixel
+    reached = float("-inf")
+    for point in best if ours else reversed(best):
+        y = points_of * panel.transData.transform(axis.place(point))[1]
+        reached = max(up * y + LABEL_GAP, reached + LABEL_STEP)
+        text = panel.annotate(
+            point.label, axis.place(point), xytext=(side * LABEL_GAP, up * reached - y), textcoords="offset points",
+            fontsize=LABEL_SIZE, ha="right" if ours else "left", va="center",
+            color="black" if ours else colour_of(point.system, 0),
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": LINE_COLOUR, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        text.set_in_layout(False)
+        extent = text.get_window_extent()
+        over = max(0.0, panel.bbox.x0 - extent.x0) - max(0.0, extent.x1 - panel.bbox.x1)
+        text.set_position((side * LABEL_GAP + points_of * over, up * reached - y))

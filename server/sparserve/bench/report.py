@@ -27,7 +27,8 @@ from sparserve.bench.policies import PolicySpec
 from sparserve.bench.quality import Quality, cut_windows
 from sparserve.bench.report_models import CompressedModel
 from sparserve.bench.report_quality import KeptQuality, measure_quality
-from sparserve.bench.report_rows import Report, Row
+from sparserve.bench.report_rows import Report
+from sparserve.bench.report_tiers import Row
 from sparserve.bench.report_weights import Load, Weights, label_of, prepare
 from sparserve.bench.rounds import BenchProgress, median_ratio
 from sparserve.bench.scored_peers import peer_file
@@ -96,7 +97,11 @@ class _Known:
 
     label: str
     recipe: str | None
-    bits: tuple[float, float]  # of a weight: of the layers' matrices, of all tensors
+    bits: tuple[
+        float, float
+    ]  # of a weight of the original: of the layers' matrices, of all tensors
+    pruned: float = 0
+    healed: str | None = None
 
 
 def make_report(
@@ -118,7 +123,7 @@ def make_report(
         return load(with_dtype(settings, dtype))
 
     weights = prepare(
-        settings, plan.formats, plan.compressed, plan.policies, plan.indexes, plan.text, plan.speed, load
+        settings, plan.formats, plan.compressed, plan.policies, plan.indexes, plan.text, plan.speed, source.config, load
     )  # fmt: skip
     known = _known(weights, plan, weights_in)
     labels = [each.label for each in known]
@@ -156,7 +161,9 @@ def make_report(
 def _known(weights: Sequence[Weights], plan: Plan, weights_in: PeerLoad) -> list[_Known]:
     """Writes files of peers that are not there yet."""
     ours = [
-        _Known(own.label(spec), own.recipe, own.bits) for own in weights for spec in own.policies
+        _Known(own.label(spec), own.recipe, own.bits, own.pruned, own.healed)
+        for own in weights
+        for spec in own.policies
     ]
     return ours + [
         _Known(f"{name} {format}", None, bits_per_weight(peer_file(name, format, weights_in)))
@@ -222,6 +229,8 @@ def _row(known: _Known, quality: Quality, series: Series, plan: Plan, against: S
         format=timed.format,
         recipe=known.recipe,
         policy=timed.policy,
+        pruned=known.pruned,
+        healed=known.healed,
         bits_decoder=round(known.bits[0], 4),
         bits_file=round(known.bits[1], 4),
         kl=quality.kl,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,15 @@ from pathlib import Path
 from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.text import read_text, refuse_calibration_text
 from sparserve.compression.recipe import Recipe, read_recipe
-from sparserve.errors import ConfigError
+from sparserve.errors import ConfigError, CorruptCheckpoint
 from sparserve.model.compress_folder import compress_folder
-from sparserve.model.compressed_checkpoint import CompressionInfo, is_compressed, read_info
+from sparserve.model.compressed_checkpoint import (
+    INFO,
+    CompressedCheckpoint,
+    CompressionInfo,
+    is_compressed,
+    read_info,
+)
 from sparserve.model.compressed_writer import check_source
 from sparserve.model.compressing import check_recipe
 from sparserve.model.identity import hash_of_files
@@ -29,7 +36,7 @@ class CompressedModel:
 
 
 def parse_recipes(text: str, out: Path) -> list[CompressedModel]:
-    """Names of shipped recipes, YAML files and folders that `sparserve compress` made, comma-separated; `none`
+    """Names of shipped recipes, YAML files and folders that were compressed, pruned or healed, comma-separated; `none`
     stands for no recipe. Raises ConfigError, and ModelError of a folder that cannot be used.
     """
     found = []
@@ -44,7 +51,7 @@ def parse_recipes(text: str, out: Path) -> list[CompressedModel]:
             found.append(CompressedModel(path.resolve().name, path, None))
         else:
             raise ConfigError(
-                f"{word} of --recipes is a folder and none that `sparserve compress` made"
+                f"{word} of --recipes is a folder, and not of a model that was compressed, pruned or healed"
             )
     return found
 
@@ -70,10 +77,17 @@ def check_texts(models: Sequence[CompressedModel], texts: Sequence[Path], evalua
 def check_models(
     models: Sequence[CompressedModel], source: LoadedModel, texts: Sequence[Path]
 ) -> None:
-    """What would stop a run after hours. Raises ConfigError of a folder that was made of another model, or by
-    another recipe of that name, and of recipes and texts that do not fit `source`; ModelError of a folder that
-    cannot be read, or where `source` cannot be compressed.
+    """What would stop a run after hours. Folders are of `source` by the hash that they tell, however many steps made
+    them. Raises ConfigError of one of another model, or by another recipe of that name, of recipes and texts that do
+    not fit `source`, and where that is compressed itself; ModelError of a folder that cannot be read, or where
+    `source` cannot be compressed.
     """
+    if is_compressed(source.path):
+        original = read_info(source.path).source.path
+        raise ConfigError(
+            f"--model {source.path} was made of {original}, and a report compares with an original: give that as "
+            "--model, and this with --recipes"
+        )
     source_hash = hash_of_files(source.path) if models else ""
     for own in models:
         if own.folder.exists():
@@ -89,17 +103,33 @@ def check_models(
 def _check_folder(
     own: CompressedModel, source: LoadedModel, source_hash: str, texts: Sequence[Path]
 ) -> None:
-    info = read_info(own.folder)
+    info = CompressedCheckpoint(own.folder).info
+    healed_through(own.folder)
     if info.source.hash != source_hash:
         raise ConfigError(
-            f"{own.folder} was compressed from {info.source.name} with hash {info.source.hash:.12}, and "
-            f"{source.name} has {source_hash:.12}; give as --model what it was made of"
+            f"{own.folder} was made of {info.source.name} with hash {info.source.hash:.12}, and --model is "
+            f"{source.name} with {source_hash:.12}; all of a report must be of one original: give that as --model, or "
+            "leave this out of --recipes"
         )
     if own.recipe is not None and not _follows(info, own.recipe, texts):
         raise ConfigError(
             f"{own.folder} was compressed by another recipe named {own.name}, or on other texts; remove "
             "it, or take another --out"
         )
+
+
+def healed_through(folder: Path) -> str | None:
+    """What a compressed model was healed through; None where it was not. Raises CorruptCheckpoint."""
+    healing = read_info(folder).healing
+    if healing is None:
+        return None
+    through = healing.get("through")
+    if not isinstance(through, str) or not through.isprintable() or not through:
+        raise CorruptCheckpoint(
+            f"{folder / INFO}: healing.through is {reprlib.repr(through)}, and must say in words what it was healed "
+            "through, as in core:0.5"
+        )
+    return through
 
 
 def _follows(info: CompressionInfo, recipe: Recipe, texts: Sequence[Path]) -> bool:

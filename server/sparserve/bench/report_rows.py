@@ -1,63 +1,13 @@
-"""What a report says of each system, and what follows from its rows: quality tiers and the Markdown."""
+"""What a report says of each system, as JSON, as points of a picture and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparserve.bench.plot_quality import Point, Points
-from sparserve.bench.rounds import median_ratio
-from sparserve.bench.systems import DENSE_POLICY
-
-OURS = "sparserve"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One system, its speed and its quality measured alike."""
-
-    system: str  # OURS, or a peer
-    label: str  # of no other row
-    format: str
-    recipe: str | None  # that its weights were compressed by
-    policy: str
-    # Bits of a weight with its share of scales, zeros, low-rank factors and bases: of the layers' matrices, and of
-    # all tensors of the model, where a tied LM head counts once.
-    bits_decoder: float
-    bits_file: float
-    kl: float  # to the original in float32, nats per token; of the 95 % interval the ends
-    kl_low: float
-    kl_high: float
-    top1: float
-    perplexity: float
-    density: float  # share of the feed-forward bytes that a token of the scored text read
-    batch: int
-    context: int  # prompt tokens
-    new_tokens: int
-    tokens_per_second: float  # of all sequences together; median, slowest and fastest round
-    tokens_per_second_low: float
-    tokens_per_second_high: float
-    rounds: Sequence[float]  # tokens/s of each
-    read_ceiling_gb_s: float
-    percent_of_byte_bound: float
-    ratio: float  # of its speed to the baseline's: median of the rounds' own
-
-
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """The fastest rows whose KL is at most `kl`; None where there is none."""
-
-    kl: float
-    ours: Row | None
-    dense: Row | None  # of ours
-    peer: Row | None
-    ratio: float | None  # our speed over the peer's: median of the rounds' own
-
-    def as_json(self) -> dict[str, Any]:
-        rows = {"ours": self.ours, "dense": self.dense, "peer": self.peer}
-        labels = {name: None if row is None else row.label for name, row in rows.items()}
-        return {"kl": self.kl, **labels, "ratio": self.ratio}
+from sparserve.bench.quality_points import OURS, Point, Points
+from sparserve.bench.report_tiers import FEATURES, Row, Tier, tiers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +34,6 @@ class Report:
         return {**asdict(self), "tiers": tiers}
 
 
-def tiers_of(rows: Sequence[Row], limits: Iterable[float]) -> list[Tier]:
-    return [_tier(rows, limit) for limit in limits]
-
-
-def _tier(rows: Sequence[Row], limit: float) -> Tier:
-    within = [row for row in rows if row.kl <= limit]
-    ours = [row for row in within if row.system == OURS]
-    best = _fastest(ours)
-    dense = _fastest([row for row in ours if row.policy == DENSE_POLICY])
-    peer = _fastest([row for row in within if row.system != OURS])
-    ratio = None if best is None or peer is None else median_ratio(best.rounds, peer.rounds)
-    return Tier(limit, best, dense, peer, ratio)
-
-
-def _fastest(rows: Sequence[Row]) -> Row | None:
-    return max(rows, key=lambda row: row.tokens_per_second, default=None)
-
-
 def points_of(report: Report) -> Points:
     points = [
         Point(
@@ -116,6 +48,8 @@ def points_of(report: Report) -> Points:
             speed_low=row.tokens_per_second_low,
             speed_high=row.tokens_per_second_high,
             bits=row.bits_decoder,
+            pruned=row.pruned,
+            healed=row.healed,
         )
         for row in report.rows
     ]
@@ -124,50 +58,88 @@ def points_of(report: Report) -> Points:
 
 
 def markdown(report: Report) -> str:
-    """Two tables, of the systems and of the tiers, each with a line that says how it was measured."""
-    first = report.rows[0]
-    what = "1 sequence" if first.batch == 1 else f"{first.batch} sequences"
-    ceilings = [row.read_ceiling_gb_s for row in report.rows]
-    head = (
-        f"| {report.model} | bits per decoder weight | bits per weight of the file | KL, 95 % interval | top-1 | "
-        f"perplexity | tokens/s | x {report.baseline} |"
-    )
+    """Tables of the systems, of what is fastest at each tier, and of what sparsity, pruning and healing bring there,
+    with a line that says how it was measured."""
+    tiers = tiers_of(report.rows, report.tiers)
     return "\n".join(
         [
-            head,
-            "|---|" + 7 * "---:|",
-            *(_line(row) for row in report.rows),
+            *_systems(report),
             "",
-            f"{report.machine}, {report.threads} threads; {what} after {first.context} tokens, {first.new_tokens} new "
-            f"ones; medians of {len(first.rounds)} alternated rounds, ratios of each round's own; memory reads at "
-            f"{min(ceilings):.0f} to {max(ceilings):.0f} GB/s, {report.cpus_used_by_others:.2f} CPUs used by others. "
-            f"KL to the model in float32 over {report.windows} windows of {report.text}, "
-            f"{report.prompt_tokens} + {report.decode_tokens} tokens.",
+            _conditions(report),
             "",
-            "| KL at most | fastest of sparserve | fastest dense | fastest peer | sparserve against the peer |",
-            "|---:|---|---|---|---:|",
-            *(_tier_line(tier) for tier in tiers_of(report.rows, report.tiers)),
+            "| KL at most | fastest of sparserve | fastest peer | sparserve against the peer |",
+            "|---:|---|---|---:|",
+            *(f"| {tier.kl:g} | {_told(tier.ours, tier.peer, tier.ratio)} |" for tier in tiers),
             "",
+            *_features(report, tiers),
             f"`{report.command}`",
             "",
         ]
     )
 
 
-def _line(row: Row) -> str:
-    name = row.label if row.system != OURS else f"{OURS} {row.label}"
+def _systems(report: Report) -> list[str]:
+    columns: dict[str, Callable[[Row], str]] = {
+        "bits per decoder weight": lambda row: f"{row.bits_decoder:.2f}",
+        "bits per weight of the file": lambda row: f"{row.bits_file:.2f}",
+        "pruned": lambda row: f"{row.pruned:.1%}" if row.pruned else "-",
+        "healed through": lambda row: row.healed or "-",
+        "KL, 95 % interval": lambda row: f"{row.kl:.2g} ({row.kl_low:.2g} to {row.kl_high:.2g})",
+        "top-1": lambda row: f"{row.top1:.1%}",
+        "perplexity": lambda row: f"{row.perplexity:.2f}",
+        "tokens/s": lambda row: f"{row.tokens_per_second:.1f}",
+        f"x {report.baseline}": lambda row: f"{row.ratio:.2f}x",
+    }
+    for name in ("pruned", "healed through"):
+        if {columns[name](row) for row in report.rows} == {"-"}:
+            del columns[name]
+    lines = [
+        f"| {_name(row)} | {' | '.join(told(row) for told in columns.values())} |"
+        for row in report.rows
+    ]
+    head = f"| {report.model} | {' | '.join(columns)} |"
+    return [head, "|---|" + len(columns) * "---:|", *lines]
+
+
+def _name(row: Row) -> str:
+    return row.label if row.system != OURS else f"{OURS} {row.label}"
+
+
+def _conditions(report: Report) -> str:
+    first = report.rows[0]
+    what = "1 sequence" if first.batch == 1 else f"{first.batch} sequences"
+    ceilings = [row.read_ceiling_gb_s for row in report.rows]
+    bits = (
+        " Bits are of a weight of the original." if any(row.pruned for row in report.rows) else ""
+    )
     return (
-        f"| {name} | {row.bits_decoder:.2f} | {row.bits_file:.2f} | {row.kl:.2g} ({row.kl_low:.2g} to {row.kl_high:.2g}) "
-        f"| {row.top1:.1%} | {row.perplexity:.2f} | {row.tokens_per_second:.1f} | {row.ratio:.2f}x |"
+        f"{report.machine}, {report.threads} threads; {what} after {first.context} tokens, {first.new_tokens} new "
+        f"ones; medians of {len(first.rounds)} alternated rounds, ratios of each round's own; memory reads at "
+        f"{min(ceilings):.0f} to {max(ceilings):.0f} GB/s, {report.cpus_used_by_others:.2f} CPUs used by others. "
+        f"KL to the model in float32 over {report.windows} windows of {report.text}, "
+        f"{report.prompt_tokens} + {report.decode_tokens} tokens.{bits}"
     )
 
 
-def _tier_line(tier: Tier) -> str:
-    cells = [
-        "-"
-        if row is None
-        else f"{row.label}, KL {row.kl:.2g}, {row.tokens_per_second:.1f} tokens/s"
-        for row in (tier.ours, tier.dense, tier.peer)
+def _features(report: Report, tiers: Sequence[Tier]) -> list[str]:
+    """A table of those that some row of ours has; [] where none has any."""
+    ours = [row for row in report.rows if row.system == OURS]
+    lines = [
+        f"| {tier.kl:g} | {name} | {_told(pair.without, pair.having, pair.ratio)} |"
+        for name, has in FEATURES.items()
+        if any(map(has, ours))
+        for tier in tiers
+        for pair in [tier.features[name]]
     ]
-    ratio = "-" if tier.ratio is None else f"{tier.ratio:.2f}x"
-    return f"| {tier.kl:g} | {' | '.join(cells)} | {ratio} |"
+    if not lines:
+        return []
+    head = "| KL at most | what | fastest without it | fastest with it | with it against without |"
+    return [head, "|---:|---|---|---|---:|", *lines, ""]
+
+
+def _told(one: Row | None, other: Row | None, ratio: float | None) -> str:
+    cells = [
+        "-" if row is None else f"{row.label}, KL {row.kl:.2g}, {row.tokens_per_second:.1f} tokens/s"
+        for row in (one, other)
+    ]  # fmt: skip
+    return " | ".join([*cells, "-" if ratio is None else f"{ratio:.2f}x"])

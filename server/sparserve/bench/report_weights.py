@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparserve.bench.formats import sweep_engine
 from sparserve.bench.policies import PolicySpec
-from sparserve.bench.report_models import CompressedModel
+from sparserve.bench.report_models import CompressedModel, healed_through
 from sparserve.bench.sweep import Plan
 from sparserve.bench.systems import DENSE_POLICY
 from sparserve.bench.text import TEXTS, refuse_calibration_text
@@ -18,7 +18,8 @@ from sparserve.engine.backends import choose_backend
 from sparserve.engine.factory import format_name
 from sparserve.engine.formats import DETAILS, PARTS, served_formats, with_dtype
 from sparserve.errors import ConfigError, SparsityUnavailable, UnusableIndex
-from sparserve.model.compressed_tensors import bits_per_weight
+from sparserve.model.compressed_tensors import bits_per_weight, layer_weights
+from sparserve.model.config import ModelConfig
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel
 from sparserve.sparsity.index import IndexKey, read_index
@@ -36,7 +37,10 @@ class Weights:
     settings: EngineSettings  # that serve them, with the index that fits
     key: IndexKey
     policies: Sequence[PolicySpec]  # that can be followed
-    bits: tuple[float, float]  # of a weight: of the layers' matrices, of all tensors
+    # Of a weight of the original: of the layers' matrices, of all tensors.
+    bits: tuple[float, float]
+    pruned: float  # share of the original's parameters that they lack
+    healed: str | None  # what they were healed through
 
     def label(self, spec: PolicySpec) -> str:
         return label_of(self.name, spec)
@@ -66,15 +70,17 @@ def prepare(
     indexes: Sequence[Path],
     text: Path,
     speed: Plan,
+    original: ModelConfig,
     load: Load,
 ) -> list[Weights]:
     """All weights, each made into an engine once, so that what cannot be measured is told before the rest is.
+    `original`: of what sizes and shares are told against.
 
     Policies that weights cannot follow without another index are left out, and the log says so. Raises
     ConfigError, ModelError, or RequestError of a policy that cannot work anywhere.
     """
     found, unused = [], dict.fromkeys(indexes, "")
-    recipes = {model.name for model in compressed}
+    folders = {model.name: model.folder for model in compressed}
     for name, own in settings_of(settings, formats, compressed).items():
         model = load(own)
         key = index_key(model, format_name(model, own))
@@ -83,11 +89,13 @@ def prepare(
         found.append(
             Weights(
                 name,
-                name if name in recipes else None,
+                name if name in folders else None,
                 own,
                 key,
                 _followed(name, model, own, policies, speed),
-                _bits(model, own),
+                _bits(model, own, original),
+                _pruned(model, original),
+                healed_through(folders[name]) if name in folders else None,
             )
         )
     if unused:
@@ -135,7 +143,23 @@ def _followed(
     return followed
 
 
-def _bits(model: LoadedModel, settings: EngineSettings) -> tuple[float, float]:
+def _pruned(model: LoadedModel, original: ModelConfig) -> float:
+    """Raises CorruptCheckpoint of sizes that `original` cannot have been cut to."""
+    # Not the model's own count: it may have biases that the original lacks.
+    left = original.pruned(tuple(model.config.layers)).num_parameters
+    return round(1 - left / original.num_parameters, 6)
+
+
+def _bits(
+    model: LoadedModel, settings: EngineSettings, original: ModelConfig
+) -> tuple[float, float]:
+    decoder, whole = _bits_stored(model, settings)
+    layers = layer_weights(model.config) / layer_weights(original)
+    return decoder * layers, whole * model.config.num_parameters / original.num_parameters
+
+
+def _bits_stored(model: LoadedModel, settings: EngineSettings) -> tuple[float, float]:
+    """Of a weight that is there."""
     if model.compressed is not None:
         info = model.compressed.info
         return info.bits_per_decoder_weight, info.bits_per_weight

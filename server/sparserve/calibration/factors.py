@@ -70,9 +70,9 @@ def fit_factors(
     for index, (mlp, inputs) in enumerate(walk(model, formats, token_ids)):
         x = _some_tokens(inputs, max(LEAST_TOKENS, IMPORTANCES // len(mlp.gate)))
         for kind, aim in aims.items():
-            make = _by_gate if kind is ChoiceKind.GATE else _by_planes
+            make = _by_gate if kind is ChoiceKind.GATE else by_planes
             factors, importance, noise = make(mlp, x)
-            thresholds = _first_thresholds(importance, noise, aim)
+            thresholds = first_thresholds(importance, noise, aim)
             found.setdefault(kind, []).append((factors, thresholds))
         on_layer(index + 1, model.config.num_layers)
     widest = model.config.intermediate_size
@@ -94,10 +94,16 @@ def _by_gate(mlp: FeedForward, x: torch.Tensor) -> Importance:
     return factors, F.silu(x @ mlp.gate.T).abs() * factors, None
 
 
-def _by_planes(mlp: FeedForward, x: torch.Tensor) -> Importance:
+def by_planes(mlp: FeedForward, x: torch.Tensor) -> Importance:
     """The same; the noise as SK_CHOICE_PLANES says."""
-    assert mlp.upper is not None
+    activations, noise = by_upper_planes(mlp, x)
     factors = mlp.down.norm(dim=1)
+    return factors, activations.abs() * factors, noise * factors
+
+
+def by_upper_planes(mlp: FeedForward, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (activations as the upper planes of gate and up tell them, how far off they are), [tokens, neurons] each."""
+    assert mlp.upper is not None
     (gate, gate_variance), (up, up_variance) = (plane.products(x) for plane in mlp.upper)
     sigmoid, silu = gate.sigmoid(), F.silu(gate)
     slope = (sigmoid * (1 + gate * (1 - sigmoid))).square()
@@ -106,10 +112,10 @@ def _by_planes(mlp: FeedForward, x: torch.Tensor) -> Importance:
         + silu.square() * up_variance
         + slope * gate_variance * up_variance
     )
-    return factors, (silu * up).abs() * factors, variance.sqrt() * factors
+    return silu * up, variance.sqrt()
 
 
-def _first_thresholds(
+def first_thresholds(
     importance: torch.Tensor, noise: torch.Tensor | None, aim: Aim
 ) -> torch.Tensor:
     """float32 [tiers, reaches]. Each share read is one of numbers not below the first threshold, so that

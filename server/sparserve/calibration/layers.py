@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels.formats import DecoderFormats
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import (
     FACTOR_ZERO,
     Factors,
@@ -71,7 +71,8 @@ def walk(
         made = _stored(model, formats, index)
         layer = effective(made)
         steps.add_attention(index, layer)
-        mlp, normed = _feed_forward(made, layer, formats), steps.norm(steps.x, layer.mlp_norm)
+        mlp = feed_forward(made, layer, formats.gate_up)
+        normed = steps.norm(steps.x, layer.mlp_norm)
         yield mlp, normed
         for own, inputs in zip(steps.x, normed, strict=True):
             own += mlp.activations(inputs) @ mlp.down
@@ -81,15 +82,15 @@ def walk(
 
 def _stored(model: LoadedModel, formats: DecoderFormats, index: int) -> LayerTensors:
     """A layer in `formats`, which are those of a compressed model where it is one."""
-    if model.compressed is not None and formats == model.compressed.formats:
-        return model.compressed.layers[index]
+    if model.rounded is not None and formats == model.rounded.formats:
+        return model.rounded.layers[index]
     return quantize_layer(layer_tensors(model.weights.layers[index]), formats.layer(index), "")
 
 
-def _feed_forward(made: LayerTensors, layer: LayerWeights, formats: DecoderFormats) -> FeedForward:
+def feed_forward(made: LayerTensors, layer: LayerWeights, gate_up: MatrixFormat) -> FeedForward:
+    """Of a layer as it is stored and as it computes; its gate and up are in the format `gate_up`."""
     planes = [
-        _upper(matrix, formats.gate_up.low_bits, made.gate_up_basis)
-        for matrix in (made.gate, made.up)
+        _upper(matrix, gate_up.low_bits, made.gate_up_basis) for matrix in (made.gate, made.up)
     ]
     upper = None if planes[0] is None or planes[1] is None else (planes[0], planes[1])
     return FeedForward(layer.w_gate, layer.w_up, layer.w_down.T.contiguous(), upper)

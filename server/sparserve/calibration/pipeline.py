@@ -7,7 +7,6 @@ backend that serves, on windows that nothing was fitted on. Every stage is a fun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -30,6 +29,7 @@ from sparserve.config import EngineSettings
 from sparserve.engine.backends import choose_backend
 from sparserve.engine.factory import format_name, make_backend
 from sparserve.engine.formats import served_formats
+from sparserve.engine.threads import torch_threads
 from sparserve.errors import ConfigError
 from sparserve.model.backend import Backend, mean_neuron_bytes
 from sparserve.model.identity import index_key
@@ -157,7 +157,7 @@ class _Calibration:
 
     def _factors(self) -> dict[ChoiceKind, Factors]:
         def compute() -> Tensors:
-            with _torch_threads(self._settings):
+            with torch_threads(self._settings):
                 found = fit_factors(
                     self._model,
                     self._formats,
@@ -296,7 +296,7 @@ class _Calibration:
         def compute() -> Tensors:
             prompts = [prefill(backend, window) for window in self._text.fitted]
             used = [used_by(own, factors, prompts, index, self._neurons) for own in chosen]
-            with _torch_threads(self._settings):
+            with torch_threads(self._settings):
                 made = fit_corrections(
                     self._model,
                     self._formats,
@@ -387,14 +387,3 @@ def _density(
     each = info.neuron_bytes[setting.choice]
     share = sum(part * own for part, own in zip(reads, each, strict=True)) / sum(each)
     return share + index.correction_bytes(setting.correction) / info.mlp_bytes
-
-
-@contextmanager
-def _torch_threads(settings: EngineSettings) -> Iterator[None]:
-    """Threads for torch, which leaves them to the backend otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(settings.threads or usable_cpus(), usable_cpus()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

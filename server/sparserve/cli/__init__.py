@@ -23,6 +23,7 @@ from sparserve.cli import (
     evaluate,
     gateway,
     generate,
+    heal,
     keys,
     models,
     report,
@@ -49,6 +50,7 @@ app.command("chat", cls=Command)(chat.chat)
 app.command("generate", cls=Command)(generate.generate)
 app.command("eval", cls=Command)(evaluate.evaluate)
 app.command("compress", cls=Command)(compress.compress)
+app.command("heal", cls=Command)(heal.heal)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
 app.command("report", cls=Command)(report.report)
 bench.app.command("serve", cls=Command)(bench_serve.serve)

@@ -291,7 +291,8 @@ def plot_quality(
     ] = None,
 ) -> None:
     """Draw speed against quality: tokens/s over KL, every format, policy and rival that both measured."""
-    from sparserve.bench.plot_quality import draw_quality, join
+    from sparserve.bench.plot_quality import draw_quality
+    from sparserve.bench.quality_points import join
 
     check_files(None, png)
     points = join(reports, batch, context)

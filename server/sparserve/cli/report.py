@@ -45,7 +45,7 @@ def report(
         str,
         typer.Option(
             help="Recipes to compress the model by, into the folder of --out, comma-separated: quality, balanced, "
-            "fast, YAML files, which most need --compress-text; or folders that `sparserve compress` made of this model. none: only the model as it is."
+            "fast, YAML files, which most need --compress-text; or folders made of this model, compressed, pruned or healed. none: only the model as it is."
         ),
     ] = "none",
     formats: Annotated[
@@ -71,7 +71,8 @@ def report(
     tiers: Annotated[
         str,
         typer.Option(
-            help="KLs, comma-separated: at each the fastest of ours beside the fastest rival."
+            help="KLs, comma-separated: at each the fastest of ours beside the fastest rival, and the fastest with and "
+            "without sparsity, pruning and healing."
         ),
     ] = "0.005,0.06,0.3",
     windows: Annotated[int, typer.Option(help="Windows to score.", min=2)] = 200,

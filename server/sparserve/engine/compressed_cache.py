@@ -20,7 +20,7 @@ from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress, cache_dir
 from sparserve.model.compress_folder import compress_folder, require_text
 from sparserve.model.compressed_checkpoint import VERSION, is_compressed
-from sparserve.model.compressed_writer import COPIED, refuse_compressed
+from sparserve.model.compressed_writer import COPIED, refuse_rounded
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import find_model, open_checkpoint
 from sparserve.model.text import hashes_of
@@ -36,7 +36,7 @@ def compressed_folder(settings: EngineSettings, on_progress: DownloadProgress) -
     recipe, texts = read_recipe(settings.compress), settings.compress_texts
     require_text(recipe, texts)
     name, path = find_model(settings.model, on_progress)
-    refuse_compressed(path)
+    refuse_rounded(path)
     open_checkpoint(path)  # what is no model is told as such
 
     def compress(out: Path) -> Path:

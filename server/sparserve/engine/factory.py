@@ -99,7 +99,7 @@ def load_by_settings(
     if model.compressed is not None:
         info = model.compressed.info
         log.info(
-            "model %s was compressed from %s at %s (hash %.12s) by sparserve %s: %.2f bits per weight of its layers",
+            "model %s was made of %s at %s (hash %.12s) by sparserve %s: %.2f bits per weight of its layers",
             model.name, info.source.name, info.source.path, info.source.hash, info.sparserve_version,
             info.bits_per_decoder_weight,
         )  # fmt: skip
@@ -260,7 +260,7 @@ def _native_backend(
             graphs=settings.cuda_graphs,
             calibration=_calibration(model, formats),
             choice=choice,
-            compressed=model.compressed,
+            compressed=model.rounded,
             on_layer=on_layer,
         )
         num_blocks, context = size_cache(settings, decoder.kv_block_bytes, max_context, device)
@@ -294,7 +294,7 @@ def make_decoders(
             formats,
             threads=threads,
             calibration=_calibration(model, formats),
-            compressed=model.compressed,
+            compressed=model.rounded,
         )
         kv_bits = _kv_bits(settings)
         return [Decoder(packed, threads=threads, isa=level, kv_bits=kv_bits) for level in levels]

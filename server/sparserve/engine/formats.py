@@ -17,16 +17,16 @@ DETAILS = ("group_size", "weight_planes", "down_planes", "activation_bits")
 
 def served_formats(model: LoadedModel, settings: EngineSettings) -> DecoderFormats:
     """Of `model` on a native backend: what it was compressed to, else what `settings` want. Raises ConfigError."""
-    if model.compressed is None:
+    if (rounded := model.rounded) is None:
         return weight_formats(settings)
     for name in ("dtype", *PARTS, *DETAILS):
         value = getattr(settings, name)
         if value != type(settings).model_fields[name].default:
             raise ConfigError(
-                f"{name} is {value}, and {model.path} was compressed to {model.compressed.formats}, which is how "
-                f"it is served; leave {name} out, or take what it was made of, {model.compressed.info.source.name}"
+                f"{name} is {value}, and {model.path} was compressed to {rounded.formats}, which is how "
+                f"it is served; leave {name} out, or take what it was made of, {rounded.info.source.name}"
             )
-    return model.compressed.formats
+    return rounded.formats
 
 
 def weight_formats(settings: EngineSettings) -> DecoderFormats:

@@ -84,7 +84,7 @@ def check_weights(
     if needed <= room:
         return
     smaller = []
-    for dtype in ("int8", "int4") if model.compressed is None else ():
+    for dtype in ("int8", "int4") if model.rounded is None else ():
         own = bytes_of_weights(model.config, weight_formats(with_dtype(settings, dtype)))
         if own < needed:
             smaller.append(f"--dtype {dtype} (about {own / GIB:.1f} GiB)")

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,12 +18,13 @@ from sparserve.compression.matrix import MatrixReport
 from sparserve.compression.recipe import Recipe
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.compressed_checkpoint import VERSION, WITH_BIASES, CompressionInfo
+from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
+    check_source,
+    first_info,
     partial_of,
     refuse_existing,
-    source_of,
 )
 from sparserve.model.compressing import check_recipe, compress_layers, compress_lm_head
 from sparserve.model.loader import LoadedModel, load_model
@@ -75,7 +76,7 @@ def compress_folder(
     refuse_existing(out)  # told now, not after formats are chosen
     require_text(recipe, texts)
     source = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
-    origin = source_of(source)
+    check_source(source)
     check_recipe(source.config, recipe)
     windows = _windows(source, recipe, texts)
     pruned = None
@@ -89,16 +90,14 @@ def compress_folder(
         assert windows is not None
         chosen = allocate(source, recipe, windows.token_ids, on_choice)
         followed, kl = chosen.recipe, chosen.kl
-    added = () if pruned is None else pruned.added_biases
-    info = CompressionInfo(
-        recipe.model_dump(mode="json"),
-        followed.formats(),
-        origin,
-        texts=() if windows is None else tuple(windows.files),
-        format_version=WITH_BIASES if added else VERSION,
-        layer_sizes=() if pruned is None else tuple(source.config.layers),
-        added_biases=added,
-    )
+    info = first_info(source, recipe.model_dump(mode="json"), followed.formats())
+    if windows is not None:
+        info = replace(info, texts=tuple(dict.fromkeys((*info.texts, *windows.files))))
+    if pruned is not None:
+        info = replace(info, layer_sizes=tuple(source.config.layers))
+        if pruned.added_biases:
+            added = (*info.added_biases, *pruned.added_biases)
+            info = replace(info, format_version=WITH_BIASES, added_biases=added)
     with _alone_with(out):
         writer = CheckpointWriter(out, info)
         reports = _write_layers(source, followed, windows, writer, on_layer)

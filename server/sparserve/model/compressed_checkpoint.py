@@ -48,7 +48,7 @@ AddedBias = Literal["output", "down"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What was compressed."""
+    """A model that another was made of."""
 
     name: str
     path: str  # where it was then
@@ -61,7 +61,7 @@ class CompressionInfo:
 
     recipe: Mapping[str, Any]  # JSON values, as given
     formats: DecoderFormats
-    source: Source
+    source: Source  # the original
     texts: tuple[str, ...] = ()  # hashes of the files that it was calibrated on
     sparserve_version: str = __version__
     format_version: int = VERSION
@@ -72,6 +72,11 @@ class CompressionInfo:
         LayerSize, ...
     ] = ()  # of each layer of a pruned model; (): as config.json says
     added_biases: tuple[AddedBias, ...] = ()  # that the source does not have
+    healing: Mapping[str, Any] | None = None  # how it was healed; None: it was not
+    # The folder, made of `source`, that this one was made of, and the recipes that it had followed; None, (): of
+    # `source` itself.
+    made_of: Source | None = None
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.added_biases)) < len(self.added_biases):

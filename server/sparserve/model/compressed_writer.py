@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
+from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.weights import EndTensors, LayerTensors
+from sparserve import __version__
 from sparserve.errors import ConfigError, CorruptCheckpoint, ModelError, UnsupportedModel
 from sparserve.model.compressed_checkpoint import (
     ENDS,
@@ -61,20 +63,40 @@ COPIED = (
 UNFINISHED = ".unfinished"
 
 
-def source_of(model: LoadedModel) -> Source:
-    """What `CompressionInfo` tells of the model that is compressed. Reads its files once.
+def first_info(
+    model: LoadedModel, recipe: Mapping[str, Any], formats: DecoderFormats
+) -> CompressionInfo:
+    """Of what is made of `model`, a folder that was pruned or healed before among them: what is known of that one
+    stays true. Reads its files once.
 
     Raises UnsupportedModel as `check_source`, ConfigError where it cannot be read.
     """
     check_source(model)
+    own = _source_of(model)
+    if model.compressed is None:
+        return CompressionInfo(recipe, formats, own)
+    before = model.compressed.info
+    return replace(
+        before,
+        recipe=recipe,
+        formats=formats,
+        made_of=own,
+        earlier=(*before.earlier, before.recipe),
+        sparserve_version=__version__,
+        bits_per_decoder_weight=0,
+        bits_per_weight=0,
+    )
+
+
+def _source_of(model: LoadedModel) -> Source:
     with _told_as_config_error(model.path, "read"):
         return Source(model.name, str(model.path.resolve()), hash_of_files(model.path))
 
 
 def check_source(model: LoadedModel) -> None:
-    """Raises UnsupportedModel of what is compressed already, and of GGUF files whose config a folder cannot
+    """Raises UnsupportedModel of what is rounded already, and of GGUF files whose config a folder cannot
     hold."""
-    refuse_compressed(model.path)
+    refuse_rounded(model.path)
     if model.weights.rope_factors is not None:
         raise UnsupportedModel(
             f"{model.path} has RoPE factors as a tensor, rope_freqs.weight, and folders of compressed models have "
@@ -85,9 +107,9 @@ def check_source(model: LoadedModel) -> None:
             model.config.to_hf()
 
 
-def refuse_compressed(path: Path) -> None:
-    """Raises UnsupportedModel of a folder that is compressed already."""
-    if is_compressed(path):
+def refuse_rounded(path: Path) -> None:
+    """Raises UnsupportedModel of a folder with integers; one that was only pruned or healed can be rounded."""
+    if is_compressed(path) and read_info(path).formats.quantized:
         raise UnsupportedModel(
             f"{path} is compressed already, from {read_info(path).source.path}; compress that"
         )
@@ -138,7 +160,7 @@ class CheckpointWriter:
         self.out = out
         refuse_existing(out)
         self.folder = partial_of(out)
-        source = Path(info.source.path)
+        source = Path((info.made_of or info.source).path)
         with _told_as_config_error(source, "read"):
             self.config, files = _beside_weights(source)
         self.config = info.config(self.config)
@@ -226,11 +248,10 @@ def _as_json(content: Mapping[str, Any]) -> bytes:
 
 
 def _same_run(one: CompressionInfo, other: CompressionInfo) -> bool:
-    """Whether layers of one are those of the other: wherever the source is, and whatever it is called."""
-    same_source = one.source.hash == other.source.hash
-    return same_source and _as_json(asdict(one)) == _as_json(
-        asdict(replace(other, source=one.source))
-    )
+    """Whether layers of one are those of the other: wherever the sources are, and whatever they are called."""
+    own, others = ((x.source.hash, x.made_of and x.made_of.hash) for x in (one, other))
+    there = replace(other, source=one.source, made_of=one.made_of)
+    return own == others and _as_json(asdict(one)) == _as_json(asdict(there))
 
 
 @contextmanager

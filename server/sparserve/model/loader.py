@@ -65,8 +65,15 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: str | None
     path: Path  # of the checkpoint
-    # Of a folder that `sparserve compress` made: what `weights` are worked out of at each use.
+    # Of a folder that `sparserve compress` or `heal` made: what `weights` are worked out of at each use.
     compressed: CompressedWeights | None = None
+
+    @property
+    def rounded(self) -> CompressedWeights | None:
+        """`compressed` where there are integers in it, whose formats are then those that serve; a folder all in
+        bfloat16, which was only pruned or healed, can be rounded like any other model."""
+        own = self.compressed
+        return own if own is not None and own.formats.quantized else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

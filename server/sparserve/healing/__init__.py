@@ -1,0 +1,1 @@
+"""Self-distillation: a pruned, sparse or quantized model learns to answer as the original one did."""

@@ -1,0 +1,229 @@
+"""From a model and texts to a folder with the model healed: what `sparserve heal` does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from sparse_kernels.native import usable_cpus
+from sparserve.calibration.stages import Stages
+from sparserve.compression.healing import Heal
+from sparserve.config import EngineSettings
+from sparserve.engine.formats import served_formats
+from sparserve.engine.threads import torch_threads
+from sparserve.errors import ConfigError
+from sparserve.healing.network import Network
+from sparserve.healing.policies import parse_through
+from sparserve.healing.state import Look, StateFile
+from sparserve.healing.stored import (
+    formats_of,
+    healed_ends,
+    healed_tensors,
+    layer_as_stored,
+    network_of,
+)
+from sparserve.healing.text import Windows, read_given, windows_of, write_text
+from sparserve.healing.training import Healed, OnProgress, train
+from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo
+from sparserve.model.compressed_writer import CheckpointWriter, first_info, refuse_existing
+from sparserve.model.identity import hash_of_files
+from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.text import TextFiles
+
+# Which version of the training an unfinished run belongs to.
+VERSION = 1
+LOOKS = "healing.json"  # in the folder: the looks at the held-out windows
+
+# (what is done, done, in all)
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HealedFolder:
+    info: CompressionInfo
+    healed: Healed
+    seconds: float  # of this run
+
+
+def heal(
+    model: str,
+    how: Heal,
+    texts: Sequence[Path],
+    out: Path,
+    settings: EngineSettings,
+    *,
+    original: str | None = None,
+    on_stage: OnStage = lambda what, done, total: None,
+    on_step: OnProgress = lambda progress: None,
+) -> HealedFolder:
+    """Write `model`, what `load_model` takes, as a folder `out` that it takes as well, healed as `how` says.
+
+    The teacher is `original`, else what the folder `model` was made of, else `model` itself. `settings` say where
+    the teacher writes text. An interrupted run goes on from its last look, kept in a file beside `out`.
+
+    Of several processes that accelerate launched, the first writes.
+
+    Raises ModelError, and ConfigError of texts that are too short, a policy that cannot be learned through, a teacher
+    that is not this model's, and where `out` cannot be written or is there already.
+    """
+    begun = time.monotonic()
+    refuse_existing(out)
+    student, teacher = _both(model, original)
+    through = parse_through(how.through, student, settings)
+    given = read_given(teacher, how, texts)
+    inputs = _inputs(how, student, teacher, given, settings)
+    accelerator = _accelerator(how, settings)
+    inputs["processes"] = accelerator.num_processes
+    with torch_threads(settings):
+        with accelerator.main_process_first():  # others then find what it has written
+            windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
+        network = network_of(student, how.rank, how.seed)
+        kept = StateFile(out.with_name(f"{out.name}.state"), inputs)
+        healed = train(
+            network, network_of(teacher), how, through, windows, kept, accelerator, on_step
+        )
+    if healed.best.step == 0:
+        raise ConfigError(
+            f"no look at the held-out windows was better than the first one, a KL of {healed.best.held_out:.3g}: "
+            f"nothing is written. Lower --learning-rate, {how.learning_rate:g} now, or give more text"
+        )
+    info = _info(student, how, given, healed, inputs)
+    if accelerator.is_main_process:
+        info = _write(student, network, healed, info, out, on_stage)
+        kept.forget()
+        _written_file(out).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return HealedFolder(info, healed, time.monotonic() - begun)
+
+
+def _write(
+    student: LoadedModel,
+    network: Network,
+    healed: Healed,
+    info: CompressionInfo,
+    out: Path,
+    on_stage: OnStage,
+) -> CompressionInfo:
+    writer = CheckpointWriter(out, info)
+    for index, layer in enumerate(network.healed):
+        writer.write_layer(index, healed_tensors(layer_as_stored(student, index), layer))
+        on_stage("writing layers", index + 1, len(network.healed))
+    writer.write_file(LOOKS, _looks_as_json(healed.looks))
+    writer.finish(healed_ends(student, network))
+    return writer.info
+
+
+def _accelerator(how: Heal, settings: EngineSettings) -> Accelerator:
+    """Raises ConfigError of a batch that processes cannot share evenly."""
+    found = Accelerator(cpu=settings.device == "cpu")
+    if how.batch % found.num_processes:
+        raise ConfigError(
+            f"batch is {how.batch}, and accelerate launched {found.num_processes} processes; take a multiple of it"
+        )
+    return found
+
+
+def _both(model: str, original: str | None) -> tuple[LoadedModel, LoadedModel]:
+    """(student, teacher). Raises ConfigError where the teacher is another model's, or is gone."""
+    student = load_model(model, dtype="bfloat16", layers_at_use=True)
+    if original is None and student.compressed is None:
+        return student, student
+    if original is None:
+        assert student.compressed is not None
+        source = student.compressed.info.source
+        path = Path(source.path)
+        if not path.exists() or hash_of_files(path) != source.hash:
+            raise ConfigError(
+                f"{model} was made of {source.name}, which is no longer what it was at {path}; the teacher is the "
+                "original model: name it with --original"
+            )
+        original = source.path
+    teacher = load_model(original, dtype="bfloat16", layers_at_use=True)
+    if teacher.tokenizer.to_str() != student.tokenizer.to_str():
+        raise ConfigError(
+            f"{model} and the original {original} have different tokenizers; give the model that it was made of"
+        )
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise ConfigError(
+            f"{model} has {student.config.vocab_size} logits and the original {original} "
+            f"{teacher.config.vocab_size}; give the model that it was made of"
+        )
+    return student, teacher
+
+
+def _inputs(
+    how: Heal,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    given: TextFiles,
+    settings: EngineSettings,
+) -> dict[str, Any]:
+    """All that results depend on."""
+    return {
+        "version": VERSION,
+        "how": how.model_dump(mode="json"),
+        "student": hash_of_files(student.path),
+        "teacher": hash_of_files(teacher.path),
+        "text": given.hash,
+        "served": str(served_formats(student, settings)),
+        "threads": settings.threads or usable_cpus(),
+        "torch": torch.__version__,
+    }
+
+
+def _windows(
+    teacher: LoadedModel,
+    settings: EngineSettings,
+    how: Heal,
+    given: TextFiles,
+    out: Path,
+    inputs: dict[str, Any],
+    on_stage: OnStage,
+) -> Windows:
+    """What the teacher writes is kept: it takes minutes."""
+
+    def write() -> dict[str, torch.Tensor]:
+        on_tokens = lambda done, total: on_stage("the original writes", done, total)  # noqa: E731
+        return {"token_ids": write_text(teacher, settings, how, given, on_tokens)}
+
+    needed = {name: inputs[name] for name in ("version", "teacher", "text", "threads")}
+    needed |= {name: getattr(how, name) for name in ("generated", "window", "seed")}
+    written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
+    return windows_of(how, given, written)
+
+
+def _written_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.written")
+
+
+def _info(
+    student: LoadedModel,
+    how: Heal,
+    given: TextFiles,
+    healed: Healed,
+    inputs: dict[str, Any],
+) -> CompressionInfo:
+    told = {
+        **how.model_dump(mode="json"),
+        "student": inputs["student"],
+        "steps": healed.best.step,
+        "held_out_before": healed.looks[0].held_out,
+        "held_out_after": healed.best.held_out,
+    }
+    known = student.compressed
+    recipe = {"name": "healed"} if known is None else known.info.recipe
+    info = first_info(student, recipe, formats_of(student))
+    biases = info.added_biases if student.config.down_bias else (*info.added_biases, "down")
+    texts = tuple(dict.fromkeys((*info.texts, *given.files)))
+    return replace(info, format_version=WITH_BIASES, texts=texts, added_biases=biases, healing=told)
+
+
+def _looks_as_json(looks: Sequence[Look]) -> bytes:
+    return (json.dumps([asdict(own) for own in looks], indent=1) + "\n").encode()

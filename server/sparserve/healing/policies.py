@@ -1,0 +1,50 @@
+"""From the words of a policy to what a student learns through."""
+
+from __future__ import annotations
+
+from sparse_kernels.choice import ChoiceKind
+from sparserve.bench.policies import PolicySpec
+from sparserve.config import EngineSettings
+from sparserve.engine.formats import served_formats
+from sparserve.errors import ConfigError
+from sparserve.healing.planes import Planes
+from sparserve.healing.through import Through, core_of
+from sparserve.model.backend import mean_neuron_bytes
+from sparserve.model.loader import LoadedModel
+from sparserve.model.weight_bytes import layer_neuron_bytes
+from sparserve.sparsity.policy import PolicyKind
+
+
+def parse_through(words: str, model: LoadedModel, settings: EngineSettings) -> Through:
+    """`settings` say in which format `model` will be served. Raises ConfigError of a policy that cannot be learned
+    through."""
+    policy = PolicySpec.parse(words).policy
+    if policy.kind is PolicyKind.DENSE:
+        return Through()
+    if policy.kind is PolicyKind.CORE and policy.density is not None:
+        return core_of(policy.density, model.config)
+    if policy.kind is PolicyKind.TOKEN and policy.choice is not ChoiceKind.GATE:
+        assert policy.density is not None
+        if policy.core_density is None:
+            return _planes(words, policy.density, model, settings)
+    raise ConfigError(
+        f"through is {words!r}, and healing goes through dense, core:D or token:D by planes; what is healed for "
+        "one of them tolerates other choices better, too"
+    )
+
+
+def _planes(words: str, density: float, model: LoadedModel, settings: EngineSettings) -> Planes:
+    formats = served_formats(model, settings)
+    each = layer_neuron_bytes(model.config, formats).get(ChoiceKind.PLANES)
+    if each is None:
+        raise ConfigError(
+            f"through is {words!r}, and tokens choose by planes of gate and up; say which will be served, as in "
+            "--dtype int8 --weight-planes 4+4"
+        )
+    looked, *rest = own = mean_neuron_bytes(each)
+    reach = (density * sum(own) - looked) / sum(rest)
+    if reach <= 0:
+        raise ConfigError(
+            f"through is {words!r}, and looking at every neuron takes {looked / sum(own):.2f} of the bytes; take more"
+        )
+    return Planes(model, formats.gate_up, own, min(reach, 1.0))

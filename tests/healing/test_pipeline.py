@@ -1,0 +1,148 @@
+"""Healing from a model and a text to a folder that serves."""
+
+import json
+
+import pytest
+import torch
+
+from sparserve.compression.healing import Heal
+from sparserve.compression.recipe import parse_recipe
+from sparserve.errors import ConfigError
+from sparserve.healing import training
+from sparserve.healing.pipeline import LOOKS, heal
+from sparserve.model.compress_folder import compress_folder
+from sparserve.model.compressed_checkpoint import read_info
+from sparserve.model.loader import load_model
+
+PRUNED = """
+name: pruned
+attention: {bits: 16}
+gate_up: {bits: 16}
+down: {bits: 16}
+lm_head: {bits: 16}
+prune: {mlp: 0.4, heads: 0.3, restore: none}
+calibration: {windows: 4, tokens: 64}
+"""
+
+
+class Stopped(Exception):
+    pass
+
+
+def changed(how: Heal, **changes: object) -> Heal:
+    return Heal(**(how.model_dump() | changes))
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_pruned_model_comes_nearer_to_its_original(folder, text, few, settings, tmp_path):
+    compress_folder(str(folder), parse_recipe(PRUNED, "pruned"), [text], tmp_path / "pruned")
+    steps = []
+    how = changed(few, through="dense")
+    made = heal(
+        str(tmp_path / "pruned"), how, [text], tmp_path / "healed", settings, on_step=steps.append
+    )
+    looks = made.healed.looks
+    assert looks[0].step == 0
+    assert made.healed.best.held_out < 0.9 * looks[0].held_out
+    assert [own.step for own in steps] == list(range(how.steps + 1))
+    info = read_info(tmp_path / "healed")
+    before = read_info(tmp_path / "pruned")
+    assert info.layer_sizes == before.layer_sizes
+    assert info.source == before.source
+    assert info.healing["through"] == "dense"
+    assert info.healing["held_out_after"] == made.healed.best.held_out
+    assert json.loads((tmp_path / "healed" / LOOKS).read_text())[0]["held_out"] == looks[0].held_out
+    model = load_model(str(tmp_path / "healed"))
+    assert model.config.down_bias
+    assert model.config.num_parameters < load_model(str(folder)).config.num_parameters
+    assert not list(tmp_path.glob("healed.*"))  # nothing of the run is left beside it
+
+
+def test_a_run_that_was_interrupted_makes_the_same_bytes(folder, text, few, settings, tmp_path):
+    heal(str(folder), few, [text], tmp_path / "whole", settings)
+
+    def stop(progress: training.Progress) -> None:
+        if progress.step == 14:
+            raise Stopped
+
+    seen = []
+    with pytest.raises(Stopped):
+        heal(str(folder), few, [text], tmp_path / "again", settings, on_step=stop)
+    heal(str(folder), few, [text], tmp_path / "again", settings, on_step=seen.append)
+    assert seen[0].step == 13  # after the second look of four
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
+
+
+def test_what_another_run_left_is_not_gone_on_with(folder, text, few, settings, tmp_path):
+    def stop(progress: training.Progress) -> None:
+        if progress.step == 7:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        heal(str(folder), few, [text], tmp_path / "out", settings, on_step=stop)
+    seen = []
+    heal(str(folder), changed(few, seed=1), [text], tmp_path / "out", settings, on_step=seen.append)
+    assert seen[0].step == 0
+
+
+def test_a_diverging_run_stops_and_keeps_the_best(folder, text, few, settings, tmp_path):
+    compress_folder(str(folder), parse_recipe(PRUNED, "pruned"), [text], tmp_path / "pruned")
+    how = changed(few, through="dense", learning_rate=0.9, evaluations=24)
+    try:
+        made = heal(str(tmp_path / "pruned"), how, [text], tmp_path / "healed", settings)
+    except ConfigError as error:
+        assert "nothing is written. Lower --learning-rate, 0.9 now" in str(error)  # noqa: PT017
+        assert not (tmp_path / "healed").exists()
+    else:
+        assert made.healed.steps < how.steps
+        assert made.healed.best.held_out < made.healed.looks[0].held_out
+
+
+def test_a_run_without_progress_ends_early(folder, text, few, settings, tmp_path):
+    how = changed(few, learning_rate=1e-12, evaluations=24, patience=2)
+    with pytest.raises(ConfigError, match="no look at the held-out windows was better"):
+        heal(str(folder), how, [text], tmp_path / "healed", settings)
+
+
+def test_too_short_a_text_is_refused(folder, few, settings, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    how = changed(few, generated=4)
+    with pytest.raises(ConfigError, match=r"the text has 9 tokens, 0 windows of 32, and 4 are generated; healing "
+                       r"needs 12 at least: 8 held out and a batch of 4"):  # fmt: skip
+        heal(str(folder), how, [short], tmp_path / "healed", settings)
+
+
+def test_the_teacher_must_be_what_the_student_was_made_of(
+    folder, write_tiny_checkpoint, text, few, settings, tmp_path
+):
+    compress_folder(str(folder), parse_recipe(PRUNED, "pruned"), [text], tmp_path / "pruned")
+    write_tiny_checkpoint(folder, dtype=torch.bfloat16, seed=9)
+    with pytest.raises(ConfigError, match=r"is no longer what it was at .*name it with --original"):
+        heal(str(tmp_path / "pruned"), few, [text], tmp_path / "healed", settings)
+
+
+def test_concentrating_makes_activations_less_spread(folder, text, few, settings, tmp_path):
+    def spread_of(name: str) -> float:
+        from sparserve.healing.stored import network_of
+        from sparserve.healing.through import Through
+
+        model = load_model(str(tmp_path / name), dtype="bfloat16", layers_at_use=True)
+        through, network = Through(), network_of(model)
+        through.begin(0, watch=True)
+        network(torch.arange(64)[None], through)
+        return float(through.spread().detach())
+
+    heal(str(folder), few, [text], tmp_path / "plain", settings)
+    heal(str(folder), changed(few, concentrate=10.0), [text], tmp_path / "concentrated", settings)
+    assert spread_of("concentrated") < 0.998 * spread_of("plain")
+
+
+def test_evaluations_beyond_steps_are_refused(few):
+    with pytest.raises(
+        ValueError, match="evaluations is 25, and 3072 tokens are 24 steps of 4 x 32"
+    ):
+        changed(few, evaluations=25)
