@@ -244,6 +244,31 @@ def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
     assert blocks.shape == (2, native.info.kv_bytes_per_token * BLOCK_SIZE)
 
 
+def test_a_gguf_file_is_pruned_into_layers_of_their_own(write_gguf, tmp_path, text):
+    write_gguf(tmp_path / "tiny.gguf")
+    recipe = parse_recipe(BF16 + "prune: {mlp: 0.255, allocation: adaptive}", "test")
+    made = compress_folder(str(tmp_path / "tiny.gguf"), recipe, [text], tmp_path / "out")
+    model = load_model(str(tmp_path / "out"), layers_at_use=True)
+    assert list(model.config.layers) == [own.size for own in made.pruned.layers]
+    assert model.config.down_bias
+
+
+def test_a_pruned_folder_is_pruned_again(tiny_folder, tmp_path, text):
+    """What the first time added stays, and the second adds nothing that is there."""
+    once, twice = (
+        parse_recipe(BF16 + f"prune: {{{how}, restore: bias}}", "test")
+        for how in ("mlp: 0.2", "mlp: 0.2, heads: 0.5")
+    )
+    first = compress_folder(str(tiny_folder), once, [text], tmp_path / "once")
+    second = compress_folder(str(tmp_path / "once"), twice, [text], tmp_path / "twice")
+    assert first.info.added_biases == ("down",)
+    assert second.pruned.added_biases == ("output",)
+    assert second.info.added_biases == ("down", "output")
+    config = load_model(str(tmp_path / "twice"), layers_at_use=True).config
+    assert (config.output_bias, config.down_bias) == (True, True)
+    assert list(config.layers) == [own.size for own in second.pruned.layers]
+
+
 def test_a_core_of_a_pruned_model_is_a_share_of_each_layers_own_neurons(tiny_model, token_ids):
     made = prune(tiny_model, Prune(mlp=0.3, allocation="adaptive"), token_ids)
     backend = reference(made.model)
