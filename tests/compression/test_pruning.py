@@ -16,7 +16,7 @@ from sparserve.compression.pruning.budget import (
     units_of,
 )
 from sparserve.compression.pruning.criteria import CRITERIA, Importance, LayerMatrices
-from sparserve.compression.pruning.restore import least_squares
+from sparserve.compression.pruning.restore import RIDGE, restore
 from sparserve.compression.pruning.statistics import LayerStatistics
 
 HEADS, HEAD_DIM, HIDDEN, NEURONS = 4, 3, 7, 11
@@ -180,24 +180,83 @@ def test_adaptive_takes_what_stands_lowest_in_its_layer():
     assert [own.neurons for own in removals] == [0, 2]
 
 
+def with_ones(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x, torch.ones(len(x), 1)), dim=1).double()
+
+
+def moments(x: torch.Tensor) -> torch.Tensor:
+    return with_ones(x).T @ with_ones(x)
+
+
+def correlated(rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Eight inputs of four sources, with means of their own."""
+    mixed = torch.randn(4, 8, generator=torch.Generator().manual_seed(4))
+    noise = 0.05 * torch.randn(rows, 8, generator=generator)
+    return torch.randn(rows, 4, generator=generator) @ mixed + noise + torch.arange(8)
+
+
+KEPT, GONE = torch.tensor([0, 1, 3, 4, 6, 7]), [2, 5]
+
+
+def error(weight, x, served, bias) -> float:
+    """Of outputs, written out."""
+    lost = x @ weight.T - x[:, KEPT] @ served.T - bias
+    return float(lost.square().sum() / (x @ weight.T).square().sum())
+
+
 def test_least_squares_makes_up_for_what_the_rest_knows():
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(5, 8, generator=generator)
-    basis = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    x, held_out = correlated(400, generator), correlated(200, generator)
+    found = restore(weight, KEPT, moments(x), moments(held_out), "least_squares")
+    plain, none = weight[:, KEPT], torch.zeros(5)
+    assert found.removed == pytest.approx(error(weight, held_out, plain, none), rel=1e-4)
+    own = error(weight, held_out, found.weight, found.bias)
+    assert found.restored == pytest.approx(own, rel=1e-4)
+    by_mean = error(weight, held_out, plain, x[:, GONE].mean(dim=0) @ weight[:, GONE].T)
+    assert found.restored < 0.1 * by_mean  # four sources carry all: six inputs hold them
+    assert by_mean < 0.5 * found.removed
+    # Ridge regression on centred inputs, as rows of one system; the bias is not shrunk.
+    ridge = (RIDGE * float(x.double().var(dim=0, correction=0).mean()) * len(x)) ** 0.5
+    rows = torch.cat((with_ones(x[:, KEPT]), torch.eye(7).double() * ridge))
+    rows[-1] = 0
+    near = torch.cat((plain.T.double() * ridge, torch.zeros(1, 5)))  # to what it was
+    wanted = torch.cat(((x @ weight.T).double(), near))
+    solution = torch.linalg.lstsq(rows, wanted).solution.T
+    torch.testing.assert_close(found.weight.double(), solution[:, :-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.bias.double(), solution[:, -1], rtol=1e-3, atol=1e-3)
 
-    def moments(rows: int) -> torch.Tensor:
-        noise = 0.05 * torch.randn(rows, 8, generator=generator, dtype=torch.float64)
-        x = torch.randn(rows, 4, generator=generator, dtype=torch.float64) @ basis + noise
-        return x.T @ x
 
-    kept = torch.tensor([0, 1, 3, 4, 6, 7])
-    found = least_squares(weight, kept, moments(400), moments(200))
-    assert found.weight.shape == (5, 6)
-    assert found.restored < 0.1 * found.removed  # four directions carry all: six inputs hold them
-    alone = least_squares(weight, kept, torch.eye(8).double(), torch.eye(8).double())
-    assert alone.restored >= alone.removed  # inputs that know nothing of each other
-    shrunk = weight[:, kept] / (1 + 0.01)
-    assert torch.allclose(alone.weight, shrunk, rtol=1e-5)
+@pytest.mark.parametrize("how", ["bias", "least_squares"])
+def test_what_never_changes_is_a_bias(how):
+    generator = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(5, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    x[:, GONE] = torch.tensor([2.0, -3.0])
+    found = restore(weight, KEPT, moments(x[:200]), moments(x[200:]), how)
+    if found.weight is not None:
+        torch.testing.assert_close(found.weight, weight[:, KEPT])
+    expected = weight[:, GONE] @ torch.tensor([2.0, -3.0])
+    torch.testing.assert_close(found.bias, expected, rtol=1e-4, atol=1e-4)
+    assert found.restored < 1e-9 < found.removed
+
+
+@pytest.mark.parametrize("how", ["bias", "least_squares"])
+def test_what_does_not_hold_elsewhere_is_left_out(how):
+    generator = torch.Generator().manual_seed(6)
+    weight, x = torch.randn(5, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    other = x.clone()
+    x[:, GONE] += 1
+    other[:, GONE] -= 1
+    found = restore(weight, KEPT, moments(x), moments(other), how)
+    assert (found.weight, found.bias) == (None, None)
+    assert found.restored == found.removed > 0
+
+
+def test_inputs_that_were_never_there_are_restored_by_nothing():
+    weight, zeros = torch.randn(5, 8), torch.zeros(20, 8)
+    found = restore(weight, KEPT, moments(zeros), moments(zeros), "least_squares")
+    assert (found.weight, found.bias) == (None, None)
+    assert found.restored == found.removed == 0
 
 
 def test_a_layer_without_importance_still_loses_its_share():

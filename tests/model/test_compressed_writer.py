@@ -11,7 +11,7 @@ from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import EndTensors
 from sparserve.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from sparserve.model.compressed_checkpoint import Source
-from sparserve.model.compressed_writer import CheckpointWriter, first_info
+from sparserve.model.compressed_writer import CheckpointWriter, check_source, first_info
 from sparserve.model.loader import load_model
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder
 
@@ -247,7 +247,7 @@ def test_what_a_folder_cannot_hold_is_refused(whole, write_gguf, tmp_path):
     with pytest.raises(UnsupportedModel, match=f"{biased}: .* no words for qkv_bias True"):
         first_info(load_model(str(biased)), {}, FORMATS)
     with pytest.raises(UnsupportedModel, match=f"{whole[0]} is compressed already, from .*source"):
-        first_info(load_model(str(whole[0])), {}, FORMATS)
+        check_source(load_model(str(whole[0])))
     info = replace(whole[1].info, source=Source("tiny", str(tmp_path), ""))
     with pytest.raises(ModelNotFound, match=r"has no config.json"):
         CheckpointWriter(tmp_path / "out", info)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sparserve.compression.recipe import parse_recipe
 from sparserve.compression.sections import Prune
@@ -16,6 +17,7 @@ from sparserve.model.config import LayerSize
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.pruning import PrunedLayers, prune
 from sparserve.model.reference import ReferenceBackend
+from sparserve.model.walk import Walk, activations
 from sparserve.sparsity.chooser import Chooser
 from sparserve.sparsity.policy import Policy, PolicyKind
 from sparserve.sparsity.statistics import PromptStatistics
@@ -101,20 +103,78 @@ def test_pruning_is_masking(tiny_model, token_ids, head_unit, allocation):
 def test_a_share_of_all_parameters_is_met(tiny_model, token_ids):
     before = tiny_model.config.num_parameters
     made = prune(tiny_model, Prune(ratio=0.25), token_ids)
-    assert made.parameters == pytest.approx(0.25 * before, abs=3 * 64)
+    biases = 2 * 64 * len(made.added_biases)
+    assert made.parameters + biases == pytest.approx(0.25 * before, abs=3 * 64)
     assert made.model.config.num_parameters == before - made.parameters
 
 
-def test_restoring_never_makes_held_out_errors_larger(tiny_model, token_ids):
-    made = prune(tiny_model, Prune(mlp=0.5, heads=0.4), token_ids)
-    plain = prune(tiny_model, Prune(mlp=0.5, heads=0.4, restore="none"), token_ids)
+@pytest.mark.parametrize("restore", ["bias", "least_squares"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biases"])
+def test_restoring_never_makes_held_out_errors_larger(
+    tiny_model, with_biases, token_ids, restore, biased
+):
+    model = with_biases(tiny_model) if biased else tiny_model
+    made = prune(model, Prune(mlp=0.5, heads=0.4, restore=restore), token_ids)
+    plain = prune(model, Prune(mlp=0.5, heads=0.4, restore="none"), token_ids)
+    assert plain.added_biases == ()
+    refitted, config = [], made.model.config
     for index, layer in enumerate(made.layers):
-        for field, report in (("wo", layer.output), ("w_down", layer.down)):
-            if report is None:
-                continue
-            own = getattr(made.model.weights.layers[index], field)
-            before = getattr(plain.model.weights.layers[index], field)
-            assert torch.equal(own, before) == (report.restored >= report.removed)
+        own, before = (of.model.weights.layers[index] for of in (made, plain))
+        for matrix, bias, name, report in (
+            ("wo", "bo", "output", layer.output),
+            ("w_down", "bd", "down", layer.down),
+        ):
+            assert report is None or report.restored <= report.removed
+            has_weight = report is not None and report.weight is not None
+            has_bias = report is not None and report.bias is not None
+            assert torch.equal(getattr(own, matrix), getattr(before, matrix)) != has_weight
+            refitted.append(has_weight)
+            there = getattr(own, bias)
+            assert (there is not None) == getattr(config, f"{name}_bias")
+            if there is not None:
+                was = torch.zeros(64) if getattr(before, bias) is None else getattr(before, bias)
+                assert torch.equal(there, was) != has_bias
+            assert (name in made.added_biases) <= (not biased)
+    assert made.added_biases or biased
+    assert any(refitted) <= (restore == "least_squares")
+    assert made.parameters == model.config.num_parameters - config.num_parameters
+
+
+@pytest.mark.parametrize("restore", ["bias", "least_squares"])
+def test_what_each_matrix_loses_is_what_is_told(tiny_model, token_ids, restore):
+    """Errors on the held-out windows, of the pruned model as it is walked through."""
+    made = prune(tiny_model, Prune(mlp=0.5, restore=restore), token_ids)
+    walk = Walk(made.model, token_ids[3::4])
+    for index, (report, kept) in enumerate(
+        zip(made.layers, made.model.weights.layers.kept, strict=True)
+    ):
+        whole, own = tiny_model.weights.layers[index], made.model.weights.layers[index]
+        assert report.output is None
+        walk.add_attention(index, own)
+        lost = []
+        for x in walk.x:
+            made_of_all = activations(whole, walk.norm(x, whole.mlp_norm))
+            wanted = made_of_all @ whole.w_down.T
+            found = F.linear(made_of_all[:, kept.neurons], own.w_down, own.bd)
+            sizes = wanted.norm(dim=1)
+            assert sizes.min() > 0.01 * sizes.mean()
+            lost.append(((wanted - found).norm(dim=1) / sizes).square())
+        assert report.down.restored == pytest.approx(float(torch.cat(lost).mean()), rel=1e-3)
+        walk.add_feed_forward(own)
+
+
+def test_what_other_neurons_know_is_fitted_again(tiny_model, token_ids):
+    """Each neuron of the second half is one of the first, whose weights in down are larger, so that it stays."""
+    layers = []
+    for layer in tiny_model.weights.layers:
+        twins = {name: getattr(layer, name)[:48].repeat(2, 1) for name in ("w_gate", "w_up")}
+        larger = torch.cat((layer.w_down[:, :48] * 4, layer.w_down[:, 48:]), dim=1)
+        layers.append(replace(layer, w_down=larger, **twins))
+    model = replace(tiny_model, weights=replace(tiny_model.weights, layers=layers))
+    made = prune(model, Prune(mlp=0.2), token_ids)
+    for layer in made.layers:
+        assert layer.down.weight is not None
+        assert layer.down.restored < 0.3 * layer.down.removed
 
 
 def test_the_same_text_removes_the_same(tiny_model, token_ids):
@@ -154,10 +214,14 @@ calibration: {windows: 4, tokens: 64}
 
 
 @pytest.mark.parametrize("recipe", [BF16, INT8])
+@pytest.mark.parametrize("restore", ["none", "bias", "least_squares"])
 def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
-    tiny_folder, tmp_path, text, token_ids, recipe
+    tiny_folder, tmp_path, text, token_ids, recipe, restore
 ):
-    how = "prune: {heads: 0.25, mlp: 0.255, allocation: adaptive, head_unit: queries}"
+    how = (
+        "prune: {heads: 0.25, mlp: 0.255, allocation: adaptive, head_unit: queries, "
+        f"restore: {restore}}}"
+    )
     made = compress_folder(
         str(tiny_folder), parse_recipe(recipe + how, "test"), [text], tmp_path / "out"
     )
@@ -165,6 +229,10 @@ def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
     model = load_model(str(tmp_path / "out"), layers_at_use=True)
     assert list(model.config.layers) == [own.size for own in made.pruned.layers]
     assert len({own.intermediate_size for own in model.config.layers}) == 2
+    added = made.pruned.added_biases
+    assert (made.info.added_biases, made.info.format_version) == (added, 2 if added else 1)
+    assert bool(added) == (restore != "none")
+    assert model.config.num_parameters == made.pruned.model.config.num_parameters
     engine = assemble_engine(model, ServerSettings(backend="cpu", threads=1, kv_cache_gib=0.01))
     native = engine.engine.backend
     exact = load_model(str(tmp_path / "out"), dtype="float32")
@@ -175,6 +243,31 @@ def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
     native.write_blocks([4, 5], blocks)
     assert torch.equal(native.read_blocks([4, 5]), blocks)
     assert blocks.shape == (2, native.info.kv_bytes_per_token * BLOCK_SIZE)
+
+
+def test_a_gguf_file_is_pruned_into_layers_of_their_own(write_gguf, tmp_path, text):
+    write_gguf(tmp_path / "tiny.gguf")
+    recipe = parse_recipe(BF16 + "prune: {mlp: 0.255, allocation: adaptive}", "test")
+    made = compress_folder(str(tmp_path / "tiny.gguf"), recipe, [text], tmp_path / "out")
+    model = load_model(str(tmp_path / "out"), layers_at_use=True)
+    assert list(model.config.layers) == [own.size for own in made.pruned.layers]
+    assert model.config.down_bias
+
+
+def test_a_pruned_folder_is_pruned_again(tiny_folder, tmp_path, text):
+    """What the first time added stays, and the second adds nothing that is there."""
+    once, twice = (
+        parse_recipe(BF16 + f"prune: {{{how}, restore: bias}}", "test")
+        for how in ("mlp: 0.2", "mlp: 0.2, heads: 0.5")
+    )
+    first = compress_folder(str(tiny_folder), once, [text], tmp_path / "once")
+    second = compress_folder(str(tmp_path / "once"), twice, [text], tmp_path / "twice")
+    assert first.info.added_biases == ("down",)
+    assert second.pruned.added_biases == ("output",)
+    assert second.info.added_biases == ("down", "output")
+    config = load_model(str(tmp_path / "twice"), layers_at_use=True).config
+    assert (config.output_bias, config.down_bias) == (True, True)
+    assert list(config.layers) == [own.size for own in second.pruned.layers]
 
 
 def test_a_core_of_a_pruned_model_is_a_share_of_each_layers_own_neurons(tiny_model, token_ids):

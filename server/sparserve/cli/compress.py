@@ -236,8 +236,9 @@ def _print_pruned(pruned: Pruned) -> None:
         before, after = (
             _mean([getattr(own, name) for own in fitted]) for name in ("removed", "restored")
         )
+        alone = sum(own.weight is None for own in kept)
         told += (
-            f"; {len(kept)} of {len(fitted)} matrices restored (squared error on held-out text "
+            f"; {len(kept)} of {len(fitted)} matrices restored, {alone} by a bias alone (squared error on held-out text "
             f"{_percent(before)}, restored {_percent(after)}, means)"
         )
     out.print(told, soft_wrap=True)

@@ -18,7 +18,7 @@ from sparserve.compression.matrix import MatrixReport
 from sparserve.compression.recipe import Recipe
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress
-from sparserve.model.compressed_checkpoint import CompressionInfo
+from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
     check_source,
@@ -76,14 +76,14 @@ def compress_folder(
     _refuse_steps(recipe)
     refuse_existing(out)  # told now, not after formats are chosen
     require_text(recipe, texts)
-    source = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
-    check_source(source)
-    check_recipe(source.config, recipe)
-    windows = _windows(source, recipe, texts)
-    pruned = None
+    original = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
+    check_source(original)
+    check_recipe(original.config, recipe)
+    windows = _windows(original, recipe, texts)
+    source, pruned = original, None
     if recipe.prune is not None:
         assert windows is not None
-        pruned = prune(source, recipe.prune, windows.token_ids, on_prune)
+        pruned = prune(original, recipe.prune, windows.token_ids, on_prune)
         source = pruned.model
         check_recipe(source.config, recipe)
     followed, kl = recipe, None
@@ -91,11 +91,9 @@ def compress_folder(
         assert windows is not None
         chosen = allocate(source, recipe, windows.token_ids, on_choice)
         followed, kl = chosen.recipe, chosen.kl
-    info = first_info(source, recipe.model_dump(mode="json"), followed.formats())
-    if windows is not None:
-        info = replace(info, texts=tuple(dict.fromkeys((*info.texts, *windows.files))))
-    if pruned is not None:
-        info = replace(info, layer_sizes=tuple(source.config.layers))
+    info = _with_what_was_done(
+        first_info(original, recipe.model_dump(mode="json"), followed.formats()), windows, pruned
+    )
     with _alone_with(out):
         writer = CheckpointWriter(out, info)
         reports = _write_layers(source, followed, windows, writer, on_layer)
@@ -112,6 +110,20 @@ def _refuse_steps(recipe: Recipe) -> None:
             f"the recipe {recipe.name} {step}, which takes long: follow it once with `sparserve compress --recipe … "
             "--out FOLDER`, and name the folder"
         )
+
+
+def _with_what_was_done(
+    info: CompressionInfo, windows: TokenWindows | None, pruned: Pruned | None
+) -> CompressionInfo:
+    if windows is not None:
+        info = replace(info, texts=tuple(dict.fromkeys((*info.texts, *windows.files))))
+    if pruned is None:
+        return info
+    info = replace(info, layer_sizes=tuple(pruned.model.config.layers))
+    if not pruned.added_biases:
+        return info
+    added = (*info.added_biases, *pruned.added_biases)
+    return replace(info, format_version=WITH_BIASES, added_biases=added)
 
 
 def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:

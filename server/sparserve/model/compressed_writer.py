@@ -69,9 +69,9 @@ def first_info(
     """Of what is made of `model`, a folder that was pruned or healed before among them: what is known of that one
     stays true. Reads its files once.
 
-    Raises UnsupportedModel as `check_source`, ConfigError where it cannot be read.
+    Raises UnsupportedModel of GGUF files whose config a folder cannot hold, ConfigError where it cannot be read.
     """
-    check_source(model)
+    _check_words(model)
     own = _source_of(model)
     if model.compressed is None:
         return CompressionInfo(recipe, formats, own)
@@ -94,9 +94,12 @@ def _source_of(model: LoadedModel) -> Source:
 
 
 def check_source(model: LoadedModel) -> None:
-    """Raises UnsupportedModel of what is rounded already, and of GGUF files whose config a folder cannot
-    hold."""
+    """Raises UnsupportedModel of what is rounded already, and as `first_info`."""
     refuse_rounded(model.path)
+    _check_words(model)
+
+
+def _check_words(model: LoadedModel) -> None:
     if model.weights.rope_factors is not None:
         raise UnsupportedModel(
             f"{model.path} has RoPE factors as a tensor, rope_freqs.weight, and folders of compressed models have "

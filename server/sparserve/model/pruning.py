@@ -17,11 +17,12 @@ from sparserve.compression.pruning.budget import (
     units_of,
 )
 from sparserve.compression.pruning.criteria import CRITERIA, LayerMatrices
-from sparserve.compression.pruning.restore import Restored, least_squares
+from sparserve.compression.pruning.restore import Restored, restore
 from sparserve.compression.pruning.statistics import LayerStatistics
 from sparserve.compression.sections import Prune
 from sparserve.compression.statistics import InputMoments
 from sparserve.errors import ConfigError
+from sparserve.model.compressed_checkpoint import AddedBias
 from sparserve.model.config import LayerSize, ModelConfig
 from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.loader import LoadedModel
@@ -30,6 +31,10 @@ from sparserve.model.weights import LayerWeights, layer_shapes
 
 # One window of so many is held out, to see whether a matrix is nearer to what it was when it is restored.
 HELD_OUT = 4
+# Outputs of a token, of the mean of its window: what is smaller counts no more.
+SMALLEST = 0.01
+# Fields of LayerWeights -> what CompressionInfo calls them.
+BIASES: dict[str, AddedBias] = {"bo": "output", "bd": "down"}
 
 # (layers done, layers in all, of all passes)
 OnLayer = Callable[[int, int], None]
@@ -53,7 +58,7 @@ class PrunedLayer:
     """Of the report."""
 
     size: LayerSize
-    output: Restored | None  # of what was restored, accepted or not
+    output: Restored | None  # of what inputs were removed of, if it was to be restored
     down: Restored | None
 
 
@@ -61,7 +66,8 @@ class PrunedLayer:
 class Pruned:
     model: LoadedModel
     layers: Sequence[PrunedLayer]
-    parameters: int  # that were removed
+    parameters: int  # that it has fewer, with those of added biases
+    added_biases: tuple[AddedBias, ...]  # of all layers, where any was restored by one
 
 
 def prune(
@@ -80,28 +86,52 @@ def prune(
     kept = _choose(model, how, token_ids, lambda done: on_layer(done, passes * count))
     config = model.config.pruned([own.size for own in kept])
     layers = PrunedLayers(model.weights.layers, kept, model.config.head_dim)
-    pruned = replace(model, config=config, weights=replace(model.weights, layers=layers))
-    removed = model.config.num_parameters - config.num_parameters
     report = [PrunedLayer(own.size, None, None) for own in kept]
-    if how.restore == "least_squares":
+    if how.restore != "none":
         if len(token_ids) < HELD_OUT:
             raise ConfigError(
                 f"restoring needs {HELD_OUT} windows of text at least, one of them held out, and the calibration "
                 f"has {len(token_ids)}; give more text, or prune.restore none"
             )
-        report = _restore(model, layers, token_ids, lambda done: on_layer(count + done, 2 * count))
-    return Pruned(pruned, report, removed)
+        report = _restore(
+            model, layers, how, token_ids, lambda done: on_layer(count + done, 2 * count)
+        )
+    added = tuple(
+        name
+        for field, name in BIASES.items()
+        if field in layers.biases and not getattr(config, f"{name}_bias")
+    )
+    config = config.with_biases(added)
+    pruned = replace(model, config=config, weights=replace(model.weights, layers=layers))
+    removed = model.config.num_parameters - config.num_parameters
+    return Pruned(pruned, report, removed, added)
 
 
 class PrunedLayers(LayersAtUse[LayerWeights]):
-    """The layers of a model, cut at their use; restored matrices are kept."""
+    """The layers of a model, cut at their use; what was restored is kept."""
 
     def __init__(self, layers: Sequence[LayerWeights], kept: Sequence[Kept], head_dim: int) -> None:
         self._layers, self.kept, self._head_dim = layers, kept, head_dim
         self._restored: dict[int, dict[str, torch.Tensor]] = {}
+        self.biases: set[str] = set()  # that some layer was restored by; the others have zeros
 
-    def restore(self, index: int, field: str, weight: torch.Tensor) -> None:
-        self._restored.setdefault(index, {})[field] = weight
+    def restore(
+        self,
+        index: int,
+        found: Restored | None,
+        matrix: str,
+        bias: str,
+        before: torch.Tensor | None,
+    ) -> None:
+        """With these fields of LayerWeights; `before` is the bias that the layer had."""
+        if found is None:
+            return
+        own = self._restored.setdefault(index, {})
+        if found.weight is not None:
+            own[matrix] = found.weight
+        if found.bias is not None:
+            own[bias] = found.bias if before is None else before + found.bias
+            self.biases.add(bias)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -109,7 +139,11 @@ class PrunedLayers(LayersAtUse[LayerWeights]):
     def layer(self, index: int) -> LayerWeights:
         layer = cut(self._layers[index], self.kept[index], self._head_dim)
         own = self._restored.get(index, {})
-        return replace(layer, **{name: t.to(layer.wo.dtype) for name, t in own.items()})
+        zeros = {
+            name: torch.zeros(len(layer.wo)) for name in self.biases if getattr(layer, name) is None
+        }
+        matrices = {name: t.to(layer.wo.dtype) for name, t in own.items() if t.dim() == 2}
+        return replace(layer, **zeros | own | matrices)
 
 
 def cut(layer: LayerWeights, kept: Kept, head_dim: int) -> LayerWeights:
@@ -174,7 +208,7 @@ def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
         own += F.linear(heads, layer.wo, layer.bo)
         made = activations(layer, walk.norm(own, layer.mlp_norm))
         seen.neurons.add(made)
-        own += F.linear(made, layer.w_down)
+        own += F.linear(made, layer.w_down, layer.bd)
     return seen
 
 
@@ -227,6 +261,7 @@ def _kept(size: LayerSize, units: LayerUnits, removal: Removal) -> Kept:
 def _restore(
     model: LoadedModel,
     layers: PrunedLayers,
+    how: Prune,
     token_ids: torch.Tensor,
     on_layer: Callable[[int], None],
 ) -> list[PrunedLayer]:
@@ -246,15 +281,13 @@ def _restore(
         def neurons_of(own: torch.Tensor, layer: LayerWeights = whole) -> torch.Tensor:
             return activations(layer, walk.norm(own, layer.mlp_norm))
 
-        output = _fitted(walk, whole.wo, heads, heads_of, f"layer {index}: output")
-        if output is not None and output.restored < output.removed:
-            layers.restore(index, "wo", output.weight)
+        output = _fitted(walk, whole.wo, heads, heads_of, how, f"layer {index}: output")
+        layers.restore(index, output, "wo", "bo", whole.bo)
         served = _exact(layers[index])
         for own in walk.x:
             own += F.linear(heads_of(own)[:, heads], served.wo, served.bo)
-        down = _fitted(walk, whole.w_down, kept.neurons, neurons_of, f"layer {index}: down")
-        if down is not None and down.restored < down.removed:
-            layers.restore(index, "w_down", down.weight)
+        down = _fitted(walk, whole.w_down, kept.neurons, neurons_of, how, f"layer {index}: down")
+        layers.restore(index, down, "w_down", "bd", whole.bd)
         walk.add_feed_forward(_exact(layers[index]))
         report.append(PrunedLayer(kept.size, output, down))
         on_layer(index + 1)
@@ -266,16 +299,27 @@ def _fitted(
     weight: torch.Tensor,
     kept: torch.Tensor,
     inputs_of: Callable[[torch.Tensor], torch.Tensor],
+    how: Prune,
     name: str,
 ) -> Restored | None:
     """None where nothing was removed."""
     if len(kept) == weight.shape[1]:
         return None
-    fitted, held_out = (InputMoments.full(weight.shape[1]) for _ in range(2))
+    assert how.restore != "none"
+    fitted, held_out = (InputMoments.full(weight.shape[1] + 1) for _ in range(2))
     for window, own in enumerate(walk.x):
         moments = held_out if window % HELD_OUT == HELD_OUT - 1 else fitted
-        moments.add(inputs_of(own), name)
-    return least_squares(weight, kept, fitted.sums, held_out.sums)
+        moments.add(_weighed(inputs_of(own), weight), name)
+    return restore(weight, kept, fitted.sums, held_out.sums, how.restore)
+
+
+def _weighed(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """inputs [tokens, in] with a 1 behind them, over the size of their outputs: each token counts by the share of its
+    own outputs that is lost. An attention sink's are a thousand times the others', which would not count beside it."""
+    sizes = torch.linalg.vector_norm(F.linear(inputs, weight), dim=1, keepdim=True)
+    least = SMALLEST * float(sizes.mean()) or 1.0
+    with_ones = F.pad(inputs, (0, 1), value=1.0)
+    return with_ones.div_(sizes.clamp_(min=least))
 
 
 def _exact(layer: LayerWeights) -> LayerWeights:
