@@ -223,7 +223,11 @@ def test_a_damaged_folder_of_the_cache_is_named(settings):
         ({"compress_text": ""}, ConfigError, "give one .* --compress-text"),
         ({"compress_text": "/nowhere"}, ConfigError, "/nowhere cannot be read"),
         ({"compress": "best"}, ConfigError, "no recipe 'best': expected quality, balanced, fast"),
-        ({"compress": ""}, ConfigError, "nothing is compressed; name a recipe with --compress"),
+        (
+            {"compress": ""},
+            ConfigError,
+            "nothing is compressed; name a recipe with --compress, or give --prune",
+        ),
         ({"compress": "balanced"}, ConfigError, "390 tokens, enough for 0 windows of 512"),
         ({"backend": "reference"}, ConfigError, "only the cpu backend .*: the settings ask for it"),
         ({"device_map": "auto"}, ConfigError, "only the cpu backend .*: device_map is 'auto'"),
@@ -267,3 +271,21 @@ def test_a_source_that_is_no_file_any_more_is_not_read(
     (out / "compression.json").write_text(json.dumps(info))
     monkeypatch.setattr(identity, "hash_of_files", lambda path: pytest.fail(f"{path} is read"))
     assert load_by_settings(EngineSettings(model=str(out))).compressed is not None
+
+
+def test_a_model_is_pruned_when_it_is_loaded(settings, runs):
+    whole = load_by_settings(settings.model_copy(update={"compress": "", "compress_text": ""}))
+    Path(settings.compress_text).write_text("rivers and stones and birds that sing. " * 500)
+    pruned = {"compress": "", "prune_mlp": 0.25}
+    for backend in ("reference", "cpu"):
+        model = load_by_settings(settings.model_copy(update={**pruned, "backend": backend}))
+        neurons = [own.intermediate_size for own in model.config.layers]
+        assert sum(neurons) == pytest.approx(0.75 * whole.config.num_neurons, abs=1)
+        assert model.rounded is None
+    assert len(runs) == 1  # for both
+    with_recipe = load_by_settings(settings.model_copy(update={"prune_mlp": 0.25}))
+    assert with_recipe.rounded is not None
+    assert with_recipe.config.num_neurons == sum(neurons)
+    refused = {**pruned, "compress_text": ""}
+    with pytest.raises(ConfigError, match=r"the recipe none needs a text"):
+        load_by_settings(settings.model_copy(update=refused))

@@ -115,9 +115,9 @@ def report(
     specs, policy_specs, limits = parse_peers(peers), parse_policies(policies), _tiers(tiers)
     names = [] if formats == "none" else format_names(formats, settings.dtype)
     refuse_own_limits(settings)
-    if settings.compress:
+    if settings.compresses:
         raise ConfigError(
-            f"--compress {settings.compress} is for a server of one recipe; here give --recipes"
+            "--compress and --prune are for a server of one recipe; here give --recipes, which may prune"
         )
     check_threads(settings.threads)
     require_matplotlib()

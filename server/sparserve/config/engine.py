@@ -58,10 +58,26 @@ class EngineSettings(BaseSettings):
             "balanced, quality or a YAML file. Takes minutes the first time; the result is kept in the cache. Empty: do not."
         ),
     ] = ""
+    prune: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Remove heads and neurons that make up this share of all parameters when the model is loaded, by "
+            "--compress, or alone, in 16 bits, before --dtype rounds. Needs --compress-text. 0: do not.",
+        ),
+    ] = 0.0
+    prune_heads: Annotated[
+        float, Field(ge=0, lt=1, description="The same, a share of the attention's parameters.")
+    ] = 0.0
+    prune_mlp: Annotated[
+        float,
+        Field(ge=0, lt=1, description="The same, a share of the feed-forward layers' parameters."),
+    ] = 0.0
     compress_text: Annotated[
         str,
         Field(
-            description="Text files like what will be served, with commas between: what --compress measures "
+            description="Text files like what will be served, with commas between: what --compress and --prune measure "
             "inputs of matrices on. Most recipes need one."
         ),
     ] = ""
@@ -320,6 +336,11 @@ class EngineSettings(BaseSettings):
         """Names that `allowed_policies` comes to."""
         names = _names(self.allowed_policies)
         return frozenset(get_args(PolicyName) if "all" in names else ["dense", *names])
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the model is another one when it is loaded."""
+        return bool(self.compress or self.prune or self.prune_heads or self.prune_mlp)
 
     @property
     def compress_texts(self) -> list[Path]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparserve import __version__
-from sparserve.compression.recipe import Recipe, read_recipe
+from sparserve.compression.recipe import NONE, Recipe, read_pruning
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 from sparserve.model.catalog import DownloadProgress, cache_dir
@@ -33,7 +33,7 @@ def compressed_folder(settings: EngineSettings, on_progress: DownloadProgress) -
 
     Raises ModelError or ConfigError as `compress_folder`.
     """
-    recipe, texts = read_recipe(settings.compress), settings.compress_texts
+    recipe, texts = _recipe_of(settings), settings.compress_texts
     require_text(recipe, texts)
     name, path = find_model(settings.model, on_progress)
     refuse_rounded(path)
@@ -47,6 +47,7 @@ def compressed_folder(settings: EngineSettings, on_progress: DownloadProgress) -
             texts,
             out,
             on_layer=lambda done, total: on_progress("compressing layers", done, total),
+            on_prune=lambda done, total: on_progress("pruning layers", done, total),
             on_choice=lambda done, total: on_progress("choosing formats", done, total),
             on_download=on_progress,
         )
@@ -59,6 +60,13 @@ def compressed_folder(settings: EngineSettings, on_progress: DownloadProgress) -
     )
     with _alone_with(out):
         return name, out if is_compressed(out) else compress(out)
+
+
+def _recipe_of(settings: EngineSettings) -> Recipe:
+    """Raises ConfigError."""
+    shares = settings.prune, settings.prune_heads, settings.prune_mlp
+    ratio, heads, mlp = (share or None for share in shares)
+    return read_pruning(settings.compress or NONE, ratio=ratio, heads=heads, mlp=mlp)
 
 
 def _key(path: Path, recipe: Recipe, texts: Sequence[Path]) -> str:

@@ -79,13 +79,13 @@ def load_by_settings(
     """
     chosen = choose_backend(settings, settings.dtype)
     source, served_as = settings.model, None
-    if settings.compress:
+    if settings.compresses:
         _check_compress(settings, chosen)
         served_as, folder = compressed_folder(settings, on_download)
         source = str(folder)
     elif settings.compress_text:
         raise ConfigError(
-            f"compress_text is {settings.compress_text}, and nothing is compressed; name a recipe with --compress"
+            f"compress_text is {settings.compress_text}, and nothing is compressed; name a recipe with --compress, or give --prune"
         )
     model = load_model(
         source,
@@ -113,7 +113,7 @@ def load_by_settings(
 
 def _check_compress(settings: EngineSettings, chosen: Chosen) -> None:
     """Raises ConfigError where what --compress makes would be served as plain weights."""
-    if not chosen.is_native:
+    if settings.compress and not chosen.is_native:
         raise ConfigError(
             f"compress is {settings.compress}, and only the cpu backend and the cuda backend compute on compressed "
             f"weights; here the reference backend would: {chosen.reason}"

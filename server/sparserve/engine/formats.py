@@ -10,6 +10,9 @@ from sparserve.model.loader import LoadedModel
 BITS = {"int8": 8, "int4": 4}
 # weight_planes -> (bits of a code, bits of its lower plane)
 PLANES = {"4+4": (8, 4), "2+2": (4, 2), "3+1": (4, 1)}
+# Settings that make another model of it when it is loaded, in any format.
+OF_PRUNING = ("prune", "prune_heads", "prune_mlp")
+EXACT = ("float32", "float16")  # of originals to compare with
 PARTS = ("attention_dtype", "mlp_dtype", "lm_head_dtype")
 # Settings that say how integers are stored and used.
 DETAILS = ("group_size", "weight_planes", "down_planes", "activation_bits")
@@ -63,13 +66,15 @@ def native_only(settings: EngineSettings) -> str | None:
 
 def with_dtype(settings: EngineSettings, dtype: str) -> EngineSettings:
     """The same settings for weights of `dtype`, without those that only integers have where there would
-    be none; with "auto" as `compress` says, with others of what it would compress. What no native backend
-    computes, an original to compare with, asks for no device."""
+    be none; with "auto" as `compress` says, with others of what it would compress, pruned all the same. What no
+    native backend computes, an original to compare with, is not pruned and asks for no device."""
     update: dict[str, object] = {"dtype": dtype}
     fields = type(settings).model_fields
     if dtype != "auto":
-        update |= {name: fields[name].default for name in ("compress", "compress_text")}
-    if dtype in ("float32", "float16"):
+        prunes = dtype not in EXACT and any(getattr(settings, name) for name in OF_PRUNING)
+        reset = ("compress",) if prunes else ("compress", "compress_text", *OF_PRUNING)
+        update |= {name: fields[name].default for name in reset}
+    if dtype in EXACT:
         update |= {part: fields[part].default for part in PARTS}
         if dtype != settings.dtype:
             update["device"] = fields["device"].default
