@@ -16,10 +16,9 @@ class Restored:
 
     weight: torch.Tensor | None  # float32 [out, kept]; None: as it was
     bias: torch.Tensor | None  # float32 [out], to be added; None: none
-    removed: (
-        float  # squared error of the outputs on held-out text, relative to them, without restoring
-    )
-    restored: float  # with it; `removed` where nothing helps
+    # Squared errors of the outputs on held-out text, relative to them, without restoring and with it.
+    removed: float
+    restored: float
 
 
 def restore(
