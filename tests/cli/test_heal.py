@@ -17,7 +17,7 @@ def heal(run_main, write_tiny_checkpoint, tmp_path):
     text.write_text("".join(f"The {n}th fox jumps over {n * n} lazy dogs. " for n in range(60)))
     arguments = (
         "heal", tiny, "--text", text, "--out", tmp_path / "out", "--through", "core:0.4", "--device", "cpu",
-        "--threads", "1", "--kv-cache-gib", "0.01", "--generate", "8", "--window", "32", "--batch", "4",
+        "--threads", "1", "--kv-cache-gib", "0.01", "--generate", "40", "--window", "32", "--batch", "4",
         "--tokens", "3072", "--evaluations", "3", "--rank", "8", "--learning-rate", "0.005",
     )  # fmt: skip
     return lambda *more: run_main(*arguments, *more)

@@ -36,6 +36,6 @@ def settings(folder) -> EngineSettings:
 def few() -> Heal:
     """Steps, windows and ranks."""
     return Heal(
-        through="core:0.5", tokens=24 * 4 * 32, window=32, batch=4, generated=12, held_out=8, rank=8,
+        through="core:0.5", tokens=24 * 4 * 32, window=32, batch=4, generated=24, held_out=8, rank=8,
         evaluations=4, learning_rate=5e-3,
     )  # fmt: skip

@@ -1,18 +1,22 @@
 """Healing from a model and a text to a folder that serves."""
 
 import json
+import math
 
 import pytest
 import torch
 
+from sparserve.cli.healing_display import HealingDisplay
 from sparserve.compression.healing import Heal
 from sparserve.compression.recipe import parse_recipe
 from sparserve.errors import ConfigError
 from sparserve.healing import training
 from sparserve.healing.pipeline import LOOKS, heal
+from sparserve.healing.text import windows_of
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressed_checkpoint import read_info
 from sparserve.model.loader import load_model
+from sparserve.model.text import TextFiles
 
 PRUNED = """
 name: pruned
@@ -61,7 +65,12 @@ def test_a_pruned_model_comes_nearer_to_its_original(folder, text, few, settings
     assert not list(tmp_path.glob("healed.*"))  # nothing of the run is left beside it
 
 
-def test_a_run_that_was_interrupted_makes_the_same_bytes(folder, text, few, settings, tmp_path):
+@pytest.mark.parametrize("through", ["core:0.5", "token:0.6"])
+def test_a_run_that_was_interrupted_makes_the_same_bytes(
+    folder, text, few, settings, tmp_path, through
+):
+    few = changed(few, through=through, learning_rate=1e-3)
+    settings = settings.model_copy(update={"dtype": "int8", "weight_planes": "4+4"})
     heal(str(folder), few, [text], tmp_path / "whole", settings)
 
     def stop(progress: training.Progress) -> None:
@@ -88,17 +97,35 @@ def test_what_another_run_left_is_not_gone_on_with(folder, text, few, settings, 
     assert seen[0].step == 0
 
 
-def test_a_diverging_run_stops_and_keeps_the_best(folder, text, few, settings, tmp_path):
+def test_a_diverging_run_stops_and_keeps_the_best(
+    folder, text, few, settings, tmp_path, monkeypatch
+):
     compress_folder(str(folder), parse_recipe(PRUNED, "pruned"), [text], tmp_path / "pruned")
-    how = changed(few, through="dense", learning_rate=0.9, evaluations=24)
-    try:
-        made = heal(str(tmp_path / "pruned"), how, [text], tmp_path / "healed", settings)
-    except ConfigError as error:
-        assert "nothing is written. Lower --learning-rate, 0.9 now" in str(error)  # noqa: PT017
-        assert not (tmp_path / "healed").exists()
-    else:
-        assert made.healed.steps < how.steps
-        assert made.healed.best.held_out < made.healed.looks[0].held_out
+    how = changed(few, through="dense", evaluations=24, patience=24)
+    rates = training._rate
+    # From the eighth step on far too fast.
+    monkeypatch.setattr(training, "_rate", lambda at, of: 500.0 if at >= 8 else rates(at, of))
+    made = heal(str(tmp_path / "pruned"), how, [text], tmp_path / "healed", settings)
+    assert made.healed.diverged
+    assert 9 <= made.healed.steps < 16
+    assert made.healed.best.step <= 9
+    assert made.healed.best.held_out < made.healed.looks[0].held_out
+
+
+def test_a_loss_that_is_no_number_ends_a_run(folder, text, few, settings, tmp_path, monkeypatch):
+    compress_folder(str(folder), parse_recipe(PRUNED, "pruned"), [text], tmp_path / "pruned")
+    how, display = changed(few, through="dense"), HealingDisplay()
+    step = training._Run._step
+    monkeypatch.setattr(
+        training._Run, "_step", lambda run, at: math.nan if at == 9 else step(run, at)
+    )
+    made = heal(
+        str(tmp_path / "pruned"), how, [text], tmp_path / "healed", settings, on_step=display.step
+    )
+    assert made.healed.diverged
+    assert made.healed.steps == 10
+    looks = json.loads((tmp_path / "healed" / LOOKS).read_text())
+    assert looks[-1]["training"] is None
 
 
 def test_a_run_without_progress_ends_early(folder, text, few, settings, tmp_path):
@@ -111,8 +138,8 @@ def test_too_short_a_text_is_refused(folder, few, settings, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
     how = changed(few, generated=4)
-    with pytest.raises(ConfigError, match=r"the text has 9 tokens, 0 windows of 32, and 4 are generated; healing "
-                       r"needs 12 at least: 8 held out and a batch of 4"):  # fmt: skip
+    told = r"0 windows of 32, and 4 are generated; healing needs 32, of which 8 are held out"
+    with pytest.raises(ConfigError, match=told):
         heal(str(folder), how, [short], tmp_path / "healed", settings)
 
 
@@ -146,3 +173,77 @@ def test_evaluations_beyond_steps_are_refused(few):
         ValueError, match="evaluations is 25, and 3072 tokens are 24 steps of 4 x 32"
     ):
         changed(few, evaluations=25)
+
+
+def test_what_another_tokenizer_reads_is_no_teacher(
+    folder, write_tiny_checkpoint, few, settings, tmp_path
+):
+    other = write_tiny_checkpoint(tmp_path / "other", dtype=torch.bfloat16)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][-1]["content"] = "<other>"
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="have different tokenizers"):
+        heal(str(folder), few, [], tmp_path / "healed", settings, original=str(other))
+
+
+def test_a_named_original_teaches_and_what_it_writes_is_enough(
+    folder, write_tiny_checkpoint, few, settings, tmp_path
+):
+    other = write_tiny_checkpoint(tmp_path / "other", dtype=torch.bfloat16, seed=4)
+    how = changed(few, through="dense", generated=40)
+    made = heal(str(folder), how, [], tmp_path / "healed", settings, original=str(other))
+    assert made.healed.best.held_out < made.healed.looks[0].held_out
+    assert made.info.healing["teacher_name"] == "other"
+    # And once more, what was healed.
+    again = heal(
+        str(tmp_path / "healed"), changed(how, seed=1), [], tmp_path / "again", settings, original=str(other)
+    )  # fmt: skip
+    assert again.healed.looks[0].held_out < made.healed.looks[0].held_out
+    assert again.info.added_biases == ("down",)
+
+
+def test_windows_beyond_the_context_are_refused(folder, text, few, settings, tmp_path):
+    with pytest.raises(ConfigError, match="windows of 1024 tokens exceed the context of tiny, 512"):
+        heal(str(folder), changed(few, window=1024, tokens=10**6), [text], tmp_path / "o", settings)
+
+
+def test_a_state_that_is_damaged_counts_as_none(folder, text, few, settings, tmp_path):
+    (tmp_path / "out.state").write_bytes(b"\xff" * 100)
+    steps = []
+    heal(str(folder), few, [text], tmp_path / "out", settings, on_step=steps.append)
+    assert steps[0].step == 0
+
+
+def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path):
+    with pytest.raises(ConfigError, match="through dense: there is nothing to heal"):
+        heal(str(folder), changed(few, through="dense"), [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_learned(
+    folder, text, few, settings, tmp_path
+):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    steps = []
+    with pytest.raises(ConfigError, match="no unfinished checkpoint; remove it"):
+        heal(str(folder), few, [text], tmp_path / "out", settings, on_step=steps.append)
+    assert not steps
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_settings_that_make_another_model_are_refused(folder, text, few, settings, tmp_path):
+    pruning = settings.model_copy(update={"prune": 0.2})
+    with pytest.raises(ConfigError, match="make a folder by `sparserve compress`, and heal that"):
+        heal(str(folder), few, [text], tmp_path / "out", pruning)
+
+
+def test_both_kinds_of_text_are_learned_from_and_held_out():
+    given = TextFiles([list(range(40 * 16)), list(range(7))], "", ())
+    how = Heal(window=16, held_out=8, generated=8, batch=4, tokens=10**4)
+    written = torch.full((8, 16), -1)
+    found = windows_of(how, given, written)
+    assert (found.held_out[:, 0] == -1).sum() == 2  # a quarter of what was written
+    assert len(found.held_out) == 8
+    assert (found.training[:, 0] == -1).sum() == 6
+    assert len(found.training) == 40

@@ -15,7 +15,7 @@ from sparserve.model.loader import load_model
 
 HEAL = """
 heal:
-  {through: "%s", tokens: 1024, window: 32, batch: 4, generated: 8, held_out: 8, evaluations: 2, rank: 8,
+  {through: "%s", tokens: 1024, window: 32, batch: 4, generated: 24, held_out: 8, evaluations: 2, rank: 8,
    learning_rate: 0.001, after_rounding: %s}
 """
 INT4 = """
@@ -149,3 +149,30 @@ def test_steps_that_do_not_fit_are_refused(folder, text, settings, tmp_path, par
 def test_the_recipe_none_must_prune():
     with pytest.raises(ConfigError, match="the recipe none rounds nothing, and nothing is pruned"):
         read_pruning("none")
+
+
+def test_what_is_there_already_is_not_taken_for_a_step(folder, text, settings, tmp_path):
+    own, out = recipe(INT4, CALIBRATE), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="out is there already"):
+        follow(str(folder), own, [text], out, settings)
+    out.rename(tmp_path / "out.steps")
+    with pytest.raises(
+        ConfigError, match=r"out\.steps is there, and is not of an unfinished recipe"
+    ):
+        follow(str(folder), own, [text], out, settings)
+    assert (tmp_path / "out.steps" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ((PRUNE, HEAL % ("dense", "false"), INT4), "the recipe steps needs a text"),
+        ((INT4, CALIBRATE), "the recipe steps calibrates, which needs a text"),
+    ],
+)
+def test_a_missing_text_is_told_at_once(folder, settings, tmp_path, parts, told):
+    with pytest.raises(ConfigError, match=told):
+        follow(str(folder), recipe(*parts), [], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == []

@@ -36,6 +36,10 @@ class UpperPlane:
     # the lower bits of a row's factors make of an input of length 1 in it, [neurons].
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def to(self, device: torch.device) -> UpperPlane:
+        pair = self.low_rank and (self.low_rank[0].to(device), self.low_rank[1].to(device))
+        return UpperPlane(self.values.to(device), self.variances.to(device), self.group_size, pair)
+
     def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [tokens, hidden] -> (products, their variances), [tokens, neurons] each."""
         padded = F.pad(x.square(), (0, -x.shape[1] % self.group_size))
@@ -55,6 +59,10 @@ class FeedForward:
     up: torch.Tensor
     down: torch.Tensor
     upper: tuple[UpperPlane, UpperPlane] | None = None  # of gate and up, where they have planes
+
+    def to(self, device: torch.device) -> FeedForward:
+        upper = self.upper and (self.upper[0].to(device), self.upper[1].to(device))
+        return FeedForward(self.gate.to(device), self.up.to(device), self.down.to(device), upper)
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden], after the norm -> [tokens, neurons]."""

@@ -114,7 +114,7 @@ def compress(
 
     followed = read_pruning(recipe, ratio=prune, heads=prune_heads, mlp=prune_mlp)
     texts = text or []
-    if texts and not followed.needs_text:
+    if texts and not followed.reads_text:
         warn(f"the recipe {followed.name} needs no text: --text is not read")
     if not followed.is_one_step:
         _follow_steps(model, followed, texts, out_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ class HealingDisplay:
             trained = "" if look.training is None else f", trained on {look.training:.3f}"
             speed = f", {progress.tokens_per_second:.0f} tokens/s" if progress.step else ""
             err.print(f"step {progress.step} of {progress.steps}: {self._held_out}{trained}{speed}")
-        if progress.loss is None:
+        if progress.loss is None or not math.isfinite(progress.loss) or self._progress.disable:
             return
         self._losses.append(progress.loss)
         told = f"{self._held_out}, now {progress.loss:.3f}, {progress.tokens_per_second:.0f} tokens/s {curve(self._losses)}"

@@ -14,13 +14,13 @@ class Heal(BaseModel):
 
     # The policy that will serve, in the words of `--policies`: dense, core:0.5, token:0.48/planes.
     through: Annotated[str, Field(min_length=1, max_length=256)] = "dense"
-    tokens: Annotated[int, Field(ge=1, le=10**12)] = 1_500_000  # that are trained on, in all
+    tokens: Annotated[int, Field(ge=1, le=10**12)] = 1_000_000  # that are trained on, in all
     window: Annotated[int, Field(ge=16, le=65536)] = 256  # tokens of a sequence
-    batch: Annotated[int, Field(ge=1, le=65536)] = 8  # sequences of a step
+    batch: Annotated[int, Field(ge=1, le=65536)] = 4  # sequences of a step
     # Sequences that the original model writes itself, of as many tokens, for training.
-    generated: Annotated[int, Field(ge=0, le=10**7)] = 1024
+    generated: Annotated[int, Field(ge=0, le=10**7)] = 512
     rank: Annotated[int, Field(ge=0, le=1024)] = 64  # of what is added to each matrix, and merged
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     # Weight of a term that makes few neurons carry most of a token's activations.
     concentrate: Annotated[float, Field(ge=0, le=10)] = 0.0
     held_out: Annotated[int, Field(ge=1, le=4096)] = (

@@ -88,6 +88,11 @@ class Recipe(BaseModel):
         return (by_inputs and self.rounds) or self.mixed is not None or self.prune is not None
 
     @property
+    def reads_text(self) -> bool:
+        """Whether a text makes a difference."""
+        return self.needs_text or not self.is_one_step
+
+    @property
     def rounds(self) -> bool:
         """Whether any matrix gets integers."""
         if self.mixed is not None:

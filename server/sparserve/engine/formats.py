@@ -84,6 +84,14 @@ def with_dtype(settings: EngineSettings, dtype: str) -> EngineSettings:
     return settings.model_copy(update=update)
 
 
+def in_bfloat16(settings: EngineSettings) -> EngineSettings:
+    """The same settings with nothing rounded."""
+    fields, rounding = type(settings).model_fields, ("dtype", *PARTS, *DETAILS)
+    return settings.model_copy(
+        update={**{name: fields[name].default for name in rounding}, "dtype": "bfloat16"}
+    )
+
+
 def _own(settings: EngineSettings, part: str) -> bool:
     return bool(getattr(settings, part) != "same")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import usable_cpus
@@ -31,9 +35,15 @@ from sparserve.healing.stored import (
     network_of,
 )
 from sparserve.healing.text import Windows, read_given, windows_of, write_text
-from sparserve.healing.training import Healed, OnProgress, train
-from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo
-from sparserve.model.compressed_writer import CheckpointWriter, first_info, refuse_existing
+from sparserve.healing.training import Healed, NothingToHeal, OnProgress, train
+from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo, Source
+from sparserve.model.compressed_writer import (
+    CheckpointWriter,
+    alone_with,
+    first_info,
+    partial_of,
+    refuse_existing,
+)
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
@@ -76,34 +86,67 @@ def heal(
     that is not this model's, and where `out` cannot be written or is there already.
     """
     begun = time.monotonic()
+    _check_settings(settings)
     refuse_existing(out)
     student, teacher = _both(model, original)
     formats = formats or served_formats(student, settings)
     through = parse_through(how.through, student, formats)
     given = read_given(teacher, how, texts)
-    inputs = _inputs(how, student, teacher, given, formats, settings)
     accelerator = _accelerator(how, settings)
+    inputs = _inputs(how, student, teacher, given, formats, settings)
     inputs["processes"] = accelerator.num_processes
-    with torch_threads(settings):
+    is_main = accelerator.is_main_process
+    with alone_with(out) if is_main else nullcontext(), torch_threads(settings):
+        info = _info(student, teacher, how, given, inputs)
+        if is_main:  # whatever cannot be written is told now, not after hours
+            CheckpointWriter(out, info)
         with accelerator.main_process_first():  # others then find what it has written
             windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
         network = network_of(student, how.rank, how.seed)
         kept = StateFile(out.with_name(f"{out.name}.state"), inputs)
-        healed = train(
-            network, network_of(teacher), how, through, windows, kept, accelerator, on_step
-        )
-    if healed.best.step == 0:
-        raise ConfigError(
-            f"no look at the held-out windows was better than the first one, a KL of {healed.best.held_out:.3g}: "
-            f"nothing is written. Lower --learning-rate, {how.learning_rate:g} now, or give more text"
-        )
-    info = _info(student, how, given, healed, inputs)
-    if accelerator.is_main_process:
-        info = _write(student, network, healed, info, out, on_stage)
-        kept.forget()
-        _written_file(out).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+        try:
+            healed = train(
+                network, network_of(teacher), how, through, windows, kept, accelerator, on_step
+            )
+        except NothingToHeal as error:
+            if is_main:
+                _forget(out, kept)
+            raise ConfigError(
+                f"{model} answers as the original does, through {how.through}: there is nothing to heal. Prune or round it "
+                "first, or name the policy that will serve by --through"
+            ) from error
+        if healed.best.step == 0:
+            if is_main:
+                _forget(out, kept)
+            raise ConfigError(
+                f"no look at the held-out windows was better than the first one, a KL of {healed.best.held_out:.3g}: "
+                f"nothing is written. Lower the learning rate, {how.learning_rate:g} now, or give more text"
+            )
+        if is_main:
+            info = replace(info, healing={**(info.healing or {}), **_results(healed)})
+            info = _write(student, network, healed, info, out, on_stage)
+            _forget(out, kept)
+        accelerator.wait_for_everyone()
     return HealedFolder(info, healed, time.monotonic() - begun)
+
+
+def _forget(out: Path, kept: StateFile) -> None:
+    """What was kept for a run that would go on."""
+    kept.forget()
+    _written_file(out).unlink(missing_ok=True)
+    shutil.rmtree(partial_of(out), ignore_errors=True)
+
+
+def _check_settings(settings: EngineSettings) -> None:
+    """Raises ConfigError of those that healing does not follow."""
+    if settings.compresses or settings.compress_text:
+        raise ConfigError(
+            "--compress and --prune are for models that are served; make a folder by `sparserve compress`, and heal that"
+        )
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {settings.device}, and torch finds no GPU here, or was built without CUDA; take --device cpu"
+        )
 
 
 def _write(
@@ -125,10 +168,14 @@ def _write(
 
 def _accelerator(how: Heal, settings: EngineSettings) -> Accelerator:
     """Raises ConfigError of a batch that processes cannot share evenly."""
-    found = Accelerator(cpu=settings.device == "cpu")
+    if settings.device.startswith("cuda:"):
+        torch.cuda.set_device(settings.device)
+    # Frozen weights are buffers: they are the same in all processes, and large.
+    frozen = DistributedDataParallelKwargs(broadcast_buffers=False)
+    found = Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[frozen])
     if how.batch % found.num_processes:
         raise ConfigError(
-            f"batch is {how.batch}, and accelerate launched {found.num_processes} processes; take a multiple of it"
+            f"batch is {how.batch}, and there are {found.num_processes} processes, which share it; take a multiple of it"
         )
     return found
 
@@ -141,10 +188,9 @@ def _both(model: str, original: str | None) -> tuple[LoadedModel, LoadedModel]:
     if original is None:
         assert student.compressed is not None
         source = student.compressed.info.source
-        path = Path(source.path)
-        if not path.exists() or hash_of_files(path) != source.hash:
+        if not _is_still(source):
             raise ConfigError(
-                f"{model} was made of {source.name}, which is no longer what it was at {path}; the teacher is the "
+                f"{model} was made of {source.name}, which is no longer what it was at {source.path}; the teacher is the "
                 "original model: name it with --original"
             )
         original = source.path
@@ -159,6 +205,15 @@ def _both(model: str, original: str | None) -> tuple[LoadedModel, LoadedModel]:
             f"{teacher.config.vocab_size}; give the model that it was made of"
         )
     return student, teacher
+
+
+def _is_still(source: Source) -> bool:
+    """Whether what a folder names is where it was; the name comes from outside, and may be of a pipe, or no path."""
+    path = Path(source.path)
+    try:
+        return (path.is_dir() or path.is_file()) and hash_of_files(path) == source.hash
+    except (OSError, ValueError):
+        return False
 
 
 def _inputs(
@@ -177,6 +232,7 @@ def _inputs(
         "teacher": hash_of_files(teacher.path),
         "text": given.hash,
         "served": str(formats),
+        "device": settings.device,
         "threads": settings.threads or usable_cpus(),
         "torch": torch.__version__,
     }
@@ -197,7 +253,7 @@ def _windows(
         on_tokens = lambda done, total: on_stage("the original writes", done, total)  # noqa: E731
         return {"token_ids": write_text(teacher, settings, how, given, on_tokens)}
 
-    needed = {name: inputs[name] for name in ("version", "teacher", "text", "threads")}
+    needed = {name: inputs[name] for name in ("version", "teacher", "text", "device", "threads")}
     needed |= {name: getattr(how, name) for name in ("generated", "window", "seed")}
     written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
     return windows_of(how, given, written)
@@ -208,28 +264,44 @@ def _written_file(out: Path) -> Path:
 
 
 def _info(
-    student: LoadedModel,
-    how: Heal,
-    given: TextFiles,
-    healed: Healed,
-    inputs: dict[str, Any],
+    student: LoadedModel, teacher: LoadedModel, how: Heal, given: TextFiles, inputs: dict[str, Any]
 ) -> CompressionInfo:
-    told = {
-        **how.model_dump(mode="json"),
-        "student": inputs["student"],
-        "steps": healed.best.step,
-        "held_out_before": healed.looks[0].held_out,
-        "held_out_after": healed.best.held_out,
-    }
+    """Of what will be made, without how it went."""
     known = student.compressed
     recipe = {"name": "healed"} if known is None else known.info.recipe
     info = first_info(student, recipe, formats_of(student))
     if known is not None:  # whose recipe is still the last one
         info = replace(info, earlier=known.info.earlier)
     biases = info.added_biases if student.config.down_bias else (*info.added_biases, "down")
-    texts = tuple(dict.fromkeys((*info.texts, *given.files)))
-    return replace(info, format_version=WITH_BIASES, texts=texts, added_biases=biases, healing=told)
+    return replace(
+        info,
+        format_version=WITH_BIASES,
+        texts=tuple(dict.fromkeys((*info.texts, *given.files))),
+        added_biases=biases,
+        healing={
+            **how.model_dump(mode="json"),
+            "student": inputs["student"],
+            "teacher": inputs["teacher"],
+            "teacher_name": teacher.name,
+        },
+    )
+
+
+def _results(healed: Healed) -> dict[str, Any]:
+    return {
+        "steps": healed.best.step,
+        "held_out_before": healed.looks[0].held_out,
+        "held_out_after": healed.best.held_out,
+    }
 
 
 def _looks_as_json(looks: Sequence[Look]) -> bytes:
-    return (json.dumps([asdict(own) for own in looks], indent=1) + "\n").encode()
+    """With null where a look of a run that diverged found no number."""
+    rows = [
+        {
+            name: own if own is None or math.isfinite(own) else None
+            for name, own in asdict(look).items()
+        }
+        for look in looks
+    ]
+    return (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode()

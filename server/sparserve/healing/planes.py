@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from sparse_kernels.formats import BFLOAT16, LayerFormats, MatrixFormat
+from sparse_kernels.formats import BFLOAT16, DecoderFormats, LayerFormats
 from sparserve.calibration.factors import Aim, Tiers, by_upper_planes, first_thresholds
 from sparserve.calibration.layers import FeedForward, feed_forward
 from sparserve.compression.quantize import quantize_layer
@@ -30,18 +30,22 @@ class Planes(Through):
     def __init__(
         self,
         model: LoadedModel,
-        gate_up: MatrixFormat,
+        formats: DecoderFormats,
         neuron_bytes: tuple[float, ...],
         reach: float,
     ) -> None:
-        """`reach`: of a neuron's bytes what is read once it was looked at."""
-        self._model, self._gate_up = model, gate_up
+        """`formats`: those that `model` will be served in; `reach`: of a neuron's bytes what is read once it was
+        looked at."""
+        self._model, self._formats = model, formats
         self._aim = Aim(neuron_bytes, (TIERS,), (reach,))
         self._passes = 0
         self._seen: dict[int, tuple[FeedForward, torch.Tensor, float]] = {}
 
     def attach(self, network: Network) -> None:
         self._network = network
+
+    def renew(self) -> None:
+        self._passes = 0
 
     def begin(self, prompt_tokens: int, *, watch: bool) -> None:
         super().begin(prompt_tokens, watch=watch)
@@ -71,7 +75,7 @@ class Planes(Through):
     def _found(self, layer: int, tokens: torch.Tensor) -> tuple[FeedForward, torch.Tensor, float]:
         """-> (the layer as it is served, lengths of the columns of down, the threshold)."""
         if layer not in self._seen:
-            mlp = self._served(layer, self._network.healed[layer])
+            mlp = self._served(layer, self._network.healed[layer]).to(tokens.device)
             factors = mlp.down.norm(dim=1)
             upper, noise = by_upper_planes(mlp, tokens[:: max(1, len(tokens) // TOKENS)])
             found = first_thresholds(upper.abs() * factors, noise * factors, self._aim)
@@ -80,6 +84,7 @@ class Planes(Through):
 
     def _served(self, index: int, layer: HealedLayer) -> FeedForward:
         tensors = healed_tensors(layer_as_stored(self._model, index), layer)
-        formats = LayerFormats(BFLOAT16, self._gate_up, BFLOAT16)
+        gate_up = self._formats.layer(index).gate_up
+        formats = LayerFormats(BFLOAT16, gate_up, BFLOAT16)
         made = quantize_layer(tensors, formats, f"layer {index}: ")
-        return feed_forward(made, effective(made), self._gate_up)
+        return feed_forward(made, effective(made), gate_up)

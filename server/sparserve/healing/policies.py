@@ -45,4 +45,4 @@ def _planes(words: str, density: float, model: LoadedModel, formats: DecoderForm
         raise ConfigError(
             f"through is {words!r}, and looking at every neuron takes {looked / sum(own):.2f} of the bytes; take more"
         )
-    return Planes(model, formats.gate_up, own, min(reach, 1.0))
+    return Planes(model, formats, own, min(reach, 1.0))

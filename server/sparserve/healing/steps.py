@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse_kernels.formats import DecoderFormats
 from sparserve.calibration.pipeline import calibrate
 from sparserve.calibration.plan import QUICK, CalibrationPlan, Effort
 from sparserve.compression.recipe import Recipe, pruning_alone, without
@@ -17,10 +19,10 @@ from sparserve.engine.factory import load_by_settings
 from sparserve.errors import ConfigError
 from sparserve.healing.pipeline import HealedFolder, heal
 from sparserve.healing.training import OnProgress
-from sparserve.model.compress_folder import CompressedFolder, compress_folder
-from sparserve.model.compressed_writer import refuse_existing
+from sparserve.model.compress_folder import CompressedFolder, compress_folder, require_text
+from sparserve.model.compressed_writer import alone_with, refuse_existing
 from sparserve.model.identity import hash_of_files
-from sparserve.model.loader import find_model
+from sparserve.model.loader import find_model, open_checkpoint
 from sparserve.model.text import hashes_of
 
 KEY = "steps.json"  # in the folder of what is between steps: of what it is
@@ -78,20 +80,21 @@ class _Run:
         self._between = out.with_name(f"{out.name}.steps")
 
     def follow(self, model: str) -> Followed:
-        self._begin(model)
+        self._check()
+        with alone_with(self._between):
+            return self._follow(model)
+
+    def _follow(self, model: str) -> Followed:
         recipe, out, pruned, healed, rounded = self._recipe, self._out, None, None, None
-        if recipe.calibrate is None or not out.exists():
-            refuse_existing(out)
+        goes_on = self._begin(model)
+        if not (goes_on and out.exists()):  # else only the index is missing
             rest = without(recipe, "heal", "calibrate") if _leaves(recipe) else None
             if (step := recipe.heal) is None:
                 assert rest is not None
                 rounded = self._compress(model, rest, out)
             elif step.after_rounding:
-                if rest is None:
-                    raise ConfigError(
-                        f"heal.after_rounding is true, and the recipe {recipe.name} rounds and prunes nothing"
-                    )
-                self._compress(model, rest, self._folder("rounded"))
+                assert rest is not None
+                rounded = self._compress(model, rest, self._folder("rounded"))
                 healed = self._heal(str(self._folder("rounded")), step, out)
             else:
                 if recipe.prune is not None:
@@ -105,24 +108,59 @@ class _Run:
                     rest = without(recipe, "prune", "heal", "calibrate")
                     rounded = self._compress(str(self._folder("healed")), rest, out)
         index = self._calibrate() if recipe.calibrate is not None else None
-        shutil.rmtree(self._between, ignore_errors=True)
+        self._clear()
+        with suppress(OSError):
+            (self._between / KEY).unlink()
+            self._between.rmdir()
         return Followed(pruned, healed, rounded, index)
 
-    def _begin(self, model: str) -> None:
-        """Forget what is there of another recipe, model or text."""
-        key = {
-            "recipe": self._recipe.model_dump(mode="json"),
-            "texts": hashes_of(self._texts),
-            "model": hash_of_files(find_model(model, self._on_step)[1]),
-        }
-        content, path = json.dumps(key, sort_keys=True), self._between / KEY
+    def _check(self) -> None:
+        """Raises ConfigError of what would stop a run after hours."""
+        recipe = self._recipe
+        require_text(recipe, self._texts)
+        if recipe.calibrate is not None and not self._texts:
+            raise ConfigError(
+                f"the recipe {recipe.name} calibrates, which needs a text: give --text"
+            )
+        if recipe.heal is not None and recipe.heal.after_rounding and not _leaves(recipe):
+            raise ConfigError(
+                f"heal.after_rounding is true, and the recipe {recipe.name} rounds and prunes nothing"
+            )
+
+    def _begin(self, model: str) -> bool:
+        """-> whether an earlier run of the same recipe, model and texts goes on; what another left is forgotten.
+
+        Raises ConfigError of folders that no run left.
+        """
+        path = find_model(model, self._on_step)[1]
+        open_checkpoint(path)  # what is no model is told as such
+        key = self._between / KEY
         try:
-            if path.is_file() and path.read_text() != content:
-                shutil.rmtree(self._between)
+            content = {
+                "recipe": self._recipe.model_dump(mode="json"),
+                "texts": hashes_of(self._texts),
+                "model": hash_of_files(path),
+            }
+            told = json.dumps(content, sort_keys=True)
+            known = key.read_text() if key.is_file() else None
+            if known is None and self._between.exists() and any(self._between.iterdir()):
+                raise ConfigError(
+                    f"{self._between} is there, and is not of an unfinished recipe; remove it, or take another --out"
+                )
+            if known != told:
+                refuse_existing(self._out)
+                self._clear()
             self._between.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
+            key.write_text(told)
         except OSError as error:
             raise ConfigError(f"{self._between} cannot be written: {error}") from error
+        return known == told
+
+    def _clear(self) -> None:
+        """All but the key, which says whose it is."""
+        for path in self._between.glob("*"):
+            if path.name != KEY:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _folder(self, name: str) -> Path:
         return self._between / name
@@ -144,14 +182,13 @@ class _Run:
     def _heal(self, model: str, step: HealStep, out: Path) -> HealedFolder | None:
         if out.exists():
             return None
-        formats = None if self._recipe.mixed is not None else self._recipe.formats()
         return heal(
             model,
             step,
             self._texts,
             out,
             self._settings,
-            formats=formats,
+            formats=_formats_of(self._recipe),
             on_stage=self._on_step,
             on_step=self._on_healing,
         )
@@ -166,6 +203,14 @@ class _Run:
         )
         calibrate(load_by_settings(settings), settings, plan, self._on_step)
         return path
+
+
+def _formats_of(recipe: Recipe) -> DecoderFormats:
+    """That it rounds to; of a `mixed` one with those of its first choice, whose planes all have."""
+    if recipe.mixed is None:
+        return recipe.formats()
+    first = recipe.choices[0].format()
+    return DecoderFormats(first, first, first, recipe.lm_head.format())
 
 
 def _leaves(recipe: Recipe) -> bool:

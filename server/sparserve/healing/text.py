@@ -12,6 +12,7 @@ import torch
 from sparserve.compression.healing import Heal
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import assemble_engine
+from sparserve.engine.formats import in_bfloat16
 from sparserve.engine.request import GenerationRequest, SamplingParams, StoppingParams
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
@@ -19,6 +20,7 @@ from sparserve.model.text import TextFiles, check_length, read_files
 
 # The model goes on after so many tokens of a given text: what it writes is then like what will be served.
 PROMPT_TOKENS = 12
+HELD_OUT_SHARE = 0.25  # of the windows of a kind, at most
 RUNNING = 32  # sequences that it writes at once
 
 # (tokens written, tokens in all)
@@ -39,11 +41,12 @@ def read_given(model: LoadedModel, how: Heal, files: Sequence[Path]) -> TextFile
     check_length(model, how.window, "the window")
     read = read_files(model, files)
     there = sum(read.fits(how.window)) + how.generated
-    if there < how.held_out + how.batch:
+    needed = round(how.held_out / HELD_OUT_SHARE)
+    if there < max(needed, how.batch):
         raise ConfigError(
             f"the text has {sum(map(len, read.token_ids))} tokens, {sum(read.fits(how.window))} windows of {how.window}, "
-            f"and {how.generated} are generated; healing needs {how.held_out + how.batch} at least: "
-            f"{how.held_out} held out and a batch of {how.batch}. Give more text, or raise --generate"
+            f"and {how.generated} are generated; healing needs {max(needed, how.batch)}, of which {how.held_out} are held out: "
+            "give more text, or generate more"
         )
     return read
 
@@ -57,8 +60,10 @@ def windows_of(how: Heal, given: TextFiles, written: torch.Tensor) -> Windows:
         for start in range(0, len(ids) - how.window + 1, how.window)
     ]
     read = torch.tensor(rows, dtype=torch.int64).view(-1, how.window)
-    of_written = min(len(written), max(how.held_out // 2, how.held_out - len(read)))
-    of_read = how.held_out - of_written
+    # Of neither kind more than a part, so that both are learned from; of what one lacks the other gives more.
+    most_read, most_written = (round(HELD_OUT_SHARE * len(own)) for own in (read, written))
+    of_written = min(most_written, max(how.held_out // 2, how.held_out - most_read))
+    of_read = min(most_read, how.held_out - of_written)
     kept = len(read) - of_read
     return Windows(
         torch.cat((read[:kept], written[of_written:])),
@@ -77,7 +82,8 @@ def write_text(
     if not how.generated:
         return torch.empty(0, how.window, dtype=torch.int64)
     own = {"max_context": how.window, "max_running": RUNNING, "prefix_cache": False, "index": ""}
-    engine = assemble_engine(model, settings.model_copy(update=own)).engine
+    as_it_is = in_bfloat16(settings).model_copy(update=own)
+    engine = assemble_engine(model, as_it_is).engine
     source = random.Random(how.seed)
     found = {}
     for index in range(how.generated):
@@ -91,14 +97,14 @@ def write_text(
         )
         engine.validate(request)
         engine.add(request)
-    done = 0
+    done, total = 0, sum(how.window - len(own) for own in found.values())
     while engine.has_work:
         for update in engine.step():
             if update.finish is not None and update.finish.error is not None:
                 raise update.finish.error
             found[update.request_id] += [token.id for token in update.tokens]
             done += len(update.tokens)
-        on_tokens(done, how.generated * how.window)
+        on_tokens(done, total)
     return torch.tensor([found[str(index)] for index in range(how.generated)])
 
 
@@ -106,7 +112,7 @@ def _prompt(
     model: LoadedModel, given: TextFiles, window: int, source: random.Random
 ) -> tuple[int, ...]:
     length = min(PROMPT_TOKENS, window - 1)
-    places = [max(0, len(ids) - window + 1) for ids in given.token_ids]
+    places = [max(0, len(ids) - length + 1) for ids in given.token_ids]
     if not any(places):
         return (source.randrange(model.config.vocab_size),)
     (text,) = source.choices(range(len(places)), weights=places)

@@ -19,6 +19,9 @@ class Through:
     def attach(self, network: Network) -> None:
         """The student, before the first pass."""
 
+    def renew(self) -> None:
+        """Forget what was seen of the student's weights: a run that goes on from here has seen nothing either."""
+
     def begin(self, prompt_tokens: int, *, watch: bool) -> None:
         """A forward pass of sequences whose first `prompt_tokens` are a prompt; `spread` is asked for if `watch`."""
         self._prompt_tokens, self._watches = prompt_tokens, watch

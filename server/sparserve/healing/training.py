@@ -25,6 +25,11 @@ SLOW_RATE = 0.25  # of that of low-rank terms: norms and biases, which all token
 LARGEST_GRADIENT = 1.0  # length of all together
 # An objective of so many times the first one, or one that is no number: the run has diverged.
 DIVERGED = 2.0
+NOTHING = 1e-6  # an objective that no step can make smaller
+
+
+class NothingToHeal(Exception):
+    """The student answers as the teacher does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,10 @@ def train(
     on_progress: OnProgress,
 ) -> Healed:
     """`student` is then at its best look. A run that was interrupted goes on from its last look, to the same
-    result with as many threads and processes."""
+    result with as many threads and processes.
+
+    Raises NothingToHeal.
+    """
     run = _Run(student, teacher, how, through, windows, kept, accelerator, on_progress)
     return run.to_its_end()
 
@@ -92,6 +100,8 @@ class _Run:
         looks_at = {round(how.steps * n / how.evaluations) for n in range(1, how.evaluations + 1)}
         if not state.looks:
             look = self._look()
+            if look.objective < NOTHING:
+                raise NothingToHeal
             self._tell(Progress(0, how.steps, None, 0.0, look))
         diverged = self._has_diverged()
         begun, first = time.perf_counter(), state.step
@@ -152,8 +162,10 @@ class _Run:
     def _look(self) -> Look:
         state, training = self._state, None
         if self._losses:
-            training = sum(self._losses) / len(self._losses)
+            mean = sum(self._losses) / len(self._losses)
+            training = mean if math.isfinite(mean) else None
             self._losses.clear()
+        self._through.renew()  # so that a look is of the weights alone, in every process
         held_out, spread = self._held_out()
         objective = held_out + self._how.concentrate * spread
         look = Look(state.step, training, held_out, spread, objective)
@@ -164,6 +176,7 @@ class _Run:
         state.moments = _moments(self._plain, self._optimizer.optimizer)
         if self._accelerator.is_main_process:
             self._kept.save(state)
+        self._through.renew()
         return look
 
     @torch.no_grad()
@@ -177,6 +190,9 @@ class _Run:
             loss = self._loss(own.to(self._accelerator.device), prompt, watch=True)
             kl += share * float(loss)
             spread += share * float(self._through.spread())
+        # Processes must decide alike, to the last bit.
+        both = torch.tensor([kl, spread], device=self._accelerator.device)
+        kl, spread = self._accelerator.reduce(both, "mean").tolist()
         return (kl, spread) if math.isfinite(kl) else (math.inf, 0.0)
 
     def _is_over(self) -> bool:

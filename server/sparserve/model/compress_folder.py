@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,9 +18,9 @@ from sparserve.model.catalog import DownloadProgress
 from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
+    alone_with,
     check_source,
     first_info,
-    partial_of,
     refuse_existing,
 )
 from sparserve.model.compressing import check_recipe, compress_layers, compress_lm_head
@@ -94,7 +91,7 @@ def compress_folder(
     info = _with_what_was_done(
         first_info(original, recipe.model_dump(mode="json"), followed.formats()), windows, pruned
     )
-    with _alone_with(out):
+    with alone_with(out):
         writer = CheckpointWriter(out, info)
         reports = _write_layers(source, followed, windows, writer, on_layer)
         weights, head = source.weights, compress_lm_head(source, followed)
@@ -134,29 +131,6 @@ def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:
             "--text of `sparserve compress`, --compress-text where a model is compressed when it is loaded; "
             "or take a recipe with quantizer rtn and compensate none or lorc"
         )
-
-
-@contextmanager
-def _alone_with(out: Path) -> Iterator[None]:
-    """No other process compresses to `out` meanwhile: layers of two runs would mix. Raises ConfigError where one
-    does, or where nothing can be written."""
-    partial = partial_of(out)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ConfigError(f"{partial} cannot be written: {error}; take another --out") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"another process compresses to {out}; wait for it, or take another --out"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.rmdir()  # if nothing is in it
-        os.close(lock)  # which gives it up, as the process's end does
 
 
 def _windows(source: LoadedModel, recipe: Recipe, texts: Sequence[Path]) -> TokenWindows | None:

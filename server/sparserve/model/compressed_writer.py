@@ -6,11 +6,12 @@ at OUT is whole. An interrupted run goes on with the layers that are in `OUT.par
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
@@ -148,6 +149,29 @@ def refuse_existing(out: Path) -> None:
     """Raises ConfigError where there is something at `out`, be it a link to nowhere."""
     if os.path.lexists(out):
         raise ConfigError(f"{out} is there already; remove it, or take another --out")
+
+
+@contextmanager
+def alone_with(out: Path) -> Iterator[None]:
+    """No other process compresses to `out` meanwhile: layers of two runs would mix. Raises ConfigError where one
+    does, or where nothing can be written."""
+    partial = partial_of(out)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"{partial} cannot be written: {error}; take another --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another process compresses to {out}; wait for it, or take another --out"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.rmdir()  # if nothing is in it
+        os.close(lock)  # which gives it up, as the process's end does
 
 
 class CheckpointWriter:
