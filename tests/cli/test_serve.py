@@ -24,8 +24,9 @@ async def closed(port: int) -> None:
     """Until nothing listens on the port any more."""
     with contextlib.suppress(ConnectionRefusedError):
         while True:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
+            with contextlib.suppress(ConnectionResetError):  # it closes at this moment
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
             await asyncio.sleep(0.01)
 
 
