@@ -15,6 +15,7 @@ import typer
 from sparserve import __version__
 from sparserve.cli import (
     bench,
+    bench_pruning,
     bench_serve,
     calibrate,
     chat,
@@ -53,6 +54,7 @@ app.command("compress", cls=Command)(compress.compress)
 app.command("heal", cls=Command)(heal.heal)
 app.command("calibrate", cls=Command)(calibrate.calibrate)
 app.command("report", cls=Command)(report.report)
+bench.app.command("pruning", cls=Command)(bench_pruning.pruning)
 bench.app.command("serve", cls=Command)(bench_serve.serve)
 bench.app.command("plot-serve", cls=Command)(bench_serve.plot_serve)
 app.add_typer(bench.app, name="bench")

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from sparse_kernels.arena import keep_freed_memory
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import usable_cpus
 from sparserve.calibration.stages import Stages
@@ -102,6 +103,7 @@ def heal(
             CheckpointWriter(out, info)
         with accelerator.main_process_first():  # others then find what it has written
             windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
+        keep_freed_memory()
         network = network_of(student, how.rank, how.seed)
         kept = StateFile(out.with_name(f"{out.name}.state"), inputs)
         try:

@@ -75,15 +75,19 @@ def prune(
     how: Prune,
     token_ids: torch.Tensor,
     on_layer: OnLayer = lambda done, total: None,
+    seen: Sequence[LayerStatistics] | None = None,
 ) -> Pruned:
     """The pruned model, whose layers are cut when they are asked for. token_ids [windows, tokens] are the
-    calibration's. With as many torch threads it is the same each time.
+    calibration's; `seen` is what `statistics_of` found on them, where it was asked. With as many torch threads it is
+    the same each time.
 
     Raises ConfigError of shares that leave too little.
     """
     passes = 1 if how.restore == "none" else 2
     count = model.config.num_layers
-    kept = _choose(model, how, token_ids, lambda done: on_layer(done, passes * count))
+    if seen is None:
+        seen = statistics_of(model, token_ids, lambda done: on_layer(done, passes * count))
+    kept = _choose(model, how, seen)
     config = model.config.pruned([own.size for own in kept])
     layers = PrunedLayers(model.weights.layers, kept, model.config.head_dim)
     report = [PrunedLayer(own.size, None, None) for own in kept]
@@ -167,16 +171,26 @@ def cut(layer: LayerWeights, kept: Kept, head_dim: int) -> LayerWeights:
     return replace(layer, **changes)
 
 
-def _choose(
-    model: LoadedModel, how: Prune, token_ids: torch.Tensor, on_layer: Callable[[int], None]
-) -> list[Kept]:
-    """One walk through the whole model, then the budget over all layers."""
+def statistics_of(
+    model: LoadedModel,
+    token_ids: torch.Tensor,
+    on_layer: Callable[[int], None] = lambda done: None,
+) -> list[LayerStatistics]:
+    """What all criteria need, from one walk through the whole model. token_ids [windows, tokens]."""
+    walk, found = Walk(model, token_ids), []
+    for index in range(model.config.num_layers):
+        found.append(_statistics(walk, index, _exact(model.weights.layers[index])))
+        on_layer(index + 1)
+    return found
+
+
+def _choose(model: LoadedModel, how: Prune, statistics: Sequence[LayerStatistics]) -> list[Kept]:
+    """The budget is over all layers."""
     config = model.config
     generator = torch.Generator().manual_seed(how.seed)
-    walk, units = Walk(model, token_ids), []
-    for index in range(config.num_layers):
+    units = []
+    for index, seen in enumerate(statistics):
         layer = _exact(model.weights.layers[index])
-        seen = _statistics(walk, index, layer)
         matrices = LayerMatrices(layer.wq, layer.wo, layer.w_gate, layer.w_up, layer.w_down)
         importance = CRITERIA[how.criterion](matrices, seen, generator)
         size, costs = config.layer(index), _costs(config, index)
@@ -190,7 +204,6 @@ def _choose(
                 neuron_parameters=costs[2],
             )
         )
-        on_layer(index + 1)
     removals = _allocate(config, how, units)
     return [
         _kept(config.layer(index), own, removal)
