@@ -2,7 +2,6 @@
 
 import pytest
 
-from sparserve.engine.async_engine import RequestStream
 from sparserve.engine.request import (
     Finish,
     FinishReason,
@@ -12,6 +11,7 @@ from sparserve.engine.request import (
     Update,
     merge_finishes,
 )
+from sparserve.engine.stream import RequestStream
 from sparserve.errors import EngineFailure, SlowReader
 
 TIMES = Timings(0, 0, 0, 0)

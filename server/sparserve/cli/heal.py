@@ -80,6 +80,13 @@ def heal(
             min=0,
         ),
     ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows that are looked at and not trained on: of the texts and of what was written.",
+            min=1,
+        ),
+    ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Looks at held-out windows during the run.", min=1)
     ] = None,
@@ -110,7 +117,7 @@ def heal(
         require_matplotlib()
     how = _how(
         through=through, tokens=tokens, generated=generate, window=window, batch=batch, rank=rank,
-        learning_rate=learning_rate, concentrate=concentrate, evaluations=evaluations, patience=patience, seed=seed,
+        learning_rate=learning_rate, concentrate=concentrate, held_out=held_out, evaluations=evaluations, patience=patience, seed=seed,
     )  # fmt: skip
     with HealingDisplay() as display:
         try:

@@ -20,7 +20,8 @@ from sparserve.api.adapters.unserved import Unserved
 from sparserve.api.generation import parse_generation
 from sparserve.api.requests import check_model
 from sparserve.config import ServerSettings
-from sparserve.engine.async_engine import AsyncEngine, EngineState, RequestStream
+from sparserve.engine.async_engine import AsyncEngine, EngineState
+from sparserve.engine.stream import RequestStream
 from sparserve.errors import InvalidRequest, RequestError
 from sparserve.protocols import kserve_pb2 as pb
 from sparserve.protocols import kserve_pb2_grpc

@@ -21,7 +21,8 @@ from sparserve.api.control import MAX_ABORT_IDS
 from sparserve.api.generation import parse_generation
 from sparserve.api.tokenizer_archive import TokenizerArchive
 from sparserve.config import ServerSettings
-from sparserve.engine.async_engine import AsyncEngine, EngineState, RequestStream
+from sparserve.engine.async_engine import AsyncEngine, EngineState
+from sparserve.engine.stream import RequestStream
 from sparserve.errors import InvalidRequest, NotBuiltYet, PromptTooLong, RequestError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.v1 import inference_pb2 as own_pb

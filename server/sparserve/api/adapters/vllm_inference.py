@@ -18,7 +18,8 @@ from sparserve.api.adapters.vllm_inference_responses import Responder
 from sparserve.api.control import MAX_ABORT_IDS
 from sparserve.api.generation import parse_generation
 from sparserve.config import ServerSettings
-from sparserve.engine.async_engine import AsyncEngine, RequestStream
+from sparserve.engine.async_engine import AsyncEngine
+from sparserve.engine.stream import RequestStream
 from sparserve.errors import InvalidRequest, PromptTooLong, RequestError
 from sparserve.model.backend import BLOCK_SIZE
 from sparserve.protocols import vllm_control_pb2 as control_pb
