@@ -13,6 +13,7 @@ from sparserve.compression.recipe import parse_recipe
 from sparserve.engine.formats import weight_formats
 from sparserve.errors import ConfigError
 from sparserve.healing.divergence import divergence
+from sparserve.healing.network import Neurons
 from sparserve.healing.policies import parse_through
 from sparserve.healing.stored import healed_ends, healed_tensors, layer_as_stored, network_of
 from sparserve.healing.through import Core
@@ -162,7 +163,7 @@ def test_a_core_is_the_prompts_and_holds_after_it():
     activations[:, 0] = 100 * torch.arange(8)  # a sink, which counts nowhere
     through = Core([2])
     through.begin(6, watch=False)
-    used = through(0, torch.empty(0), activations)
+    used = through(0, Neurons(torch.empty(0), torch.empty(0), activations))
     assert torch.equal(used[:, :6], activations[:, :6])
     assert used[0, 6:].nonzero()[:, 1].unique().tolist() == [1, 5]
     assert used[1, 6:].nonzero()[:, 1].unique().tolist() == [0, 7]
@@ -178,8 +179,8 @@ def test_tokens_that_choose_by_planes_read_their_share(model, settings, density)
     through.begin(1, watch=False)
     shares = []
 
-    def used(layer: int, inputs: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-        made = through(layer, inputs, activations)
+    def used(layer: int, neurons: Neurons) -> torch.Tensor:
+        made, activations = through(layer, neurons), neurons.activations
         assert torch.equal(made[:, 0], activations[:, 0])  # the prompt
         after = made[:, 1:] != 0
         whole = after & (made[:, 1:] == activations[:, 1:])
@@ -194,6 +195,33 @@ def test_tokens_that_choose_by_planes_read_their_share(model, settings, density)
     )
     read = [(looked + a * down + b * low) / (looked + down + low) for a, b in shares]
     assert sum(read) / len(read) == pytest.approx(density, abs=0.04)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.8])
+def test_tokens_that_choose_by_gate_read_their_share(model, density):
+    formats = DecoderFormats()
+    through = parse_through(f"token:{density}/gate", model, formats)
+    network = network_of(model)
+    through.attach(network)
+    through.begin(1, watch=False)
+    used_shares, losses = [], []
+
+    def used(layer: int, neurons: Neurons) -> torch.Tensor:
+        made, activations = through(layer, neurons), neurons.activations
+        assert torch.equal(made[:, 0], activations[:, 0])  # the prompt
+        keeps = made[:, 1:] != 0
+        assert torch.equal(made[:, 1:][keeps], activations[:, 1:][keeps])
+        used_shares.append(float(keeps.float().mean()))
+        # What is left out matters least: by chance it would lose its share of the squares.
+        left = activations[:, 1:].detach().float().square()
+        losses.append(float(left[~keeps].sum() / left.sum()) / (1 - used_shares[-1]))
+        return made
+
+    network(torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1)), used)
+    looked, *rest = mean_neuron_bytes(layer_neuron_bytes(model.config, formats)[ChoiceKind.GATE])
+    read = [(looked + share * sum(rest)) / (looked + sum(rest)) for share in used_shares]
+    assert sum(read) / len(read) == pytest.approx(density, abs=0.02)
+    assert max(losses) < 0.5
 
 
 def test_policies_that_cannot_be_learned_through_are_refused(model):

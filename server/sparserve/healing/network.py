@@ -4,6 +4,7 @@ biases of down that learn."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,23 @@ from sparserve.model.weights import ModelWeights
 # Matrices are multiplied in it, forwards and backwards; sums of the residual stream are float32.
 DTYPE = torch.bfloat16
 
-# (layer, its normed inputs [batch, tokens, hidden], activations [batch, tokens, neurons]) -> those that down gets.
-Used = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Neurons:
+    """What those of a layer make, in DTYPE."""
+
+    inputs: torch.Tensor  # [batch, tokens, hidden], after the norm
+    gates: torch.Tensor  # silu(gate), [batch, tokens, neurons]
+    activations: torch.Tensor  # the same shape
 
 
-def all_used(layer: int, inputs: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+# (layer, what its neurons make) -> the activations that down gets.
+Used = Callable[[int, Neurons], torch.Tensor]
+
+
+def all_used(layer: int, made: Neurons) -> torch.Tensor:
     """Dense."""
-    return activations
+    return made.activations
 
 
 class HealedStack(nn.Module):
@@ -95,8 +106,9 @@ class HealedLayer(nn.Module):
         x = x + self._attention(llama.rms_norm(x, self.attn_norm, eps), rope)
         normed = llama.rms_norm(x, self.mlp_norm, eps).to(DTYPE)
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        activations = F.silu(gate) * up * self.log_gains.exp().to(DTYPE)
-        made: torch.Tensor = self.down(used(self.index, normed, activations))
+        gates = F.silu(gate)
+        neurons = Neurons(normed, gates, gates * up * self.log_gains.exp().to(DTYPE))
+        made: torch.Tensor = self.down(used(self.index, neurons))
         return x + made.float() + self.down_bias
 
     def _attention(

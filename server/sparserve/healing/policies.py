@@ -6,6 +6,7 @@ from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.formats import DecoderFormats
 from sparserve.bench.policies import PolicySpec
 from sparserve.errors import ConfigError
+from sparserve.healing.by_token import Gates
 from sparserve.healing.planes import Planes
 from sparserve.healing.through import Through, core_of
 from sparserve.model.backend import mean_neuron_bytes
@@ -22,27 +23,37 @@ def parse_through(words: str, model: LoadedModel, formats: DecoderFormats) -> Th
         return Through()
     if policy.kind is PolicyKind.CORE and policy.density is not None:
         return core_of(policy.density, model.config)
-    if policy.kind is PolicyKind.TOKEN and policy.choice is not ChoiceKind.GATE:
+    if policy.kind is PolicyKind.TOKEN and policy.core_density is None:
         assert policy.density is not None
-        if policy.core_density is None:
-            return _planes(words, policy.density, model, formats)
+        return _by_token(words, policy.choice, policy.density, model, formats)
     raise ConfigError(
-        f"through is {words!r}, and healing goes through dense, core:D or token:D by planes; what is healed for "
+        f"through is {words!r}, and healing goes through dense, core:D, token:D/planes or token:D/gate; what is healed for "
         "one of them tolerates other choices better, too"
     )
 
 
-def _planes(words: str, density: float, model: LoadedModel, formats: DecoderFormats) -> Planes:
-    each = layer_neuron_bytes(model.config, formats).get(ChoiceKind.PLANES)
-    if each is None:
+def _by_token(
+    words: str,
+    choice: ChoiceKind | None,
+    density: float,
+    model: LoadedModel,
+    formats: DecoderFormats,
+) -> Through:
+    """Of a choice that is left open by planes, where there are some."""
+    sizes = layer_neuron_bytes(model.config, formats)
+    kind = ChoiceKind.GATE if choice is ChoiceKind.GATE else ChoiceKind.PLANES
+    if kind not in sizes:
         raise ConfigError(
             f"through is {words!r}, and tokens choose by planes of gate and up; say which will be served, as in "
-            "--dtype int8 --weight-planes 4+4, or in a recipe gate_up with low_bits"
+            "--dtype int8 --weight-planes 4+4, or in a recipe gate_up with low_bits; or let them choose by "
+            f"gate, token:{density:g}/gate"
         )
-    looked, *rest = own = mean_neuron_bytes(each)
+    looked, *rest = own = mean_neuron_bytes(sizes[kind])
     reach = (density * sum(own) - looked) / sum(rest)
     if reach <= 0:
         raise ConfigError(
             f"through is {words!r}, and looking at every neuron takes {looked / sum(own):.2f} of the bytes; take more"
         )
+    if kind is ChoiceKind.GATE:
+        return Gates(own, min(reach, 1.0))
     return Planes(model, formats, own, min(reach, 1.0))

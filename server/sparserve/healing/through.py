@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparserve.healing.network import Network
+from sparserve.healing.network import Network, Neurons
 from sparserve.model.config import ModelConfig
 from sparserve.sparsity.core import neurons_of
 
@@ -31,18 +31,18 @@ class Through:
         """Of a window: drawn from `source`, or those of the held-out ones."""
         return 0
 
-    def __call__(self, layer: int, inputs: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-        """inputs [batch, tokens, hidden], activations [batch, tokens, neurons] -> what down gets."""
+    def __call__(self, layer: int, made: Neurons) -> torch.Tensor:
+        """-> what down gets, [batch, tokens, neurons]."""
         if self._watches:
-            self._spreads.append(_spread(activations[:, self._prompt_tokens :]))
-        return self._used(layer, inputs, activations)
+            self._spreads.append(_spread(made.activations[:, self._prompt_tokens :]))
+        return self._used(layer, made)
 
     def spread(self) -> torch.Tensor:
         """Of this pass: how evenly activations are spread over the neurons, from 0 to 1, mean over tokens and layers."""
         return torch.stack(self._spreads).mean()
 
-    def _used(self, layer: int, inputs: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-        return activations
+    def _used(self, layer: int, made: Neurons) -> torch.Tensor:
+        return made.activations
 
 
 class Core(Through):
@@ -68,8 +68,8 @@ class Core(Through):
         mask[:, first:] = members[:, None]
         return mask
 
-    def _used(self, layer: int, inputs: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-        return activations * self._mask(layer, activations)
+    def _used(self, layer: int, made: Neurons) -> torch.Tensor:
+        return made.activations * self._mask(layer, made.activations)
 
 
 def _spread(activations: torch.Tensor) -> torch.Tensor:
