@@ -104,7 +104,7 @@ class Prune(BaseModel):
     mlp: Annotated[float, Field(ge=0, lt=1)] = 0  # of the feed-forward layers' parameters
     criterion: Literal["amp", "amp_w", "wanda", "flap", "magnitude", "random"] = "flap"
     # The same share of each layer, or more of layers whose units differ less.
-    allocation: Literal["uniform", "adaptive"] = "adaptive"
+    allocation: Literal["uniform", "adaptive"] = "uniform"
     # A KV head with all its query heads, or a query head of each, which leaves the KV cache as large as it is.
     head_unit: Literal["groups", "queries"] = "groups"
     # What is removed is replaced by its mean, as a bias; or the matrices after it are fitted again, with a bias.
