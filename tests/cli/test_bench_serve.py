@@ -35,8 +35,9 @@ def test_a_server_of_its_own_is_loaded(bench, tiny_folder, tmp_path, run_main):
     for row in report["rows"]:
         assert (row["summary"]["completed"], row["summary"]["failed"]) == (6, 0)
         assert row["summary"]["output_tokens"] == 36
-        assert row["summary"]["server_cpu_seconds"] > 0
         assert row["summary"]["server_rss_mib"][0] > 50
+    # Of both, for the system counts CPU time in ticks, and one row may take less than one.
+    assert sum(row["summary"]["server_cpu_seconds"] for row in report["rows"]) > 0
     for line in ("sparserve, 1 at once: ", "sparserve, 3 at once: ", "ms, 6 answered"):
         assert line in err
     for word in ("ms: median, p99", "TTFT", "3 at once", "good"):

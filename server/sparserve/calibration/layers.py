@@ -28,17 +28,17 @@ from sparserve.model.weights import LayerWeights
 class UpperPlane:
     """What the upper bits of a matrix say of it; the mean of all lower ones is added."""
 
-    values: torch.Tensor  # float32 [neurons, hidden]
-    # float32 [neurons, groups]: variance of an element, its lower bits being anything.
+    values: torch.Tensor  # [neurons, hidden]
+    # [neurons, groups]: variance of an element, its lower bits being anything.
     variances: torch.Tensor
     group_size: int
     # Of a low-rank term, whose upper bits are in `values`: its basis [rank, hidden], and the variance of what
     # the lower bits of a row's factors make of an input of length 1 in it, [neurons].
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def to(self, device: torch.device) -> UpperPlane:
-        pair = self.low_rank and (self.low_rank[0].to(device), self.low_rank[1].to(device))
-        return UpperPlane(self.values.to(device), self.variances.to(device), self.group_size, pair)
+    def to(self, where: torch.device | torch.dtype) -> UpperPlane:
+        pair = self.low_rank and (self.low_rank[0].to(where), self.low_rank[1].to(where))
+        return UpperPlane(self.values.to(where), self.variances.to(where), self.group_size, pair)
 
     def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [tokens, hidden] -> (products, their variances), [tokens, neurons] each."""
@@ -53,16 +53,16 @@ class UpperPlane:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """One layer's matrices, [neurons, hidden] in float32."""
+    """One layer's matrices, [neurons, hidden], float32 unless they were taken to another type."""
 
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
     upper: tuple[UpperPlane, UpperPlane] | None = None  # of gate and up, where they have planes
 
-    def to(self, device: torch.device) -> FeedForward:
-        upper = self.upper and (self.upper[0].to(device), self.upper[1].to(device))
-        return FeedForward(self.gate.to(device), self.up.to(device), self.down.to(device), upper)
+    def to(self, where: torch.device | torch.dtype) -> FeedForward:
+        upper = self.upper and (self.upper[0].to(where), self.upper[1].to(where))
+        return FeedForward(self.gate.to(where), self.up.to(where), self.down.to(where), upper)
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden], after the norm -> [tokens, neurons]."""

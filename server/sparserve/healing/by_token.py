@@ -42,7 +42,7 @@ class ByToken(Through, Generic[Seen]):
         return 1  # whose activations are of their own kind: an attention sink
 
     def _seen_of(self, layer: int, inputs: torch.Tensor) -> Seen:
-        """inputs [tokens, hidden] float32, after the prompt."""
+        """inputs [tokens, hidden] after the prompt, in DTYPE."""
         if layer not in self._seen:
             self._seen[layer] = self._look_at(layer, inputs)
         return self._seen[layer]
@@ -64,13 +64,14 @@ class Gates(ByToken[tuple[torch.Tensor, float]]):
         first = self._prompt_tokens
         with torch.no_grad():
             gates = made.gates[:, first:]
-            factors, threshold = self._seen_of(layer, made.inputs[:, first:].flatten(0, 1).float())
+            factors, threshold = self._seen_of(layer, made.inputs[:, first:].flatten(0, 1))
             keeps = torch.ones_like(made.gates)
             keeps[:, first:] = (gates.abs() * factors) >= threshold
         return made.activations * keeps
 
     def _look_at(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, float]:
         """-> (factors [neurons], the threshold)"""
+        inputs = inputs.float()
         healed = self._network.healed[layer]
         gate, up = healed.gate_up.merged().chunk(2)
         up_sizes = (inputs @ up.T).abs().mean(dim=0) * healed.log_gains.exp()

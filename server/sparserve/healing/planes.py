@@ -39,14 +39,14 @@ class Planes(ByToken[tuple[FeedForward, torch.Tensor, float]]):
     def _used(self, layer: int, made: Neurons) -> torch.Tensor:
         first, activations = self._prompt_tokens, made.activations
         with torch.no_grad():
-            tokens = made.inputs[:, first:].flatten(0, 1).float()
+            tokens = made.inputs[:, first:].flatten(0, 1)
             mlp, factors, threshold = self._seen_of(layer, tokens)
             upper, noise = by_upper_planes(mlp, tokens)
             used = (upper.abs() * factors) >= threshold
             whole = used & (noise * factors >= threshold * TIERS.noise)
             shape = (*activations[:, first:].shape,)
             keeps = used.view(shape).to(activations.dtype)
-            upper, whole = upper.view(shape).to(activations.dtype), whole.view(shape)
+            upper, whole = upper.view(shape), whole.view(shape)
             exact = activations[:, first:].detach()
             change = torch.where(whole, torch.zeros_like(exact), upper - exact) * keeps
         rest = activations[:, first:] * keeps + change  # its slope is that of the whole neuron
@@ -54,8 +54,8 @@ class Planes(ByToken[tuple[FeedForward, torch.Tensor, float]]):
 
     def _look_at(self, layer: int, inputs: torch.Tensor) -> tuple[FeedForward, torch.Tensor, float]:
         """-> (the layer as it is served, lengths of the columns of down, the threshold)."""
-        mlp = self._served(layer, self._network.healed[layer]).to(inputs.device)
-        factors = mlp.down.norm(dim=1)
+        served = self._served(layer, self._network.healed[layer]).to(inputs.device)
+        factors, mlp = served.down.norm(dim=1), served.to(inputs.dtype)
         upper, noise = by_upper_planes(mlp, inputs[:: max(1, len(inputs) // TOKENS)])
         found = first_thresholds(upper.abs() * factors, noise * factors, self._aim)
         return mlp, factors, float(found)
