@@ -44,7 +44,7 @@ def measured(run_main, tiny_folder, texts, tmp_path):
 
 def test_every_way_of_the_grid_is_scored_as_eval_would(measured, texts, tiny_folder, tmp_path):
     flags = (
-        "--criteria", "flap,random", "--restores", "none,least_squares", "--what", "all,mlp", "--png", tmp_path / "a.png"
+        "--criteria", "flap,random", "--restores", "none,least_squares", "--what", "together,mlp", "--png", tmp_path / "a.png"
     )  # fmt: skip
     status, out, err, report = measured(*flags)
     assert status == 0, err
@@ -73,7 +73,7 @@ def test_every_way_of_the_grid_is_scored_as_eval_would(measured, texts, tiny_fol
         (("--shares", "0.2,x"), "--shares has 'x'"),
         (("--shares", "1.5"), "--shares has 1.5; give shares between 0 and 1"),
         (("--criteria", "flap,best"), "--criteria has best; there are: amp, amp_w, wanda, flap"),
-        (("--what", "norms"), "--what has norms; there are: all, heads, mlp"),
+        (("--what", "norms"), "--what has norms; there are: neurons_first, together, heads, mlp"),
         (("--shares", "0.97"), "prune.ratio is 0.97, and of this model at most"),
         (("--compress-text", ""), "give --compress-text"),
     ],

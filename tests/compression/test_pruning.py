@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sparserve.compression.pruning.budget import (
     BudgetTooLarge,
     LayerUnits,
     adaptive,
+    neurons_first,
     uniform,
     units_of,
 )
@@ -134,7 +136,7 @@ def random_units(groups: int, neurons: int, seed: int) -> LayerUnits:
     )
 
 
-@pytest.mark.parametrize("give_out", [uniform, adaptive])
+@pytest.mark.parametrize("give_out", [uniform, adaptive, partial(neurons_first, uniform)])
 @given(sizes=layer_lists, share=st.floats(0, 1))
 def test_a_budget_is_met_up_to_a_unit_and_leaves_each_layer_something(give_out, sizes, share):
     layers = [random_units(*own) for own in sizes]
@@ -147,7 +149,7 @@ def test_a_budget_is_met_up_to_a_unit_and_leaves_each_layer_something(give_out, 
         assert 0 <= removal.neurons <= own.most_neurons < len(own.neurons)
         removed += removal.head_steps * own.head_cost + removal.neurons * own.neuron_cost
     # What is left over could be met in one kind of unit alone only where the other is used up.
-    assert abs(removed - asked) <= max(own.head_cost for own in layers) or give_out is uniform
+    assert abs(removed - asked) <= max(own.head_cost for own in layers) or give_out is not adaptive
     with pytest.raises(BudgetTooLarge):
         give_out(layers, most + 1)
 
@@ -171,6 +173,18 @@ def test_heads_alone_are_rounded_over_layers():
     removals = uniform(layers, round(0.2 * sum(own.parameters for own in layers)))
     assert sum(own.head_steps for own in removals) == 6
     assert {own.neurons for own in removals} == {0}
+
+
+def test_neurons_go_first_and_heads_only_for_what_is_left():
+    layers = [random_units(3, 16, seed) for seed in range(4)]
+    most = sum(own.neurons_alone().most for own in layers)
+    removals = neurons_first(uniform, layers, most // 2)
+    assert {own.head_steps for own in removals} == {0}
+    assert {own.neurons for own in removals} == {7}
+    step = layers[0].head_cost
+    removals = neurons_first(uniform, layers, most + 3 * step)
+    assert sum(own.head_steps for own in removals) == 3
+    assert {own.neurons for own in removals} == {14}
 
 
 def test_adaptive_takes_what_stands_lowest_in_its_layer():

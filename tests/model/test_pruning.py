@@ -102,10 +102,14 @@ def test_pruning_is_masking(tiny_model, token_ids, head_unit, allocation):
 
 def test_a_share_of_all_parameters_is_met(tiny_model, token_ids):
     before = tiny_model.config.num_parameters
-    made = prune(tiny_model, Prune(ratio=0.25), token_ids)
-    biases = 2 * 64 * len(made.added_biases)
-    assert made.parameters + biases == pytest.approx(0.25 * before, abs=3 * 64)
-    assert made.model.config.num_parameters == before - made.parameters
+    whole = {own.num_kv_heads for own in tiny_model.config.layers}
+    for kinds, takes_heads in (("neurons_first", False), ("together", True)):
+        made = prune(tiny_model, Prune(ratio=0.25, kinds=kinds), token_ids)
+        biases = 2 * 64 * len(made.added_biases)
+        assert made.parameters + biases == pytest.approx(0.25 * before, abs=3 * 64)
+        assert made.model.config.num_parameters == before - made.parameters
+        heads = {own.num_kv_heads for own in made.model.config.layers}
+        assert (heads != whole) is takes_heads
 
 
 @pytest.mark.parametrize("restore", ["bias", "least_squares"])

@@ -11,6 +11,12 @@ from sparserve.bench.pruning import Report, Row
 # Okabe and Ito's colours, which colour-blind eyes tell apart.
 COLOURS = {"uniform": "#0072B2", "adaptive": "#D55E00"}
 MARKERS = {"none": "o", "bias": "s", "least_squares": "D"}
+OF = {
+    "neurons_first": "all parameters, neurons first",
+    "together": "all parameters",
+    "heads": "attention",
+    "mlp": "feed-forward layers",
+}
 APART = 0.11  # of two marks of a criterion; criteria are 1 apart
 
 
@@ -24,8 +30,7 @@ def draw_pruning(report: Report) -> Any:
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, [row for row in rows if (row.what, row.share) == panel])
-        of = {"all": "all parameters", "heads": "attention", "mlp": "feed-forward layers"}[panel[0]]
-        axis.set_title(f"{panel[1]:.0%} of {of}", fontsize=10)
+        axis.set_title(f"{panel[1]:.0%} of {OF[panel[0]]}", fontsize=10)
     axes[0].set_ylabel("KL to the original, nats per token")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)

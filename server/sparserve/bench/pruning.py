@@ -21,8 +21,8 @@ from sparserve.model.pruning import Pruned, prune, statistics_of
 
 PRUNED = "pruned"  # what the model is called while it is scored
 DTYPE = "bfloat16"
-# What --what names -> the field of Prune that says how much.
-SHARES = {"all": "ratio", "heads": "heads", "mlp": "mlp"}
+# What --what names -> the field of Prune that says how much; two are kinds of a ratio.
+SHARES = {"neurons_first": "ratio", "together": "ratio", "heads": "heads", "mlp": "mlp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Plan:
             yield Prune.model_validate(
                 {
                     SHARES[what]: share,
+                    "kinds": what if SHARES[what] == "ratio" else "neurons_first",
                     "criterion": criterion,
                     "allocation": allocation,
                     "restore": restore,
@@ -143,5 +144,5 @@ def _row(how: Prune, pruned: Pruned, model: LoadedModel, quality: Quality) -> Ro
         errors = sum(own.removed for own in found) / len(found)
         restored = sum(own.restored for own in found) / len(found)
     removed = pruned.parameters / model.config.num_parameters
-    what = next(name for name, own in SHARES.items() if getattr(how, own))
+    what = how.kinds if how.ratio is not None else "heads" if how.heads else "mlp"
     return Row(how, what, removed, errors, restored, quality)

@@ -39,9 +39,9 @@ def pruning(
     what: Annotated[
         str,
         typer.Option(
-            help="Of which they are shares, comma-separated: all parameters, those of attention (heads), of the feed-forward layers (mlp)."
+            help="Of which they are shares, comma-separated: all parameters, taken from neurons_first or from heads and neurons together; those of attention (heads), of the feed-forward layers (mlp)."
         ),
-    ] = "all",
+    ] = "neurons_first,together",
     criteria: Annotated[
         str, typer.Option(help="What tells what matters, comma-separated.")
     ] = "amp,amp_w,wanda,flap,magnitude,random",

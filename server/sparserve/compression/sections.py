@@ -103,7 +103,9 @@ class Prune(BaseModel):
     heads: Annotated[float, Field(ge=0, lt=1)] = 0  # of the parameters of attention
     mlp: Annotated[float, Field(ge=0, lt=1)] = 0  # of the feed-forward layers' parameters
     criterion: Literal["amp", "amp_w", "wanda", "flap", "magnitude", "random"] = "flap"
-    # The same share of each layer, or more of layers whose units differ less.
+    # Of a `ratio`: heads only for what neurons cannot give, or both alike.
+    kinds: Literal["neurons_first", "together"] = "neurons_first"
+    # The same share of each layer, or more of layers whose units differ more.
     allocation: Literal["uniform", "adaptive"] = "uniform"
     # A KV head with all its query heads, or a query head of each, which leaves the KV cache as large as it is.
     head_unit: Literal["groups", "queries"] = "groups"

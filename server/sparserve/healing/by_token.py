@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sparserve.calibration.factors import Aim, Tiers, first_thresholds
-from sparserve.healing.network import Network, Neurons
+from sparserve.healing.network import DTYPE, Network, Neurons
 from sparserve.healing.through import Through
 
 # Forward passes that see the same thresholds, while the weights go on learning.
@@ -77,4 +77,4 @@ class Gates(ByToken[tuple[torch.Tensor, float]]):
         up_sizes = (inputs @ up.T).abs().mean(dim=0) * healed.log_gains.exp()
         factors = up_sizes * healed.down.merged().norm(dim=0)
         importance = F.silu(inputs @ gate.T).abs() * factors
-        return factors, float(first_thresholds(importance, None, self._aim))
+        return factors.to(DTYPE), float(first_thresholds(importance, None, self._aim))

@@ -55,7 +55,8 @@ class Planes(ByToken[tuple[FeedForward, torch.Tensor, float]]):
     def _look_at(self, layer: int, inputs: torch.Tensor) -> tuple[FeedForward, torch.Tensor, float]:
         """-> (the layer as it is served, lengths of the columns of down, the threshold)."""
         served = self._served(layer, self._network.healed[layer]).to(inputs.device)
-        factors, mlp = served.down.norm(dim=1), served.to(inputs.dtype)
+        mlp = served.to(inputs.dtype)
+        factors = mlp.down.norm(dim=1)  # of one type with what they are multiplied with: else it is slow
         upper, noise = by_upper_planes(mlp, inputs[:: max(1, len(inputs) // TOKENS)])
         found = first_thresholds(upper.abs() * factors, noise * factors, self._aim)
         return mlp, factors, float(found)

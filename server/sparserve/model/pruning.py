@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from sparserve.compression.pruning.budget import (
     LayerUnits,
     Removal,
     adaptive,
+    neurons_first,
     uniform,
     units_of,
 )
@@ -242,6 +244,9 @@ def _costs(config: ModelConfig, index: int) -> tuple[int, int, int]:
 def _allocate(config: ModelConfig, how: Prune, units: Sequence[LayerUnits]) -> list[Removal]:
     """Raises ConfigError."""
     give_out = {"uniform": uniform, "adaptive": adaptive}[how.allocation]
+
+    if how.ratio is not None and how.kinds == "neurons_first":
+        give_out = partial(neurons_first, give_out)
 
     def removals(name: str, share: float, of: int, own: Sequence[LayerUnits]) -> list[Removal]:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,10 @@ class BudgetTooLarge(ValueError):
     def __init__(self, asked: int, most: int) -> None:
         super().__init__(f"{asked} parameters are to be removed, and at most {most} may be")
         self.most = most
+
+
+# (layers, parameters to remove) -> of each layer what goes.
+GiveOut = Callable[[Sequence["LayerUnits"], int], list["Removal"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,23 @@ def adaptive(layers: Sequence[LayerUnits], parameters: int) -> list[Removal]:
         counts[index, is_heads] += 1
         left -= cost
     return [Removal(counts[i, True], counts[i, False]) for i in range(len(layers))]
+
+
+def neurons_first(
+    give_out: GiveOut, layers: Sequence[LayerUnits], parameters: int
+) -> list[Removal]:
+    """Neurons alone as far as they go, and heads for the rest, each kind by `give_out`.
+
+    Raises BudgetTooLarge.
+    """
+    _check(layers, parameters)
+    neurons = [own.neurons_alone() for own in layers]
+    most = sum(own.most for own in neurons)
+    by_neurons = give_out(neurons, min(parameters, most)) if most else [Removal()] * len(layers)
+    if parameters <= most:
+        return by_neurons
+    by_heads = give_out([own.heads_alone() for own in layers], parameters - most)
+    return [Removal(a.head_steps, b.neurons) for a, b in zip(by_heads, by_neurons, strict=True)]
 
 
 def _standing(scores: torch.Tensor) -> list[float]:
