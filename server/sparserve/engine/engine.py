@@ -7,12 +7,13 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 from sparse_kernels.native import DeviceLost, NativeCallError
 from sparserve.engine.block_manager import BlockManager, blocks_for, prefix_keys
 from sparserve.engine.cache_events import BlockStored, CacheEvent
 from sparserve.engine.choosing import ChoiceState
+from sparserve.engine.in_flight import InFlight
 from sparserve.engine.inputs import input_of
 from sparserve.engine.limits import EngineLimits, validate
 from sparserve.engine.logits import LogitAdjuster, Mask, refused_tokens
@@ -20,9 +21,7 @@ from sparserve.engine.next_token import continue_text, draft, draw
 from sparserve.engine.policies import Policies
 from sparserve.engine.refresh import Refresh
 from sparserve.engine.request import (
-    Finish,
     FinishReason,
-    GeneratedToken,
     GenerationRequest,
     PromptToken,
     Update,
@@ -34,12 +33,9 @@ from sparserve.engine.speculation import Speculation
 from sparserve.engine.tokenizer import TextTokenizer
 from sparserve.errors import (
     ConfigError,
-    DeadlineExceeded,
     DeviceFailure,
     EngineFailure,
     InvalidRequest,
-    RequestError,
-    SparserveError,
 )
 from sparserve.metrics import Metrics
 from sparserve.model.backend import Backend, ForwardBatch, ForwardOutput, Phase, SequenceInput
@@ -49,17 +45,6 @@ log = logging.getLogger(__name__)
 
 # After so many failed steps without a sign of life between, the engine stops taking requests.
 MAX_CONSECUTIVE_FAILURES = 3
-
-
-@dataclass(slots=True)
-class _Request:
-    """The choices of one request: those in the scheduler, and those that wait for the first one's
-    prefill, to share its blocks."""
-
-    sequences: list[Sequence]
-    held_back: list[Sequence] = field(default_factory=list)
-    cached_tokens: int = 0  # of the prompt, in the first choice
-    longest: int = 0  # tokens in one of the choices that have ended
 
 
 class Engine:
@@ -93,7 +78,7 @@ class Engine:
             limits.mixed_prefill_tokens,
         )
         self._eos = frozenset(backend.config.eos_token_ids)
-        self._requests: dict[str, _Request] = {}
+        self._in_flight = InFlight(self._scheduler, metrics)
         self._failures = 0
         metrics.watch_engine(
             num_blocks=backend.num_blocks,
@@ -104,7 +89,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._in_flight)
 
     @property
     def num_running(self) -> int:
@@ -126,9 +111,7 @@ class Engine:
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens in flight that have no KV yet."""
-        # list() first: other threads ask while the engine thread adds and removes.
-        in_flight = [s for request in list(self._requests.values()) for s in request.sequences]
-        return sum(s.prefill_target - s.num_computed for s in in_flight if s.phase is Phase.PREFILL)
+        return self._in_flight.waiting_tokens
 
     def watch_cache(self, on_change: Callable[[CacheEvent], None] | None) -> None:
         """Tell `on_change` from now on what happens to the prefix cache, while a step runs; None: nobody."""
@@ -184,10 +167,7 @@ class Engine:
             for choice in range(1, request.sampling.n)
         ]
         shares = bool(others) and (len(keys) > 0 or first.neurons.needs_statistics)
-        entry = _Request([first] if shares else [first, *others], others if shares else [])
-        self._requests[request.request_id] = entry
-        for sequence in entry.sequences:
-            self._scheduler.add(sequence)
+        self._in_flight.add([first, *others], share_prompt=shares)
         self.metrics.prompt_tokens.inc(first.prompt_len)
 
     def _new_sequence(
@@ -227,14 +207,15 @@ class Engine:
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Update]:
         """End a request now, its blocks free at once; [] where it is not in flight."""
         return [
-            self._end(s, s.finish(reason), s.detokenizer.flush()) for s in self._choices(request_id)
+            self._in_flight.end(s, s.finish(reason), s.detokenizer.flush())
+            for s in self._in_flight.choices(request_id)
         ]
 
     def step(self) -> list[Update]:
         """Run one batch. A failure ends the requests of that batch with EngineFailure, nobody else's; that of
         a GPU all with DeviceFailure, for good."""
         started = time.monotonic()
-        updates = self._expire(started)
+        updates = self._in_flight.expire(started)
         plan = Plan()
         try:
             plan = self._scheduler.schedule()
@@ -243,7 +224,7 @@ class Engine:
             self._failures = 0
         except DeviceLost:
             self.broken = DeviceFailure(self._log_failure("the GPU"))
-            updates += self._end_everything(self.broken)
+            updates += self._in_flight.fail_everything(self.broken)
         except Exception:
             updates += self._fail(plan)
         self._record(plan, time.monotonic() - started)
@@ -284,10 +265,10 @@ class Engine:
                 if own_rows:
                     self._take_tokens(sequence, own_rows, updates)
             except InvalidRequest as error:
-                updates += self._end_failed(sequence, error)
+                updates += self._in_flight.fail(sequence, error)
             except Exception:  # the step is done: nobody else is touched
                 error_id = self._log_failure("a request's own step")
-                updates += self._end_failed(sequence, EngineFailure(error_id))
+                updates += self._in_flight.fail(sequence, EngineFailure(error_id))
 
     def _count_reads(self, plan: Plan, inputs: list[SequenceInput], output: ForwardOutput) -> None:
         reads = output.reads or [None] * len(inputs)
@@ -330,7 +311,7 @@ class Engine:
             sequence.first_token = now
             self.metrics.observe_first_token(now - sequence.request.arrival)
             prompt = tuple(sequence.prompt_tokens)
-            self._release_choices(sequence)
+            self._in_flight.release_choices(sequence)
         else:
             self.metrics.observe_next_token(now - sequence.last_token)
             sequence.neurons.count_token()
@@ -341,88 +322,7 @@ class Engine:
             return Update(
                 sequence.request.request_id, sequence.choice, text, (token,), prompt=prompt
             )
-        return self._end(sequence, finish, text, (token,), prompt)
-
-    def _release_choices(self, sequence: Sequence) -> None:
-        """A request's first choice has its prompt's KV: the others find it in the prefix cache."""
-        request = self._requests[sequence.request.request_id]
-        for held_back in request.held_back:
-            request.sequences.append(held_back)
-            self._scheduler.add(held_back)
-        request.held_back = []
-
-    def _choices(self, request_id: str) -> list[Sequence]:
-        request = self._requests.get(request_id)
-        return [] if request is None else [*request.sequences, *request.held_back]
-
-    def _end(
-        self,
-        sequence: Sequence,
-        finish: Finish,
-        text: str = "",
-        tokens: tuple[GeneratedToken, ...] = (),
-        prompt: tuple[PromptToken, ...] = (),
-    ) -> Update:
-        request_id = sequence.request.request_id
-        request = self._requests[request_id]
-        if sequence in request.held_back:
-            request.held_back.remove(sequence)
-        else:
-            self._scheduler.remove(sequence)
-            request.sequences.remove(sequence)
-            if sequence.choice == 0:
-                request.cached_tokens = sequence.cached_tokens
-            if sequence.first_token is None:
-                self._release_choices(sequence)  # the first choice failed; theirs is another fate
-        request.longest = max(request.longest, finish.completion_tokens)
-        at_fault = isinstance(finish.error, RequestError)
-        self.metrics.observe_finish(
-            "invalid" if at_fault else finish.reason.value,
-            e2e_seconds=time.monotonic() - sequence.request.arrival,
-            prefill_seconds=finish.timings.prefill,
-            decode_seconds=finish.timings.decode,
-            completion_tokens=finish.completion_tokens,
-        )
-        report = finish.sparsity
-        self.metrics.observe_sparsity(
-            report.policy.value,
-            density=report.density if report.decoded_tokens else None,
-            coverage=report.coverage,
-            refreshes=report.refreshes,
-            drafted=report.drafted_tokens,
-            accepted=report.accepted_tokens,
-            fallbacks=report.fallbacks,
-        )
-        if not request.sequences and not request.held_back:
-            del self._requests[request_id]
-            self.metrics.observe_request(
-                n=sequence.request.sampling.n,
-                max_tokens=sequence.max_tokens,
-                prompt_tokens=sequence.prompt_len,
-                cached_tokens=request.cached_tokens,
-                longest=request.longest,
-            )
-        return Update(request_id, sequence.choice, text, tokens, finish, prompt)
-
-    def _expire(self, now: float) -> list[Update]:
-        late = [
-            s
-            for request_id, request in self._requests.items()
-            if (deadline := request.sequences[0].request.deadline) is not None and deadline <= now
-            for s in self._choices(request_id)
-        ]
-        return [
-            self._end(
-                s,
-                s.finish(
-                    FinishReason.DEADLINE,
-                    error=DeadlineExceeded(
-                        f"the deadline passed after {len(s.output_token_ids)} of {s.max_tokens} tokens"
-                    ),
-                ),
-            )
-            for s in late
-        ]
+        return self._in_flight.end(sequence, finish, text, (token,), prompt)
 
     def _fail(self, plan: Plan) -> list[Update]:
         """End what was in the failed step; without a plan, everything, for nothing can be trusted."""
@@ -430,27 +330,16 @@ class Engine:
         # A swap that did not happen leaves a sequence without its KV, so those count too.
         lost = [swap for swap in plan.swaps_out if swap.sequence.host_blocks is None]
         parts: list[Scheduled | Swap] = [*plan.scheduled, *lost, *plan.swaps_in]
-        updates = self._end_all([part.sequence for part in parts], error)
+        updates = self._in_flight.fail_all([part.sequence for part in parts], error)
         if not parts:
-            updates += self._end_everything(error)
+            updates += self._in_flight.fail_everything(error)
         if self._works():  # then it was something about these requests
             self._failures = 0
             return updates
         self._failures += 1
         if self._failures >= MAX_CONSECUTIVE_FAILURES:
             self.broken = error
-            updates += self._end_everything(error)
-        return updates
-
-    def _end_everything(self, error: SparserveError) -> list[Update]:
-        everything = [s for request_id in self._requests for s in self._choices(request_id)]
-        return self._end_all(everything, error)
-
-    def _end_all(self, sequences: list[Sequence], error: SparserveError) -> list[Update]:
-        updates: list[Update] = []
-        for sequence in sequences:
-            if sequence in self._choices(sequence.request.request_id):
-                updates += self._end_failed(sequence, error)
+            updates += self._in_flight.fail_everything(error)
         return updates
 
     def _works(self) -> bool:
@@ -472,14 +361,6 @@ class Engine:
         log.exception("%s failed, error id %s", what, error_id)
         self.metrics.step_failures.inc()
         return error_id
-
-    def _end_failed(self, sequence: Sequence, error: SparserveError) -> list[Update]:
-        """End a choice, and those that waited for its prefill: theirs would fail as well."""
-        request = self._requests[sequence.request.request_id]
-        return [
-            self._end(s, s.finish(FinishReason.ERROR, error=error))
-            for s in (*request.held_back, sequence)
-        ]
 
     def _record(self, plan: Plan, seconds: float) -> None:
         self.metrics.observe_step(

@@ -56,7 +56,8 @@ class Planes(ByToken[tuple[FeedForward, torch.Tensor, float]]):
         """-> (the layer as it is served, lengths of the columns of down, the threshold)."""
         served = self._served(layer, self._network.healed[layer]).to(inputs.device)
         mlp = served.to(inputs.dtype)
-        factors = mlp.down.norm(dim=1)  # of one type with what they are multiplied with: else it is slow
+        # Of the type that they are multiplied with: products of two types are slow.
+        factors = mlp.down.norm(dim=1)
         upper, noise = by_upper_planes(mlp, inputs[:: max(1, len(inputs) // TOKENS)])
         found = first_thresholds(upper.abs() * factors, noise * factors, self._aim)
         return mlp, factors, float(found)
