@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Any
 
-SK_ABI_VERSION = 8
+SK_ABI_VERSION = 9
 SK_MAX_THREADS = 1024
 SK_READ_PROBE_BLOCK_BYTES = 65536
 SK_READ_PROBE_MAX_BUFFER_BYTES = 1099511627776
@@ -314,6 +314,8 @@ class sk_model_args(ctypes.Structure):
     device: int
     graphs: int
     stream: int
+    core_copies: int
+    reserved: int
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -343,6 +345,8 @@ class sk_model_args(ctypes.Structure):
         ("device", ctypes.c_uint32),
         ("graphs", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
+        ("core_copies", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     )
 
 

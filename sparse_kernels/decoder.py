@@ -88,6 +88,7 @@ class Decoder:
         isa: str = "auto",
         kv_bits: int = 16,
         graphs: bool = True,
+        core_copies: bool = True,
     ) -> None:
         """
         Args:
@@ -96,6 +97,8 @@ class Decoder:
             isa: the CPU's level; a GPU takes auto.
             kv_bits: of keys and values in the cache, 16 (bfloat16) or 8.
             graphs: on a GPU, whether steps that come again are launched as CUDA graphs.
+            core_copies: on the CPU, whether the core of a sequence that decodes alone is copied, to be
+                read side by side. It takes as many bytes as the core has; the bits are the same.
 
         Raises NativeCallError, of a CPU that lacks `isa` or a GPU without room for example, or
         NativeLibraryError.
@@ -122,6 +125,7 @@ class Decoder:
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
         arguments.device = index
         arguments.graphs = int(graphs and kind != "cpu")
+        arguments.core_copies = int(core_copies and kind == "cpu")
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
         native.check(self._library, status)

@@ -59,12 +59,6 @@ static_assert(4 * 2 * kChosenBlocks * kBlock / std::extent_v<decltype(Fetch::Row
 
 void clear(Fetch* fetch) { fetch->count = fetch->next = fetch->byte = 0; }
 
-// Partitions in a unit of work. Chosen rows are multiplied 16 at a time: those of several
-// partitions fill these better.
-uint32_t partitions_together(const Layer& layer, size_t threads) {
-  return std::max(layer.partitions / (4 * static_cast<uint32_t>(threads)), 1u);
-}
-
 // Where blocks that are multiplied together end, of those up to `last`.
 size_t piece_end(size_t first, size_t last) {
   const size_t left = last - first, pieces = (left + kChosenBlocks - 1) / kChosenBlocks;
@@ -74,6 +68,11 @@ size_t piece_end(size_t first, size_t last) {
 uint32_t kind_of(const Token& token) {
   const sk_choice* choice = token.sequence->choice;
   return choice == nullptr ? uint32_t{SK_CHOICE_CORE} : choice->kind;
+}
+
+// Numbers side by side, of the neurons in a mask -> their places in a block.
+void spread_block(const float* from, BlockMask mask, float* to) {
+  for (; mask != 0; mask &= mask - 1) to[__builtin_ctzll(mask)] = *from++;
 }
 
 // Where `from` has what the upper bits make of a neuron that is used and not read whole.
@@ -95,20 +94,12 @@ BlockMask Forward::core_of(const Layer& layer, size_t index, size_t block,
   return choice->core[index * m_.words + block] & exist;
 }
 
-uint32_t Forward::chosen_units(const Layer& layer) const {
-  const uint32_t together = partitions_together(layer, ranges_.size());
-  return (layer.partitions + together - 1) / together;
-}
-
 void Forward::add_chosen(const Layer& layer, size_t index, uint32_t unit, const Own& own) {
-  const size_t threads = ranges_.size(), units = chosen_units(layer) + corrected_;
-  const auto partition = [&](uint32_t i) {
-    return std::min(i * partitions_together(layer, threads), layer.partitions);
-  };
-  const auto block = [&](uint32_t i) { return layer.partition_begin(partition(i)); };
+  const ChosenUnits all(layer, ranges_.size());
+  const size_t threads = ranges_.size(), units = all.count() + corrected_;
   // The range of units that this thread goes through, unless it helps another; see phase().
   const size_t begin = units * own.index / threads, end = units * (own.index + 1) / threads;
-  const size_t first = block(unit), last = block(unit + 1);
+  const size_t first = all.block(unit), last = all.block(unit + 1);
   for (size_t at = first; at < last; at = piece_end(at, last)) {
     const bool fetched = at == first && unit > begin && unit < end;
     activate_chosen(layer, index, at, piece_end(at, last), fetched, own);
@@ -116,12 +107,63 @@ void Forward::add_chosen(const Layer& layer, size_t index, uint32_t unit, const 
   Fetch fetch;
   clear(&fetch);
   if (unit + 1 < end && last < layer.blocks) {
-    add_first_rows(layer, index, last, piece_end(last, block(unit + 2)), &fetch);
+    add_first_rows(layer, index, last, piece_end(last, all.block(unit + 2)), &fetch);
   }
-  for (uint32_t p = partition(unit); p < partition(unit + 1); ++p) {
+  for (uint32_t p = all.partition(unit); p < all.partition(unit + 1); ++p) {
     down(layer, layer.partition_begin(p), layer.partition_begin(p + 1), 0, layer.down.columns,
          partial_ + p * count_ * layer.down.columns, false, &fetch);
   }
+}
+
+void Forward::add_copied(const Layer& layer, size_t index, uint32_t unit, const Own& own) {
+  const CopiedLayer& copy = m_.core_copy.layer(index);
+  const ChosenUnits units(layer, ranges_.size());
+  const size_t first = units.block(unit), last = units.block(unit + 1), begin = copy.starts[first];
+  size_t end = begin;
+  for (size_t block = first; block < last; ++block) {
+    used_[block] = core_of(layer, index, block, tokens_[0]);
+    end = copy.starts[block] + static_cast<size_t>(__builtin_popcountll(used_[block]));
+  }
+  const size_t rows = round_up(end - begin, kTile);
+  float *const gate = own.scratch, *const up = gate + count_ * rows;
+  if (rows != 0) {
+    layer.gate.products->dot(&copy.gate, begin, rows, operand_, count_, gate, rows);
+    layer.up.products->dot(&copy.up, begin, rows, operand_, count_, up, rows);
+  }
+  for (size_t block = first; block < last; ++block) {
+    const size_t place = copy.starts[block] - begin;
+    activate_copied(layer, block, gate + place, up + place, rows, own);
+  }
+  for (uint32_t p = units.partition(unit); p < units.partition(unit + 1); ++p) {
+    down(layer, layer.partition_begin(p), layer.partition_begin(p + 1), 0, layer.down.columns,
+         partial_ + p * count_ * layer.down.columns, false, nullptr, &copy);
+  }
+}
+
+void Forward::activate_copied(const Layer& layer, size_t block, const float* gate, const float* up,
+                              size_t stride, const Own& own) {
+  alignas(64) float spread[2][kMaxChoiceTokens * kBlock];
+  BlockMask used[kMaxChoiceTokens];
+  BlockReads reads[kMaxChoiceTokens];
+  for (size_t t = 0; t < count_; ++t) {
+    spread_block(gate + t * stride, used_[block], spread[0] + t * kBlock);
+    spread_block(up + t * stride, used_[block], spread[1] + t * kBlock);
+    used[t] = used_[block];
+    reads[t] = {used[t], used[t], used[t], used[t]};
+  }
+  count_reads(reads, own);
+  SwigluTask task = {};
+  task.down = &layer.down;
+  task.gate = spread[0];
+  task.up = spread[1];
+  task.stride = kBlock;
+  task.tokens = count_;
+  task.first = block * kBlock;
+  task.neurons = task.plain_stride = size_t{layer.blocks} * kBlock;
+  task.used = used;
+  task.activations = activations_;
+  task.plain = plain_;
+  layer.down.products->swiglu(&task);
 }
 
 void Forward::add_first_rows(const Layer& layer, size_t index, size_t first, size_t last,

@@ -155,12 +155,14 @@ inline void gather_rows(const Matrix& m, size_t neuron, size_t column, size_t co
   }
 }
 
-// The same of some neurons, whose number is made a multiple of four by the last one again.
+// The same of some neurons, whose number is made a multiple of four by the last one again. Without
+// `fetch` they are next to each other, as all are.
 template <Planes kPlanes>
 inline void gather_chosen_rows(const Matrix& m, const Neurons& rows, size_t column, size_t columns,
                                uint8_t* out, Fetch* fetch) {
   for (size_t first = 0; first < rows.count; first += 4, out += 64) {
     if (fetch != nullptr) fetch_some(fetch);
+    const size_t ahead = fetch != nullptr ? 0 : kAheadNeurons * m.stride;
     const uint8_t *codes[4], *low[4];
     for (size_t i = 0; i < 4; ++i) {
       const size_t row = rows.at[at_most(first + i, rows.count - 1)];
@@ -169,6 +171,9 @@ inline void gather_chosen_rows(const Matrix& m, const Neurons& rows, size_t colu
     }
     uint8_t* to = out;
     for (size_t j = 0; j < columns; j += 64, to += 4096) {
+      for (size_t i = 0; i < 4 && ahead != 0; ++i) {
+        __builtin_prefetch(codes[i] + ahead + (column + j) * m.bits / 8, 0, 2);
+      }
       interleave_four<kPlanes>(codes, low, (column + j) / 64, to);
     }
   }

@@ -63,7 +63,8 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
       for (size_t t = from; t < to; ++t) add_partitions(layer, partitions, t);
       if (m_.reduce.add_up == nullptr) norm(from, to);
     };
-    const uint32_t units = choosing_ ? chosen_units(layer) : layer.partitions;
+    const uint32_t units =
+        choosing_ ? ChosenUnits(layer, ranges_.size()).count() : layer.partitions;
     phase(
         own, units + corrected_,
         [&](size_t i) {
@@ -73,6 +74,7 @@ void Forward::feed_forward(const Layer& layer, size_t index, const Own& own) {
           if (unit == units) {
             return correct(index, scratch, partial_ + layer.partitions * count_ * columns);
           }
+          if (is_copied(index)) return add_copied(layer, index, unit, own);
           if (choosing_) return add_chosen(layer, index, unit, own);
           const size_t begin = layer.partition_begin(unit), end = layer.partition_begin(unit + 1);
           activate(layer, begin, end, scratch);
@@ -142,7 +144,7 @@ void Forward::activate(const Layer& layer, size_t first, size_t last, float* scr
 }
 
 void Forward::down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
-                   float* out, bool add, Fetch* fetch) {
+                   float* out, bool add, Fetch* fetch, const CopiedLayer* copy) {
   DownTask task = {};
   task.weights = &layer.down;
   task.neurons = size_t{layer.blocks} * SK_NEURON_BLOCK;
@@ -155,7 +157,10 @@ void Forward::down(const Layer& layer, size_t first, size_t last, size_t column,
   if (choosing_) {
     task.used = used_.data() + first;
     task.fetch = fetch;
-    if (layer.down_coarse.codes != nullptr) {
+    if (copy != nullptr) {
+      task.weights = &copy->down;
+      task.places = copy->starts.data() + first;
+    } else if (layer.down_coarse.codes != nullptr) {
       task.coarse = &layer.down_coarse;
       task.by_coarse = coarse_.data() + first * count_;
     }

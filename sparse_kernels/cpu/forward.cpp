@@ -51,6 +51,9 @@ void Forward::lay_out() {
   }
   count_ = tokens_.size();
   fused_ = count_ <= kFusedTokens;
+  const sk_choice* const alone = args_.num_sequences == 1 ? args_.sequences[0].choice : nullptr;
+  copied_ = alone != nullptr && alone->kind == SK_CHOICE_CORE && alone->core != nullptr && fused_ &&
+            m_.core_copy.take(m_, ranges_.size(), alone->core);
 }
 
 void Forward::lay_out_statistics(const sk_sequence& sequence, uint32_t first_row) {
@@ -141,7 +144,8 @@ void Forward::allocate() {
       std::max<size_t>(2 * SK_NEURON_BLOCK * (fused_ ? std::max<size_t>(most_blocks, 2) : 1),
                        m_.dim),
       kOutputRows);
-  const size_t chosen = choosing_ ? 4 * kChosenBlocks * SK_NEURON_BLOCK : 0;  // see activate_chosen
+  size_t chosen = choosing_ ? 4 * kChosenBlocks * SK_NEURON_BLOCK : 0;  // see activate_chosen
+  if (copied_) chosen = std::max<size_t>(chosen, 2 * m_.core_copy.most_rows());
   const size_t floats =
       std::max(rows * std::max(per_token, chosen), args_.num_outputs * kHeadRows) +
       kAttentionRows * m_.dim * 2 + 4 * kAttentionRows;
@@ -199,6 +203,11 @@ void Forward::work(uint32_t index) {
     const Layer& layer = m_.layers[0];
     norm_tokens(layer.attention_norm, layer.qkv, layer.qkv_basis, from, to, own);
   };
+  if (copied_ && m_.core_copy.stale()) {
+    phase(
+        own, m_.layers.size(), [&](size_t i) { m_.core_copy.copy_layer(m_, i); },
+        [&] { m_.core_copy.copied(); });
+  }
   phase(own, 1, [&](size_t) { if_few_tokens(begin); });
   then_per_token(own, begin);
   for (size_t i = 0; i < m_.layers.size(); ++i) {

@@ -235,12 +235,20 @@ class Forward {
   void correct(size_t index, float* scratch, float* out);
   size_t reads_stride() const { return (args_.num_sequences + 1) * kReadKinds + 8; }
 
-  // The partitions of a layer in units of several, where some sequence chooses its neurons.
-  uint32_t chosen_units(const Layer& layer) const;
+  // A unit of ChosenUnits, where some sequence chooses its neurons.
   void add_chosen(const Layer& layer, size_t index, uint32_t unit, const Own& own);
-  // Some neurons' part of the down product in some columns; the neurons are a partition.
+  // The same from the copy of the core of all tokens.
+  void add_copied(const Layer& layer, size_t index, uint32_t unit, const Own& own);
+  // Of a block, from what its neurons in the core have side by side, [tokens, stride].
+  void activate_copied(const Layer& layer, size_t block, const float* gate, const float* up,
+                       size_t stride, const Own& own);
+  bool is_copied(size_t index) const {
+    return copied_ && !m_.core_copy.layer(index).starts.empty();
+  }
+  // Some neurons' part of the down product in some columns; the neurons are a partition, whose rows
+  // are the layer's or of a copy.
   void down(const Layer& layer, size_t first, size_t last, size_t column, size_t columns,
-            float* out, bool add, Fetch* fetch = nullptr);
+            float* out, bool add, Fetch* fetch = nullptr, const CopiedLayer* copy = nullptr);
   // The partitions' sums of one token, in order, and its low-rank term are added to its residual.
   void add_partitions(const Layer& layer, size_t partitions, size_t token);
   void add_statistics(const StatisticsUnit& unit, const Layer& layer, size_t index, float* scratch);
@@ -254,6 +262,7 @@ class Forward {
   bool fused_ = false;
   bool choosing_ = false,
        corrected_ = false;         // some sequence chooses neurons; and has a correction
+  bool copied_ = false;            // one alone has a core, of which there is a copy
   std::vector<BlockMask> used_;    // of each block, by any token, by all bits of down
   std::vector<BlockMask> coarse_;  // of each block and token, by its upper ones
   std::vector<uint64_t> reads_;    // [threads][sequences, and their union][kReadKinds]

@@ -330,11 +330,14 @@ void down(const DownTask* task) {
     strip.groups = (strip.columns + task->weights->group - 1) / task->weights->group;
     const size_t block_bytes = few ? 0 : kBlock * strip.columns;
     const auto gather = [&](size_t neuron, const BlockPart& part) {
-      uint8_t* to = codes + (neuron - task->first_neuron) / kBlock * block_bytes;
+      const size_t block = (neuron - task->first_neuron) / kBlock;
+      uint8_t* to = codes + block * block_bytes;
       if (part.used == kWholeBlock) {
-        Integers::gather(*part.weights, neuron, strip.column, strip.columns, to);
+        const size_t row = task->places == nullptr ? neuron : task->places[block];
+        Integers::gather(*part.weights, row, strip.column, strip.columns, to);
       } else {
-        const Neurons rows(part.used, neuron);
+        Neurons rows;
+        add_rows_of(*task, block, part.used, &rows);
         Integers::gather_chosen(*part.weights, rows, strip.column, strip.columns, to, task->fetch);
       }
     };

@@ -112,6 +112,9 @@ struct DownTask {
   // [tokens] the neurons that it uses so; `used` are then those that are used otherwise.
   const Matrix* coarse;
   const BlockMask* by_coarse;
+  // Null: a neuron's row is its number. Else, of each block in between, the row of the first neuron
+  // that is used; those of the others follow it.
+  const uint32_t* places;
   Fetch* fetch;                  // null, or what is read next
   size_t first_column, columns;  // multiples of 64
   const void* activations;

@@ -408,6 +408,14 @@ void down_tiles(const uint16_t* w, size_t columns, const uint16_t* inputs, size_
 // likes it, and the pairs stay in the second-level cache.
 constexpr size_t kPairedTiles = 256;
 
+// Of a task's neuron, from its first one on; with places where it is if it is used, else that of
+// the next one that is. `mask` is of its block.
+inline size_t row_of(const DownTask& task, BlockMask mask, size_t neuron) {
+  if (task.places == nullptr) return neuron;
+  const BlockMask before = mask & ((BlockMask{1} << neuron % 64) - 1);
+  return task.places[neuron / 64] + static_cast<size_t>(__builtin_popcountll(before));
+}
+
 void down(const DownTask* task) {
   alignas(64) uint16_t tiles[kPairedTiles * kTile];
   const size_t blocks = (task->last_neuron - task->first_neuron) / 32;
@@ -415,20 +423,23 @@ void down(const DownTask* task) {
   const size_t stride = task->weights->stride / sizeof(uint16_t);
   const uint16_t* inputs =
       static_cast<const uint16_t*>(task->activations) + task->first_neuron / 32 * kTile;
-  const uint16_t* from = bf16_row(*task->weights, task->first_neuron) + task->first_column;
+  const size_t first_row = task->places == nullptr ? task->first_neuron : 0;
+  const uint16_t* from = bf16_row(*task->weights, first_row) + task->first_column;
   const size_t strip = kPairedTiles / (2 * blocks) * 32;
   if (task->fetch != nullptr) begin_fetch(task->fetch, blocks * 16);
   for (size_t begin = 0; begin < task->columns; begin += strip) {
     const size_t end = at_most(begin + strip, task->columns);
     for (size_t pair = 0; pair < blocks * 16; ++pair) {
-      const uint16_t* row = from + 2 * pair * stride;
       uint16_t* low = tiles + pair / 16 * 2 * kTile + pair % 16 * 32;
       if (task->fetch != nullptr) fetch_some(task->fetch);
-      const uint64_t used = task->used == nullptr ? 3 : task->used[pair / 32] >> pair % 32 * 2 & 3;
+      const BlockMask mask = task->used == nullptr ? kWholeBlock : task->used[pair / 32];
+      const uint64_t used = mask >> pair % 32 * 2 & 3;
+      const uint16_t* row = from + row_of(*task, mask, 2 * pair) * stride;
+      const uint16_t* next = task->places == nullptr ? row + stride : row + (used & 1) * stride;
       // What is not used keeps its place, for the sums' order, but is not read.
       for (size_t column = begin; column < end; column += 32, low += blocks * 2 * kTile) {
         const uint16_t* first = used & 1 ? row + column : kZeros;
-        pair_up(first, used & 2 ? row + stride + column : kZeros, low, low + kTile);
+        pair_up(first, used & 2 ? next + column : kZeros, low, low + kTile);
       }
     }
     down_tiles(tiles, end - begin, inputs, group_stride, blocks, *task, task->out + begin);

@@ -115,7 +115,8 @@ void swiglu(const SwigluTask* task) {
 }
 
 template <size_t kTokens, size_t kVectors>
-inline void down_tile(const DownTask& task, const Neurons& rows, size_t column, size_t token) {
+inline void down_tile(const DownTask& task, const Neurons& neurons, const Neurons& rows,
+                      size_t column, size_t token) {
   const size_t stride = task.weights->stride / sizeof(uint16_t);
   const uint16_t* weights = bf16_row(*task.weights, 0) + task.first_column + column;
   const float* inputs = static_cast<const float*>(task.activations) + token * task.neurons;
@@ -124,10 +125,11 @@ inline void down_tile(const DownTask& task, const Neurons& rows, size_t column, 
     for (size_t i = 0; i < kVectors / 2; ++i) even[t][i] = odd[t][i] = Simd::zero();
   }
   for (size_t place = 0; place < rows.count; ++place) {
-    const size_t neuron = rows.at[place];
+    const size_t neuron = neurons.at[place];
+    const uint16_t* row = weights + rows.at[place] * stride;
     for (size_t i = 0; i < kVectors / 2; ++i) {
       F w_even, w_odd;
-      Simd::load_bf16(weights + neuron * stride + i * kChunk, &w_even, &w_odd);
+      Simd::load_bf16(row + i * kChunk, &w_even, &w_odd);
       for (size_t t = 0; t < kTokens; ++t) {
         const F a = Simd::set(inputs[t * task.neurons + neuron]);
         even[t][i] = Simd::fma(a, w_even, even[t][i]);
@@ -152,13 +154,16 @@ inline void down_tile(const DownTask& task, const Neurons& rows, size_t column, 
 
 // From `column` on, as far as tiles of this width go; returns where they end.
 template <size_t kVectors>
-size_t down_columns(const DownTask& task, const Neurons& rows, size_t column) {
+size_t down_columns(const DownTask& task, const Neurons& neurons, const Neurons& rows,
+                    size_t column) {
   for (; column + kVectors * kLanes <= task.columns; column += kVectors * kLanes) {
     size_t token = 0;
     for (; token + Simd::kDownTokens <= task.tokens; token += Simd::kDownTokens) {
-      down_tile<Simd::kDownTokens, kVectors>(task, rows, column, token);
+      down_tile<Simd::kDownTokens, kVectors>(task, neurons, rows, column, token);
     }
-    for (; token < task.tokens; ++token) down_tile<1, kVectors>(task, rows, column, token);
+    for (; token < task.tokens; ++token) {
+      down_tile<1, kVectors>(task, neurons, rows, column, token);
+    }
   }
   return column;
 }
@@ -167,15 +172,17 @@ size_t down_columns(const DownTask& task, const Neurons& rows, size_t column) {
 constexpr size_t kSingleVectors = Simd::kLanes == 16 ? 12 : 8;
 
 void down(const DownTask* task) {
-  Neurons rows;
+  Neurons neurons, rows;  // where activations are, and weights
   for (size_t n = task->first_neuron; n < task->last_neuron; n += 64) {
     const size_t block = (n - task->first_neuron) / 64;
-    rows.add(task->used == nullptr ? kWholeBlock : task->used[block], n);
+    const BlockMask used = task->used == nullptr ? kWholeBlock : task->used[block];
+    neurons.add(used, n);
+    add_rows_of(*task, block, used, &rows);
   }
   size_t column = 0;
-  if (task->tokens == 1) column = down_columns<kSingleVectors>(*task, rows, column);
-  column = down_columns<Simd::kDownVectors>(*task, rows, column);
-  down_columns<2>(*task, rows, column);
+  if (task->tokens == 1) column = down_columns<kSingleVectors>(*task, neurons, rows, column);
+  column = down_columns<Simd::kDownVectors>(*task, neurons, rows, column);
+  down_columns<2>(*task, neurons, rows, column);
 }
 
 void nothing() {}

@@ -80,10 +80,24 @@ struct Neurons {
       at[count++] = static_cast<uint32_t>(first) + static_cast<uint32_t>(__builtin_ctzll(mask));
     }
   }
+  // As many numbers from `first` on as bits are set.
+  void add_row_by_row(BlockMask mask, size_t first) {
+    const size_t end = count + static_cast<size_t>(__builtin_popcountll(mask));
+    for (uint32_t row = static_cast<uint32_t>(first); count < end; ++row) at[count++] = row;
+  }
 
   size_t count;
   uint32_t at[kMaxDownNeurons];
 };
+
+// The rows of block `block` of a task that are read, those of `used`.
+inline void add_rows_of(const DownTask& task, size_t block, BlockMask used, Neurons* rows) {
+  if (task.places == nullptr) {
+    rows->add(used, task.first_neuron + block * 64);
+  } else {
+    rows->add_row_by_row(used, task.places[block]);
+  }
+}
 
 // Where rows were computed side by side -> their places.
 inline void spread(const ChosenRows& rows, const float* values, size_t stride, size_t tokens,

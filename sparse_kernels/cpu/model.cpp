@@ -1,11 +1,6 @@
 #include "model.hpp"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <new>
 #include <system_error>
 
 #include "error.hpp"
@@ -16,24 +11,6 @@
 #include "scan.hpp"
 
 namespace sk {
-
-Scratch::~Scratch() { std::free(data_); }
-
-void* Scratch::get(size_t bytes) {
-  if (bytes <= bytes_) return data_;
-  std::free(data_);
-  data_ = nullptr;
-  bytes_ = 0;
-  constexpr size_t kHugePage = 2 << 20;
-  const size_t page = bytes < kHugePage ? 4096 : kHugePage, rounded = round_up(bytes, page);
-  data_ = std::aligned_alloc(page, rounded);
-  if (data_ == nullptr) throw std::bad_alloc();
-  // What does not get them works as well, but slower.
-  if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
-  std::memset(data_, 0, rounded);
-  bytes_ = rounded;
-  return data_;
-}
 
 namespace {
 
@@ -72,7 +49,7 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   }
   sk_isa isa;
   SK_TRY(resolve_isa(args.isa, &isa));
-  auto model = std::make_shared<Model>(args.threads);
+  auto model = std::make_shared<Model>(args.threads, args.core_copies == 1);
   model->isa = isa;
   model->kernels = &kernels_for(isa);
   const MatrixKinds kinds = kinds_of(*model->kernels, args.activation_bits);

@@ -9,31 +9,14 @@
 #include <mutex>
 #include <vector>
 
+#include "core_copy.hpp"
 #include "description.hpp"
 #include "kernels.hpp"
+#include "scratch.hpp"
 #include "sparse_kernels.h"
 #include "thread_pool.hpp"
 
 namespace sk {
-
-// Memory that only grows, aligned and zeroed when it does.
-class Scratch {
- public:
-  ~Scratch();
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  // Throws std::bad_alloc. What was in it is lost when it grows.
-  void* get(size_t bytes);
-  template <typename T>
-  T* get(size_t count) {
-    return static_cast<T*>(get(count * sizeof(T)));
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 // A coarse copy of the LM head, and how far off its products can be. See sk_model_args.
 struct ScanHead {
@@ -47,7 +30,8 @@ struct ScanHead {
 
 struct Model : Description {
   static constexpr char kStaysBehind[] = "its threads did not come along";
-  Model(uint32_t thread_count) : pool(thread_count), barrier(thread_count), scratch(thread_count) {}
+  Model(uint32_t thread_count, bool copy_cores)
+      : pool(thread_count), barrier(thread_count), scratch(thread_count), core_copy(copy_cores) {}
 
   ScanHead scan;
   const Kernels* kernels;
@@ -63,6 +47,7 @@ struct Model : Description {
   Scratch x, operand, attention_operand, queries, mixed, partial, activations, plain, cos, sin,
       chunk_state, output_operand, reduced, scan_operand, scan_inputs, correction_operand, squares;
   std::vector<Scratch> scratch;  // of each thread
+  CoreCopy core_copy;
 };
 
 }  // namespace sk

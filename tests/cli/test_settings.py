@@ -48,6 +48,7 @@ OTHER = {
     "kv_cache_gib": ("0.5", 0.5),
     "gpu_memory_utilization": ("0.5", 0.5),
     "cuda_graphs": ("false", False),
+    "core_copies": ("false", False),
     "max_running": ("4", 4),
     "max_batched_tokens": ("64", 64),
     "mixed_prefill_tokens": ("32", 32),

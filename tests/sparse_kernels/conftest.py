@@ -278,11 +278,14 @@ class Run:
 class Machine:
     """A decoder with a KV cache, on which several runs may go on. `isa`: one of `levels`."""
 
-    def __init__(self, tiny: Tiny, blocks: int, threads: int, isa: str, kv_bits: int) -> None:
+    def __init__(
+        self, tiny: Tiny, blocks: int, threads: int, isa: str, kv_bits: int, core_copies: bool
+    ) -> None:
         self.tiny, self.num_blocks = tiny, blocks
+        self.packed = tiny.packed()
         on_cpu = {"threads": threads, "isa": isa}
         device = {"device": isa} if isa in ("emulator", "cuda") else on_cpu
-        self.decoder = Decoder(tiny.packed(), **device, kv_bits=kv_bits)
+        self.decoder = Decoder(self.packed, **device, kv_bits=kv_bits, core_copies=core_copies)
         self.kv = self.decoder.new_kv(blocks)
 
     @contextmanager
@@ -364,12 +367,17 @@ class Machine:
 
 @pytest.fixture(scope="session")
 def make_machine() -> Callable[..., Machine]:
-    """`make_machine(tiny, blocks, threads, isa, kv_bits)`."""
+    """`make_machine(tiny, blocks, threads, isa, kv_bits, core_copies)`."""
 
     def make(
-        tiny: Tiny, blocks: int = 32, threads: int = 1, isa: str = "auto", kv_bits: int = 16
+        tiny: Tiny,
+        blocks: int = 32,
+        threads: int = 1,
+        isa: str = "auto",
+        kv_bits: int = 16,
+        core_copies: bool = True,
     ) -> Machine:
-        return Machine(tiny, blocks, threads, isa, kv_bits)
+        return Machine(tiny, blocks, threads, isa, kv_bits, core_copies)
 
     return make
 

@@ -269,6 +269,13 @@ class EngineSettings(BaseSettings):
             description="On a GPU, launch decoding steps that come again as CUDA graphs, which takes the CPU less time."
         ),
     ] = True
+    core_copies: Annotated[
+        bool,
+        Field(
+            description="On the CPU, keep a copy of the core's weights, side by side, while a single request with policy "
+            "core decodes, which is faster. It takes as much memory as the core has; answers are the same."
+        ),
+    ] = True
     max_running: Annotated[
         int, Field(ge=1, le=1024, description="Requests decoded together at most.")
     ] = 16

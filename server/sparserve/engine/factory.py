@@ -258,6 +258,7 @@ def _native_backend(
             device=device,
             kv_bits=_kv_bits(settings),
             graphs=settings.cuda_graphs,
+            core_copies=settings.core_copies,
             calibration=_calibration(model, formats),
             choice=choice,
             compressed=model.rounded,

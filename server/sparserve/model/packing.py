@@ -44,6 +44,7 @@ def make_decoder(
     device: str = "cpu",
     kv_bits: int = 16,
     graphs: bool = True,
+    core_copies: bool = True,
     calibration: Sequence[int] = (),
     choice: ChoiceTensors | None = None,
     compressed: CompressedWeights | None = None,
@@ -63,7 +64,14 @@ def make_decoder(
         on_layer=on_layer,
     )
     own_threads = threads if device == "cpu" else 1
-    return Decoder(packed, device=device, threads=own_threads, kv_bits=kv_bits, graphs=graphs)
+    return Decoder(
+        packed,
+        device=device,
+        threads=own_threads,
+        kv_bits=kv_bits,
+        graphs=graphs,
+        core_copies=core_copies,
+    )
 
 
 def pack_model(

@@ -1,0 +1,141 @@
+"""The copy of a core's rows that is read while its sequence decodes alone: the same bits, from elsewhere."""
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_kernels.choice import NeuronChoice, core_words
+from sparse_kernels.formats import DecoderFormats, MatrixFormat
+from sparse_kernels.weights import LayerShape
+
+# A copy is made for the second forward in a row with the same core, and read by that and all after it.
+COUNTS = (1, 1, 1, 3, 16, 1)
+SHAPES = {
+    "odd sizes": {
+        "hidden_size": 100,
+        "head_dim": 6,
+        "layers": [LayerShape(5, 1, 33), LayerShape(5, 1, 90)],
+    },
+    "wide": {"hidden_size": 1152, "layers": [LayerShape(3, 1, 1100)], "head_dim": 20},
+}
+
+
+def plan(bits: int, group: int, low: int = 0, down_low: int = 0, rank: int = 0) -> DecoderFormats:
+    plain = MatrixFormat(bits, group)
+    return DecoderFormats(
+        attention=plain,
+        gate_up=MatrixFormat(bits, group, low, rank),
+        down=MatrixFormat(bits, group, down_low, rank),
+        lm_head=plain,
+    )
+
+
+FORMATS = {
+    "bfloat16": DecoderFormats(),
+    "int8": plan(8, 64),
+    "int8 in 4 + 4 bits, down too": plan(8, 32, 4, 4),
+    "int8, 8 bits of inputs": replace(plan(8, 128), activation_bits=8),
+    "int4": plan(4, 64),
+    "int4 in 3 + 1 bits": plan(4, 64, 1, 1),
+    "int4 in 2 + 2 bits": plan(4, 32, 2),
+    "int4 and terms of rank 32": plan(4, 64, rank=32),
+    "int8 and terms of rank 32": plan(8, 64, rank=32),
+}
+
+
+@pytest.fixture
+def both(make_machine, make_run, random_tokens):
+    """`both(tiny, choice, isa)`: two machines with a run each, with and without copies."""
+
+    def make(tiny, choice, isa="auto", threads=2):
+        machines = [
+            make_machine(tiny, threads=threads, isa=isa, core_copies=copies)
+            for copies in (True, False)
+        ]
+        tokens = random_tokens(sum(COUNTS))
+        runs = [
+            make_run(tokens, range(4), choice=choice, reads=torch.zeros(len(tiny.layers), 4).long())
+            for _ in machines
+        ]
+        return machines, runs
+
+    return make
+
+
+def assert_equal_runs(run, other) -> None:
+    for ours, theirs in zip(run.rows, other.rows, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(run.statistics, other.statistics)
+    assert torch.equal(run.reads, other.reads)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS.keys())
+def test_bits_are_those_without_it(formats, shape, cpu_levels, chooser, both, random_core):
+    """Of outputs, statistics and reads, also where a core is another than before, or of no neurons."""
+    tiny = chooser(formats, **shape)
+    cores = [random_core(tiny, share, seed) for seed, share in enumerate((0.4, 0.8, 0.05, 0.0))]
+    for isa in cpu_levels:
+        machines, runs = both(tiny, None, isa)
+        for core in cores:
+            for machine, run in zip(machines, runs, strict=True):
+                run.done, run.rows = 0, []
+                run.choice = NeuronChoice(core, correction=1)
+                for count in COUNTS:
+                    machine.step((run, count))
+            assert_equal_runs(*runs)
+
+
+def test_a_layer_whose_neurons_are_all_in_the_core(chooser, both, cpu_levels):
+    tiny = chooser(FORMATS["int8"], **SHAPES["odd sizes"])
+    members = torch.rand(2, 90, generator=torch.Generator().manual_seed(1)) < 0.5
+    members[0] = True
+    for isa in cpu_levels:
+        machines, runs = both(tiny, NeuronChoice(core_words(members)), isa)
+        for machine, run in zip(machines, runs, strict=True):
+            for count in COUNTS:
+                machine.step((run, count))
+        assert_equal_runs(*runs)
+
+
+def clear_feed_forward(machine) -> None:
+    """Where the machine's model has its gates."""
+    for layer in machine.packed.layers:
+        for plane in (layer.gate.codes, layer.gate.low):
+            if plane.data:
+                ctypes.memset(plane.data, 0, plane.bytes)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int4 in 3 + 1 bits"])
+def test_it_is_read_instead_of_the_layers(name, chooser, both, random_core):
+    """Until another core comes, or a batch mate."""
+    tiny = chooser(FORMATS[name], **SHAPES["wide"])
+    core, other = NeuronChoice(random_core(tiny, 0.5)), NeuronChoice(random_core(tiny, 0.5, 9))
+    (machine, plain), (run, expected) = both(tiny, core)
+    for _ in range(2):
+        machine.step((run, 1))
+        plain.step((expected, 1))
+    clear_feed_forward(machine)
+    for _ in range(3):
+        machine.step((run, 1))
+        plain.step((expected, 1))
+    assert_equal_runs(run, expected)
+
+    run.choice = expected.choice = other
+    machine.step((run, 1))
+    plain.step((expected, 1))
+    assert not torch.equal(run.rows[-1][4], expected.rows[-1][4])
+
+
+def test_without_it_the_layers_are_read(chooser, both, random_core):
+    tiny = chooser(FORMATS["bfloat16"], **SHAPES["wide"])
+    (_, machine), (expected, run) = both(tiny, NeuronChoice(random_core(tiny, 0.5)))
+    machine.step((run, 2))
+    machine.step((run, 1))
+    clear_feed_forward(machine)
+    machine.step((run, 1))
+    other = both(tiny, expected.choice)[0][1]
+    other.step((expected, 4))
+    assert not torch.equal(run.rows[-1][4], expected.rows[-1][4])
