@@ -1,6 +1,7 @@
-// The core of a sequence that decodes alone, side by side. Chosen rows are spread over memory: the
-// CPU's own prefetching does not foresee them, and each step gathers them anew. A copy is read from
-// its beginning to its end, as all neurons are. The bits are the same either way.
+// The core of a sequence that decodes alone, or of several that have the same, side by side. Chosen
+// rows are spread over memory: the CPU's own prefetching does not foresee them, and each step
+// gathers them anew. A copy is read from its beginning to its end, as all neurons are. The bits are
+// the same either way.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,7 @@ struct CopiedLayer {
 class CoreCopy {
  public:
   explicit CoreCopy(bool wanted) : wanted_(wanted) {}
-  // Sees the core [layers, words] of a sequence that is alone in a forward. True: the copy is to be
+  // Sees the core [layers, words] that all sequences of a forward have. True: the copy is to be
   // used, and where `stale`, all its layers are copied before. False: this is another core than the
   // last forward's, or there is no memory.
   bool take(const Description& model, size_t threads, const uint64_t* core);

@@ -51,9 +51,23 @@ void Forward::lay_out() {
   }
   count_ = tokens_.size();
   fused_ = count_ <= kFusedTokens;
-  const sk_choice* const alone = args_.num_sequences == 1 ? args_.sequences[0].choice : nullptr;
-  copied_ = alone != nullptr && alone->kind == SK_CHOICE_CORE && alone->core != nullptr && fused_ &&
-            m_.core_copy.take(m_, ranges_.size(), alone->core);
+  const uint64_t* const core = fused_ ? common_core() : nullptr;
+  copied_ = core != nullptr && m_.core_copy.take(m_, ranges_.size(), core);
+}
+
+const uint64_t* Forward::common_core() const {
+  const uint64_t* common = nullptr;
+  const size_t words = m_.layers.size() * m_.words;
+  for (uint32_t s = 0; s < args_.num_sequences; ++s) {
+    const sk_choice* const choice = args_.sequences[s].choice;
+    if (choice == nullptr || choice->kind != SK_CHOICE_CORE || choice->core == nullptr) {
+      return nullptr;
+    }
+    if (common == nullptr) common = choice->core;
+    const bool same = common == choice->core || std::equal(common, common + words, choice->core);
+    if (!same) return nullptr;
+  }
+  return common;
 }
 
 void Forward::lay_out_statistics(const sk_sequence& sequence, uint32_t first_row) {

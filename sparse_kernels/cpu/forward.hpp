@@ -85,6 +85,8 @@ class Forward {
   // Who does what.
   void lay_out();
   void lay_out_statistics(const sk_sequence& sequence, uint32_t first_row);
+  // Of all sequences; null where one chooses otherwise, or among others.
+  const uint64_t* common_core() const;
   std::vector<QueryTile> query_tiles(uint32_t group) const;
   void allocate();
   // Long contexts of few sequences: chunks of one query tile are shared out, and merged afterwards.
@@ -262,7 +264,7 @@ class Forward {
   bool fused_ = false;
   bool choosing_ = false,
        corrected_ = false;         // some sequence chooses neurons; and has a correction
-  bool copied_ = false;            // one alone has a core, of which there is a copy
+  bool copied_ = false;            // all have one core, of which there is a copy
   std::vector<BlockMask> used_;    // of each block, by any token, by all bits of down
   std::vector<BlockMask> coarse_;  // of each block and token, by its upper ones
   std::vector<uint64_t> reads_;    // [threads][sequences, and their union][kReadKinds]

@@ -1,4 +1,4 @@
-"""The copy of a core's rows that is read while its sequence decodes alone: the same bits, from elsewhere."""
+"""The copy of a core's rows that is read while no other is wanted: the same bits, from elsewhere."""
 
 import ctypes
 from dataclasses import replace
@@ -100,7 +100,27 @@ def test_a_layer_whose_neurons_are_all_in_the_core(chooser, both, cpu_levels):
         assert_equal_runs(*runs)
 
 
-def clear_feed_forward(machine) -> None:
+def test_sequences_with_the_same_core_share_it(chooser, both, make_run, random_core, cpu_levels):
+    """And with a mate that has none, for a while they do without."""
+    tiny = chooser(FORMATS["int8"], **SHAPES["wide"])
+    core = random_core(tiny, 0.5)
+    for isa in cpu_levels:
+        machines, runs = both(tiny, NeuronChoice(core), isa)
+        seconds = [
+            make_run(run.tokens[5:], range(4, 8), choice=NeuronChoice(core.clone(), correction=2))
+            for run in runs
+        ]
+        mates = [make_run(run.tokens[9:], [8], choice=None) for run in runs]
+        for machine, *members in zip(machines, runs, seconds, mates, strict=True):
+            steps = [(run, 1) for run in members]
+            for batch in (steps[:2], steps[:2], steps, steps[:2], steps[:1], steps[:2]):
+                machine.step(*batch)
+        assert_equal_runs(*runs)
+        for ours, theirs in zip(seconds[0].rows, seconds[1].rows, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def clear_gates(machine) -> None:
     """Where the machine's model has its gates."""
     for layer in machine.packed.layers:
         for plane in (layer.gate.codes, layer.gate.low):
@@ -109,24 +129,31 @@ def clear_feed_forward(machine) -> None:
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int4 in 3 + 1 bits"])
-def test_it_is_read_instead_of_the_layers(name, chooser, both, random_core):
-    """Until another core comes, or a batch mate."""
+@pytest.mark.parametrize("mates", [0, 1])
+def test_it_is_read_instead_of_the_layers(name, mates, chooser, both, make_run, random_core):
+    """Until another core comes."""
     tiny = chooser(FORMATS[name], **SHAPES["wide"])
-    core, other = NeuronChoice(random_core(tiny, 0.5)), NeuronChoice(random_core(tiny, 0.5, 9))
-    (machine, plain), (run, expected) = both(tiny, core)
-    for _ in range(2):
-        machine.step((run, 1))
-        plain.step((expected, 1))
-    clear_feed_forward(machine)
-    for _ in range(3):
-        machine.step((run, 1))
-        plain.step((expected, 1))
-    assert_equal_runs(run, expected)
+    core, other = random_core(tiny, 0.5), random_core(tiny, 0.5, 9)
+    machines, firsts = both(tiny, NeuronChoice(core))
+    batches = [[first] for first in firsts]
+    for first, batch in zip(firsts, batches, strict=True):
+        for _ in range(mates):
+            batch.append(make_run(first.tokens, range(4, 8), choice=NeuronChoice(core.clone())))
 
-    run.choice = expected.choice = other
-    machine.step((run, 1))
-    plain.step((expected, 1))
-    assert not torch.equal(run.rows[-1][4], expected.rows[-1][4])
+    def step() -> None:
+        for machine, batch in zip(machines, batches, strict=True):
+            machine.step(*((run, 1) for run in batch))
+
+    step()
+    step()
+    clear_gates(machines[0])
+    step()
+    step()
+    assert_equal_runs(*firsts)
+    for run in [*batches[0], *batches[1]]:
+        run.choice = NeuronChoice(other)
+    step()
+    assert not torch.equal(firsts[0].rows[-1][4], firsts[1].rows[-1][4])
 
 
 def test_without_it_the_layers_are_read(chooser, both, random_core):
@@ -134,7 +161,7 @@ def test_without_it_the_layers_are_read(chooser, both, random_core):
     (_, machine), (expected, run) = both(tiny, NeuronChoice(random_core(tiny, 0.5)))
     machine.step((run, 2))
     machine.step((run, 1))
-    clear_feed_forward(machine)
+    clear_gates(machine)
     machine.step((run, 1))
     other = both(tiny, expected.choice)[0][1]
     other.step((expected, 4))

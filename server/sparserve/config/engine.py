@@ -273,7 +273,7 @@ class EngineSettings(BaseSettings):
         bool,
         Field(
             description="On the CPU, keep a copy of the core's weights, side by side, while a single request with policy "
-            "core decodes, which is faster. It takes as much memory as the core has; answers are the same."
+            "core decodes, or several that have the same core, which is faster. It takes as much memory as the core has; answers are the same."
         ),
     ] = True
     max_running: Annotated[
