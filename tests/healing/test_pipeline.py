@@ -65,11 +65,13 @@ def test_a_pruned_model_comes_nearer_to_its_original(folder, text, few, settings
     assert not list(tmp_path.glob("healed.*"))  # nothing of the run is left beside it
 
 
-@pytest.mark.parametrize("through", ["core:0.5", "token:0.6"])
+@pytest.mark.parametrize(
+    ("through", "concentrate"), [("core:0.5", 0.0), ("token:0.6", 0.0), ("dense", 0.5)]
+)
 def test_a_run_that_was_interrupted_makes_the_same_bytes(
-    folder, text, few, settings, tmp_path, through
+    folder, text, few, settings, tmp_path, through, concentrate
 ):
-    few = changed(few, through=through, learning_rate=1e-3)
+    few = changed(few, through=through, learning_rate=1e-3, concentrate=concentrate)
     settings = settings.model_copy(update={"dtype": "int8", "weight_planes": "4+4"})
     heal(str(folder), few, [text], tmp_path / "whole", settings)
 
@@ -83,6 +85,7 @@ def test_a_run_that_was_interrupted_makes_the_same_bytes(
     heal(str(folder), few, [text], tmp_path / "again", settings, on_step=seen.append)
     assert seen[0].step == 13  # after the second look of four
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
+    assert (tmp_path / "again" / LOOKS).read_bytes() == (tmp_path / "whole" / LOOKS).read_bytes()
 
 
 def test_what_another_run_left_is_not_gone_on_with(folder, text, few, settings, tmp_path):

@@ -38,7 +38,7 @@ class Progress:
 
     step: int
     steps: int
-    loss: float | None  # of the step
+    loss: float | None  # KL of the step
     tokens_per_second: float
     look: Look | None  # where this step ended with one
 
@@ -125,16 +125,17 @@ class _Run:
             self._on_progress(progress)
 
     def _step(self, step: int) -> float:
+        """-> its KL; what is made small has the spread, too."""
         how = self._how
         rate = _rate(step, how.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest"] * rate
         token_ids = self._batch(step)
         prompt = self._through.prompt_tokens(how.window, random.Random(f"{how.seed}/{step}"))
-        loss = self._loss(token_ids, prompt, watch=how.concentrate > 0)
+        loss = objective = self._loss(token_ids, prompt, watch=how.concentrate > 0)
         if how.concentrate:
-            loss = loss + how.concentrate * self._through.spread()
-        self._accelerator.backward(loss)
+            objective = loss + how.concentrate * self._through.spread()
+        self._accelerator.backward(objective)
         self._accelerator.clip_grad_norm_(self._plain.parameters(), LARGEST_GRADIENT)
         self._optimizer.step()
         self._optimizer.zero_grad()
