@@ -12,11 +12,9 @@ from sparserve.compression.recipe import parse_recipe
 from sparserve.errors import ConfigError
 from sparserve.healing import training
 from sparserve.healing.pipeline import LOOKS, heal
-from sparserve.healing.text import windows_of
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressed_checkpoint import read_info
 from sparserve.model.loader import load_model
-from sparserve.model.text import TextFiles
 
 PRUNED = """
 name: pruned
@@ -239,14 +237,3 @@ def test_settings_that_make_another_model_are_refused(folder, text, few, setting
     pruning = settings.model_copy(update={"prune": 0.2})
     with pytest.raises(ConfigError, match="make a folder by `sparserve compress`, and heal that"):
         heal(str(folder), few, [text], tmp_path / "out", pruning)
-
-
-def test_both_kinds_of_text_are_learned_from_and_held_out():
-    given = TextFiles([list(range(40 * 16)), list(range(7))], "", ())
-    how = Heal(window=16, held_out=8, generated=8, batch=4, tokens=10**4)
-    written = torch.full((8, 16), -1)
-    found = windows_of(how, given, written)
-    assert (found.held_out[:, 0] == -1).sum() == 2  # a quarter of what was written
-    assert len(found.held_out) == 8
-    assert (found.training[:, 0] == -1).sum() == 6
-    assert len(found.training) == 40

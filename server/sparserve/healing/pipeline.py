@@ -50,7 +50,7 @@ from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
 
 # Which version of the training an unfinished run belongs to.
-VERSION = 1
+VERSION = 2
 LOOKS = "healing.json"  # in the folder: the looks at the held-out windows
 
 # (what is done, done, in all)
@@ -256,7 +256,7 @@ def _windows(
         return {"token_ids": write_text(teacher, settings, how, given, on_tokens)}
 
     needed = {name: inputs[name] for name in ("version", "teacher", "text", "device", "threads")}
-    needed |= {name: getattr(how, name) for name in ("generated", "window", "seed")}
+    needed |= {name: getattr(how, name) for name in ("generated", "window", "held_out", "seed")}
     written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
     return windows_of(how, given, written)
 
