@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparserve.cli.healing_display import HealingDisplay
 from sparserve.compression.healing import Heal
@@ -218,6 +219,18 @@ def test_a_state_that_is_damaged_counts_as_none(folder, text, few, settings, tmp
 def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path):
     with pytest.raises(ConfigError, match="through dense: there is nothing to heal"):
         heal(str(folder), changed(few, through="dense"), [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 3e38])
+def test_a_model_without_finite_logits_is_told(folder, text, few, settings, tmp_path, weight):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = weight
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"tiny has logits that are no finite numbers, through core"
+    ):
+        heal(str(folder), changed(few, generated=0), [text], tmp_path / "out", settings)
     assert [path.name for path in tmp_path.glob("out*")] == []
 
 

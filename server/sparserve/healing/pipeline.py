@@ -36,7 +36,7 @@ from sparserve.healing.stored import (
     network_of,
 )
 from sparserve.healing.text import Windows, read_given, windows_of, write_text
-from sparserve.healing.training import Healed, NothingToHeal, OnProgress, train
+from sparserve.healing.training import CannotHeal, Healed, OnProgress, train
 from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo, Source
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
@@ -110,13 +110,10 @@ def heal(
             healed = train(
                 network, network_of(teacher), how, through, windows, kept, accelerator, on_step
             )
-        except NothingToHeal as error:
+        except CannotHeal as error:
             if is_main:
                 _forget(out, kept)
-            raise ConfigError(
-                f"{model} answers as the original does, through {how.through}: there is nothing to heal. Prune or round it "
-                "first, or name the policy that will serve by --through"
-            ) from error
+            raise ConfigError(f"{model} {error}") from error
         if healed.best.step == 0:
             if is_main:
                 _forget(out, kept)
