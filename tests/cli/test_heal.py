@@ -58,6 +58,21 @@ def test_what_cannot_be_is_told(heal, tmp_path, flags, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dense_model_is_concentrated_and_kl_alone_is_told(heal, tmp_path):
+    """Student and teacher are alike at first: there is no KL that the last one would be a part of."""
+    status, out, err = heal(
+        "--through", "dense", "--concentrate", "0.5", "--learning-rate", "0.001"
+    )
+    assert status == 0, err
+    told = " ".join(out.split())
+    assert "through dense: 0 before" in told
+    assert " steps; the run ended" in told
+    looks = json.loads((tmp_path / "out" / "healing.json").read_text())
+    assert all(0 < own["training"] < 0.1 for own in looks[1:])
+    assert looks[0]["objective"] == pytest.approx(0.5 * looks[0]["spread"])
+    assert looks[0]["objective"] > 0.2  # which no step's KL has in it
+
+
 def test_a_curve_is_bars():
     assert curve([8.0, 4.0, 2.0, 1.0]) == "█▄▂▁"
     assert len(curve([1.0] * 500, 32)) == 32

@@ -230,3 +230,21 @@ def test_policies_that_cannot_be_learned_through_are_refused(model):
         parse_through("exact", model, formats)
     with pytest.raises(ConfigError, match="begins with 'nonsense'"):
         parse_through("nonsense", model, formats)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["core:0.5/count", "core:0.5/layers=1-1", "core:0.5/refresh=8", "core:0.5/similarity",
+     "core:0.5/signed_count/alpha=0.4", "token:0.8/gate/refresh=8", "core:0.7+token:0.5/gate"],
+)  # fmt: skip
+def test_options_that_would_not_be_followed_are_refused(model, words):
+    with pytest.raises(
+        ConfigError, match=r"core:D, token:D/planes or token:D/gate, without"
+    ) as told:
+        parse_through(words, model, DecoderFormats())
+    assert repr(words) in str(told.value)
+
+
+@pytest.mark.parametrize("words", ["core:0.5/norm", "core:0.5/stability", "core:0.5/auto"])
+def test_what_a_core_is_learned_by_may_be_said(model, words):
+    assert isinstance(parse_through(words, model, DecoderFormats()), Core)

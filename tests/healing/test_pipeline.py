@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparserve.cli.healing_display import HealingDisplay
 from sparserve.compression.healing import Heal
@@ -12,11 +13,9 @@ from sparserve.compression.recipe import parse_recipe
 from sparserve.errors import ConfigError
 from sparserve.healing import training
 from sparserve.healing.pipeline import LOOKS, heal
-from sparserve.healing.text import windows_of
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressed_checkpoint import read_info
 from sparserve.model.loader import load_model
-from sparserve.model.text import TextFiles
 
 PRUNED = """
 name: pruned
@@ -65,11 +64,13 @@ def test_a_pruned_model_comes_nearer_to_its_original(folder, text, few, settings
     assert not list(tmp_path.glob("healed.*"))  # nothing of the run is left beside it
 
 
-@pytest.mark.parametrize("through", ["core:0.5", "token:0.6"])
+@pytest.mark.parametrize(
+    ("through", "concentrate"), [("core:0.5", 0.0), ("token:0.6", 0.0), ("dense", 0.5)]
+)
 def test_a_run_that_was_interrupted_makes_the_same_bytes(
-    folder, text, few, settings, tmp_path, through
+    folder, text, few, settings, tmp_path, through, concentrate
 ):
-    few = changed(few, through=through, learning_rate=1e-3)
+    few = changed(few, through=through, learning_rate=1e-3, concentrate=concentrate)
     settings = settings.model_copy(update={"dtype": "int8", "weight_planes": "4+4"})
     heal(str(folder), few, [text], tmp_path / "whole", settings)
 
@@ -83,6 +84,7 @@ def test_a_run_that_was_interrupted_makes_the_same_bytes(
     heal(str(folder), few, [text], tmp_path / "again", settings, on_step=seen.append)
     assert seen[0].step == 13  # after the second look of four
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
+    assert (tmp_path / "again" / LOOKS).read_bytes() == (tmp_path / "whole" / LOOKS).read_bytes()
 
 
 def test_what_another_run_left_is_not_gone_on_with(folder, text, few, settings, tmp_path):
@@ -220,6 +222,18 @@ def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path
     assert [path.name for path in tmp_path.glob("out*")] == []
 
 
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 3e38])
+def test_a_model_without_finite_logits_is_told(folder, text, few, settings, tmp_path, weight):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = weight
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"tiny has logits that are no finite numbers, through core"
+    ):
+        heal(str(folder), changed(few, generated=0), [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
 def test_what_cannot_be_written_is_told_before_anything_is_learned(
     folder, text, few, settings, tmp_path
 ):
@@ -236,14 +250,3 @@ def test_settings_that_make_another_model_are_refused(folder, text, few, setting
     pruning = settings.model_copy(update={"prune": 0.2})
     with pytest.raises(ConfigError, match="make a folder by `sparserve compress`, and heal that"):
         heal(str(folder), few, [text], tmp_path / "out", pruning)
-
-
-def test_both_kinds_of_text_are_learned_from_and_held_out():
-    given = TextFiles([list(range(40 * 16)), list(range(7))], "", ())
-    how = Heal(window=16, held_out=8, generated=8, batch=4, tokens=10**4)
-    written = torch.full((8, 16), -1)
-    found = windows_of(how, given, written)
-    assert (found.held_out[:, 0] == -1).sum() == 2  # a quarter of what was written
-    assert len(found.held_out) == 8
-    assert (found.training[:, 0] == -1).sum() == 6
-    assert len(found.training) == 40

@@ -76,9 +76,11 @@ def tell_healed(made: HealedFolder, how: Heal) -> None:
     healed = made.healed
     before, best = healed.looks[0].held_out, healed.best
     ended = "diverged" if healed.diverged else "ended"
+    # A model that is concentrated may answer as its original does at first.
+    ratio = f" ({best.held_out / before:.2f} of it)" if before > 0 else ""
     out.print(
         f"KL to the original on held-out windows, through {how.through}: {before:.3g} before, {best.held_out:.3g} after "
-        f"{best.step} steps ({best.held_out / before:.2f} of it); the run {ended} at step {healed.steps} of {how.steps}, "
+        f"{best.step} steps{ratio}; the run {ended} at step {healed.steps} of {how.steps}, "
         f"{healed.steps * how.batch * how.window:,} tokens; {made.seconds:.0f} s",
         soft_wrap=True,
     )

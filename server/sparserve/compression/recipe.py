@@ -303,6 +303,12 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raise ConfigError(f"the recipe {where} is no YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"the recipe {where} must be lines of `name: value`")
+    for name in ("mixed", "prune", "heal", "calibrate"):  # null, which is their default, too
+        if name in content and content[name] is None:
+            raise ConfigError(
+                f"the recipe {where} cannot be followed:\n{name} is empty; give settings, {{}} for the defaults, or leave "
+                "it out"
+            )
     return _validated(content, where)
 
 

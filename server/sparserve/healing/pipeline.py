@@ -36,7 +36,7 @@ from sparserve.healing.stored import (
     network_of,
 )
 from sparserve.healing.text import Windows, read_given, windows_of, write_text
-from sparserve.healing.training import Healed, NothingToHeal, OnProgress, train
+from sparserve.healing.training import CannotHeal, Healed, OnProgress, train
 from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo, Source
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
@@ -50,7 +50,7 @@ from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
 
 # Which version of the training an unfinished run belongs to.
-VERSION = 1
+VERSION = 2
 LOOKS = "healing.json"  # in the folder: the looks at the held-out windows
 
 # (what is done, done, in all)
@@ -110,13 +110,10 @@ def heal(
             healed = train(
                 network, network_of(teacher), how, through, windows, kept, accelerator, on_step
             )
-        except NothingToHeal as error:
+        except CannotHeal as error:
             if is_main:
                 _forget(out, kept)
-            raise ConfigError(
-                f"{model} answers as the original does, through {how.through}: there is nothing to heal. Prune or round it "
-                "first, or name the policy that will serve by --through"
-            ) from error
+            raise ConfigError(f"{model} {error}") from error
         if healed.best.step == 0:
             if is_main:
                 _forget(out, kept)
@@ -256,7 +253,7 @@ def _windows(
         return {"token_ids": write_text(teacher, settings, how, given, on_tokens)}
 
     needed = {name: inputs[name] for name in ("version", "teacher", "text", "device", "threads")}
-    needed |= {name: getattr(how, name) for name in ("generated", "window", "seed")}
+    needed |= {name: getattr(how, name) for name in ("generated", "window", "held_out", "seed")}
     written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
     return windows_of(how, given, written)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.formats import DecoderFormats
 from sparserve.bench.policies import PolicySpec
@@ -12,7 +14,7 @@ from sparserve.healing.through import Through, core_of
 from sparserve.model.backend import mean_neuron_bytes
 from sparserve.model.loader import LoadedModel
 from sparserve.model.weight_bytes import layer_neuron_bytes
-from sparserve.sparsity.policy import PolicyKind
+from sparserve.sparsity.policy import Policy, PolicyKind, PredictorKind
 
 
 def parse_through(words: str, model: LoadedModel, formats: DecoderFormats) -> Through:
@@ -21,14 +23,18 @@ def parse_through(words: str, model: LoadedModel, formats: DecoderFormats) -> Th
     policy = PolicySpec.parse(words).policy
     if policy.kind is PolicyKind.DENSE:
         return Through()
-    if policy.kind is PolicyKind.CORE and policy.density is not None:
-        return core_of(policy.density, model.config)
-    if policy.kind is PolicyKind.TOKEN and policy.core_density is None:
-        assert policy.density is not None
-        return _by_token(words, policy.choice, policy.density, model, formats)
+    density = policy.density
+    plain = Policy(policy.kind, density)
+    # Without an index a core's scores are the prompt's own, unless similarity is asked for.
+    by_prompt = replace(plain, predictor=PredictorKind.STABILITY)
+    if policy.kind is PolicyKind.CORE and density is not None and policy in (plain, by_prompt):
+        return core_of(density, model.config)
+    by_any = replace(policy, choice=None)
+    if policy.kind is PolicyKind.TOKEN and density is not None and by_any == plain:
+        return _by_token(words, policy.choice, density, model, formats)
     raise ConfigError(
-        f"through is {words!r}, and healing goes through dense, core:D, token:D/planes or token:D/gate; what is healed for "
-        "one of them tolerates other choices better, too"
+        f"through is {words!r}, and healing goes through dense, core:D, token:D/planes or token:D/gate, without further "
+        "options; what is healed for one of them tolerates other choices better, too"
     )
 
 

@@ -28,8 +28,8 @@ DIVERGED = 2.0
 NOTHING = 1e-6  # an objective that no step can make smaller
 
 
-class NothingToHeal(Exception):
-    """The student answers as the teacher does."""
+class CannotHeal(Exception):
+    """What the first look says of the student, without its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Progress:
 
     step: int
     steps: int
-    loss: float | None  # of the step
+    loss: float | None  # KL of the step
     tokens_per_second: float
     look: Look | None  # where this step ended with one
 
@@ -67,7 +67,7 @@ def train(
     """`student` is then at its best look. A run that was interrupted goes on from its last look, to the same
     result with as many threads and processes.
 
-    Raises NothingToHeal.
+    Raises CannotHeal.
     """
     run = _Run(student, teacher, how, through, windows, kept, accelerator, on_progress)
     return run.to_its_end()
@@ -100,8 +100,7 @@ class _Run:
         looks_at = {round(how.steps * n / how.evaluations) for n in range(1, how.evaluations + 1)}
         if not state.looks:
             look = self._look()
-            if look.objective < NOTHING:
-                raise NothingToHeal
+            self._refuse(look)
             self._tell(Progress(0, how.steps, None, 0.0, look))
         diverged = self._has_diverged()
         begun, first = time.perf_counter(), state.step
@@ -120,21 +119,35 @@ class _Run:
         self._plain.load_state_dict(state.best)
         return Healed(state.looks, state.best_look, state.step, diverged)
 
+    def _refuse(self, look: Look) -> None:
+        """Raises CannotHeal of a first look that no step can make better."""
+        if not math.isfinite(look.objective):
+            raise CannotHeal(
+                f"has logits that are no finite numbers, through {self._how.through}, or its original has: weights are "
+                "damaged, or too large for bfloat16, which healing cannot repair. Take another copy of the model"
+            )
+        if look.objective < NOTHING:
+            raise CannotHeal(
+                f"answers as the original does, through {self._how.through}: there is nothing to heal. Prune or round it "
+                "first, or name the policy that will serve by --through"
+            )
+
     def _tell(self, progress: Progress) -> None:
         if self._accelerator.is_main_process:
             self._on_progress(progress)
 
     def _step(self, step: int) -> float:
+        """-> its KL; what is made small has the spread, too."""
         how = self._how
         rate = _rate(step, how.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest"] * rate
         token_ids = self._batch(step)
         prompt = self._through.prompt_tokens(how.window, random.Random(f"{how.seed}/{step}"))
-        loss = self._loss(token_ids, prompt, watch=how.concentrate > 0)
+        loss = objective = self._loss(token_ids, prompt, watch=how.concentrate > 0)
         if how.concentrate:
-            loss = loss + how.concentrate * self._through.spread()
-        self._accelerator.backward(loss)
+            objective = loss + how.concentrate * self._through.spread()
+        self._accelerator.backward(objective)
         self._accelerator.clip_grad_norm_(self._plain.parameters(), LARGEST_GRADIENT)
         self._optimizer.step()
         self._optimizer.zero_grad()
