@@ -207,6 +207,19 @@ def test_restoring_needs_a_window_to_hold_out(tiny_model, token_ids):
         prune(tiny_model, Prune(mlp=0.5), token_ids[:3])
 
 
+@pytest.mark.parametrize("matrix", ["w_up", "wo", "w_down"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_what_is_not_finite_is_refused(tiny_model, token_ids, matrix, value):
+    *layers, last = tiny_model.weights.layers
+    damaged = getattr(last, matrix).clone()
+    damaged[3] = value
+    layers.append(replace(last, **{matrix: damaged}))
+    model = replace(tiny_model, weights=replace(tiny_model.weights, layers=layers))
+    for how in (Prune(mlp=0.3), Prune(heads=0.5, restore="none")):
+        with pytest.raises(ConfigError, match="what layer 1 makes of it is not finite"):
+            prune(model, how, token_ids)
+
+
 INT8 = """
 name: pruned
 quantizer: rtn

@@ -22,9 +22,10 @@ from sparserve.compression.pruning.criteria import CRITERIA, LayerMatrices
 from sparserve.compression.pruning.restore import Restored, restore
 from sparserve.compression.pruning.statistics import LayerStatistics
 from sparserve.compression.sections import Prune
-from sparserve.compression.statistics import InputMoments
+from sparserve.compression.statistics import InputMoments, NonFiniteInputs
 from sparserve.errors import ConfigError
 from sparserve.model.compressed_checkpoint import AddedBias
+from sparserve.model.compressing import told_as_config_error
 from sparserve.model.config import LayerSize, ModelConfig
 from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.loader import LoadedModel
@@ -72,6 +73,7 @@ class Pruned:
     added_biases: tuple[AddedBias, ...]  # of all layers, where any was restored by one
 
 
+@told_as_config_error()
 def prune(
     model: LoadedModel,
     how: Prune,
@@ -83,7 +85,7 @@ def prune(
     calibration's; `seen` is what `statistics_of` found on them, where it was asked. With as many torch threads it is
     the same each time.
 
-    Raises ConfigError of shares that leave too little.
+    Raises ConfigError of shares that leave too little, and of a text that `statistics_of` refuses.
     """
     passes = 1 if how.restore == "none" else 2
     count = model.config.num_layers
@@ -173,12 +175,14 @@ def cut(layer: LayerWeights, kept: Kept, head_dim: int) -> LayerWeights:
     return replace(layer, **changes)
 
 
+@told_as_config_error()
 def statistics_of(
     model: LoadedModel,
     token_ids: torch.Tensor,
     on_layer: Callable[[int], None] = lambda done: None,
 ) -> list[LayerStatistics]:
-    """What all criteria need, from one walk through the whole model. token_ids [windows, tokens]."""
+    """What all criteria need, from one walk through the whole model. token_ids [windows, tokens]. Raises ConfigError
+    of a text that some layer makes NaN or infinity of."""
     walk, found = Walk(model, token_ids), []
     for index in range(model.config.num_layers):
         found.append(_statistics(walk, index, _exact(model.weights.layers[index])))
@@ -224,6 +228,12 @@ def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
         made = activations(layer, walk.norm(own, layer.mlp_norm))
         seen.neurons.add(made)
         own += F.linear(made, layer.w_down, layer.bd)
+    found = (seen.heads.squares, seen.head_outputs, seen.neurons.squares, walk.x)
+    if not all(bool(own.isfinite().all()) for own in found):
+        raise NonFiniteInputs(
+            f"what layer {index} makes of it is not finite; give text that the model can read, or a model whose "
+            "weights are whole"
+        )
     return seen
 
 
