@@ -18,7 +18,7 @@ from sparserve.compression.pruning.budget import (
     uniform,
     units_of,
 )
-from sparserve.compression.pruning.criteria import CRITERIA, LayerMatrices
+from sparserve.compression.pruning.criteria import CRITERIA, Importance, LayerMatrices
 from sparserve.compression.pruning.restore import Restored, restore
 from sparserve.compression.pruning.statistics import LayerStatistics
 from sparserve.compression.sections import Prune
@@ -87,6 +87,7 @@ def prune(
 
     Raises ConfigError of shares that leave too little, and of a text that `statistics_of` refuses.
     """
+    check_shares(model.config, how)
     passes = 1 if how.restore == "none" else 2
     count = model.config.num_layers
     if seen is None:
@@ -190,6 +191,18 @@ def statistics_of(
     return found
 
 
+def check_shares(config: ModelConfig, how: Prune, named: str | None = None) -> None:
+    """Before anything is read: how much can go depends on sizes alone. `named` is what errors call the share,
+    where that is not `prune.ratio` and so on. Raises ConfigError."""
+    sizes = (config.layer(index) for index in range(config.num_layers))
+    scores = (
+        Importance(torch.zeros(own.num_heads).double(), torch.zeros(own.intermediate_size).double())
+        for own in sizes
+    )
+    units = [_units(config, how, index, own) for index, own in enumerate(scores)]
+    _allocate(config, how, units, named)
+
+
 def _choose(model: LoadedModel, how: Prune, statistics: Sequence[LayerStatistics]) -> list[Kept]:
     """The budget is over all layers."""
     config = model.config
@@ -199,22 +212,24 @@ def _choose(model: LoadedModel, how: Prune, statistics: Sequence[LayerStatistics
         layer = _exact(model.weights.layers[index])
         matrices = LayerMatrices(layer.wq, layer.wo, layer.w_gate, layer.w_up, layer.w_down)
         importance = CRITERIA[how.criterion](matrices, seen, generator)
-        size, costs = config.layer(index), _costs(config, index)
-        units.append(
-            units_of(
-                importance,
-                num_kv_heads=size.num_kv_heads,
-                whole_groups=how.head_unit == "groups",
-                head_parameters=costs[0],
-                kv_head_parameters=costs[1],
-                neuron_parameters=costs[2],
-            )
-        )
+        units.append(_units(config, how, index, importance))
     removals = _allocate(config, how, units)
     return [
         _kept(config.layer(index), own, removal)
         for index, (own, removal) in enumerate(zip(units, removals, strict=True))
     ]
+
+
+def _units(config: ModelConfig, how: Prune, index: int, importance: Importance) -> LayerUnits:
+    costs = _costs(config, index)
+    return units_of(
+        importance,
+        num_kv_heads=config.layer(index).num_kv_heads,
+        whole_groups=how.head_unit == "groups",
+        head_parameters=costs[0],
+        kv_head_parameters=costs[1],
+        neuron_parameters=costs[2],
+    )
 
 
 def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
@@ -251,7 +266,9 @@ def _costs(config: ModelConfig, index: int) -> tuple[int, int, int]:
     )
 
 
-def _allocate(config: ModelConfig, how: Prune, units: Sequence[LayerUnits]) -> list[Removal]:
+def _allocate(
+    config: ModelConfig, how: Prune, units: Sequence[LayerUnits], named: str | None = None
+) -> list[Removal]:
     """Raises ConfigError."""
     give_out = {"uniform": uniform, "adaptive": adaptive}[how.allocation]
 
@@ -263,7 +280,7 @@ def _allocate(config: ModelConfig, how: Prune, units: Sequence[LayerUnits]) -> l
             return give_out(own, round(share * of))
         except BudgetTooLarge as error:
             raise ConfigError(
-                f"prune.{name} is {share:g}, and of this model at most {error.most / of:.3g} can be removed: a KV "
+                f"{named or f'prune.{name}'} is {share:g}, and of this model at most {error.most / of:.3g} can be removed: a KV "
                 "head and an eighth of the neurons stay in each layer"
             ) from error
 
