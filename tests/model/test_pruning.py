@@ -15,7 +15,7 @@ from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInp
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.config import LayerSize
 from sparserve.model.loader import LoadedModel, load_model
-from sparserve.model.pruning import PrunedLayers, prune
+from sparserve.model.pruning import PrunedLayers, check_shares, prune
 from sparserve.model.reference import ReferenceBackend
 from sparserve.model.walk import Walk, activations
 from sparserve.sparsity.chooser import Chooser
@@ -195,11 +195,48 @@ def test_the_same_text_removes_the_same(tiny_model, token_ids):
         ({"ratio": 0.9}, r"prune\.ratio is 0\.9, and of this model at most 0\.\d+ can be removed"),
         ({"heads": 0.6}, r"prune\.heads is 0\.6, and of this model at most 0\.5"),
         ({"mlp": 0.9}, r"prune\.mlp is 0\.9, and of this model at most 0\.875"),
+        (
+            {"heads": 0.05, "mlp": 0.3},
+            r"prune\.heads is 0\.05, and 0 would be removed, .* the nearest share that can be met is 0\.25",
+        ),
+        ({"mlp": 1e-9}, r"prune\.mlp is 1e-09, and 0 would be removed"),
     ],
 )
 def test_what_leaves_too_little_is_refused(tiny_model, token_ids, how, told):
     with pytest.raises(ConfigError, match=told):
         prune(tiny_model, Prune(**how), token_ids)
+
+
+def test_a_share_between_whole_heads_and_too_few_neurons_is_refused(tiny_model):
+    """A head is more than all neurons that may go."""
+    config = tiny_model.config.pruned([LayerSize(4, 2, 8)] * 2)
+    with pytest.raises(
+        ConfigError, match=r"the nearest share that can be met is (0\.\d+)$"
+    ) as told:
+        check_shares(config, Prune(ratio=0.07))
+    check_shares(config, Prune(ratio=float(str(told.value).split()[-1])))
+
+
+def test_query_heads_that_are_alone_are_told_as_the_reason(tiny_model):
+    config = replace(tiny_model.config, num_kv_heads=4)
+    for how in ({"heads": 0.3}, {"ratio": 0.95}):
+        with pytest.raises(ConfigError, match="each KV head has one query head; head_unit: groups"):
+            check_shares(config, Prune(**how, head_unit="queries"))
+    with pytest.raises(
+        ConfigError, match=r"of each KV head and an eighth of the neurons .* layer$"
+    ):
+        check_shares(config, Prune(mlp=0.9, head_unit="queries"))
+    with pytest.raises(ConfigError, match=r"a query head of each KV head .* layer$"):
+        check_shares(tiny_model.config, Prune(heads=0.9, head_unit="queries"))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.35, 0.4, 0.45])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+@pytest.mark.parametrize("kinds", ["neurons_first", "together"])
+def test_a_share_is_met_up_to_half_a_neuron(tiny_model, token_ids, ratio, allocation, kinds):
+    how = Prune(ratio=ratio, allocation=allocation, kinds=kinds, restore="none")
+    removed = prune(tiny_model, how, token_ids).parameters
+    assert removed == pytest.approx(ratio * tiny_model.config.num_parameters, abs=3 * 64 / 2 + 1)
 
 
 def test_restoring_needs_a_window_to_hold_out(tiny_model, token_ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,6 +18,7 @@ from sparserve.compression.pruning.budget import (
     neurons_first,
     uniform,
     units_of,
+    weight,
 )
 from sparserve.compression.pruning.criteria import CRITERIA, Importance, LayerMatrices
 from sparserve.compression.pruning.restore import Restored, restore
@@ -276,13 +278,24 @@ def _allocate(
         give_out = partial(neurons_first, give_out)
 
     def removals(name: str, share: float, of: int, own: Sequence[LayerUnits]) -> list[Removal]:
+        told = f"{named or f'prune.{name}'} is {share:g}"
+        asked = round(share * of) or int(share > 0)
         try:
-            return give_out(own, round(share * of))
+            found = give_out(own, asked)
         except BudgetTooLarge as error:
+            most = math.floor(1000 * error.most / of) / 1000  # rounded up it would be refused again
             raise ConfigError(
-                f"{named or f'prune.{name}'} is {share:g}, and of this model at most {error.most / of:.3g} can be removed: a KV "
-                "head and an eighth of the neurons stay in each layer"
+                f"{told}, and of this model at most {most:g} can be removed: {_what_stays(how, own)}"
             ) from error
+        removed = weight(own, found)
+        unit = max(layer.neuron_cost for layer in own) or max(layer.head_cost for layer in own)
+        if abs(removed - asked) > unit / 2 or (asked and not removed):
+            nearest = removed or min(layer.least for layer in own if layer.most)
+            raise ConfigError(
+                f"{told}, and {removed / of:.4g} would be removed, since heads and neurons go whole: the nearest "
+                f"share that can be met is {nearest / of:.4g}"
+            )
+        return found
 
     if how.ratio is not None:
         return removals("ratio", how.ratio, config.num_parameters, units)
@@ -290,6 +303,15 @@ def _allocate(
     by_heads = removals("heads", how.heads, sum(own.parameters for own in heads), heads)
     by_neurons = removals("mlp", how.mlp, sum(own.parameters for own in neurons), neurons)
     return [Removal(a.head_steps, b.neurons) for a, b in zip(by_heads, by_neurons, strict=True)]
+
+
+def _what_stays(how: Prune, units: Sequence[LayerUnits]) -> str:
+    if how.head_unit == "groups":
+        return "a KV head and an eighth of the neurons stay in each layer"
+    reason = "a query head of each KV head and an eighth of the neurons stay in each layer"
+    if any(own.head_cost for own in units) and not any(own.head_steps for own in units):
+        reason += ", and each KV head has one query head; head_unit: groups removes both"
+    return reason
 
 
 def _kept(size: LayerSize, units: LayerUnits, removal: Removal) -> Kept:
