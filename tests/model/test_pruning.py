@@ -12,11 +12,12 @@ from sparserve.config import ServerSettings
 from sparserve.engine.factory import assemble_engine
 from sparserve.errors import ConfigError, CorruptCheckpoint, UnsupportedModel
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
-from sparserve.model.compress_folder import compress_folder
+from sparserve.model.compress_folder import compress_folder, require_text
 from sparserve.model.config import LayerSize
 from sparserve.model.loader import LoadedModel, load_model
-from sparserve.model.pruning import PrunedLayers, check_shares, prune
+from sparserve.model.pruning import PrunedLayers, check_shares, prune, statistics_of
 from sparserve.model.reference import ReferenceBackend
+from sparserve.model.text import read_windows
 from sparserve.model.walk import Walk, activations
 from sparserve.sparsity.chooser import Chooser
 from sparserve.sparsity.policy import Policy, PolicyKind
@@ -297,6 +298,33 @@ def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
     native.write_blocks([4, 5], blocks)
     assert torch.equal(native.read_blocks([4, 5]), blocks)
     assert blocks.shape == (2, native.info.kv_bytes_per_token * BLOCK_SIZE)
+
+
+def test_what_goes_by_weights_alone_needs_no_text(tiny_folder, tmp_path, text):
+    how = "prune: {mlp: 0.3, heads: 0.25, criterion: magnitude, restore: none}"
+    recipe = parse_recipe(BF16 + how, "test")
+    made = compress_folder(str(tiny_folder), recipe, [], tmp_path / "out")
+    assert made.info.texts == ()
+    tiny = load_model(str(tiny_folder), dtype="bfloat16", layers_at_use=True)
+    windows = read_windows(tiny, [text], 4, 64).token_ids
+    expected = prune(tiny, recipe.prune, windows, seen=statistics_of(tiny, windows)).model
+    assert [own.size for own in made.pruned.layers] == list(expected.config.layers)
+    found = load_model(str(tmp_path / "out"), layers_at_use=True)
+    for own, other in zip(found.weights.layers, expected.weights.layers, strict=True):
+        assert torch.equal(own.w_down, other.w_down)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "ways"),
+    [
+        ("rtn", r"prune\.criterion magnitude or random with prune\.restore none"),
+        ("gptq", r"prune\.criterion .* none and a recipe with quantizer rtn and compensate none.*"),
+    ],
+)
+def test_without_a_text_pruning_is_told_as_what_needs_it(quantizer, ways):
+    recipe = parse_recipe(f"{{name: mine, quantizer: {quantizer}, prune: {{mlp: 0.2}}}}", "test")
+    with pytest.raises(ConfigError, match=f"mine needs a text .*; or take {ways}$"):
+        require_text(recipe, [])
 
 
 def test_a_gguf_file_is_pruned_into_layers_of_their_own(write_gguf, tmp_path, text):

@@ -79,26 +79,30 @@ class Pruned:
 def prune(
     model: LoadedModel,
     how: Prune,
-    token_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
     on_layer: OnLayer = lambda done, total: None,
     seen: Sequence[LayerStatistics] | None = None,
 ) -> Pruned:
     """The pruned model, whose layers are cut when they are asked for. token_ids [windows, tokens] are the
-    calibration's; `seen` is what `statistics_of` found on them, where it was asked. With as many torch threads it is
-    the same each time.
+    calibration's, where `how` needs a text; `seen` is what `statistics_of` found on them, where it was asked. With as
+    many torch threads it is the same each time.
 
     Raises ConfigError of shares that leave too little, and of a text that `statistics_of` refuses.
     """
     check_shares(model.config, how)
     passes = 1 if how.restore == "none" else 2
     count = model.config.num_layers
-    if seen is None:
+    if seen is None and not how.needs_text:
+        seen = [_nothing_seen(model.config, index) for index in range(count)]
+    elif seen is None:
+        assert token_ids is not None
         seen = statistics_of(model, token_ids, lambda done: on_layer(done, passes * count))
     kept = _choose(model, how, seen)
     config = model.config.pruned([own.size for own in kept])
     layers = PrunedLayers(model.weights.layers, kept, model.config.head_dim)
     report = [PrunedLayer(own.size, None, None) for own in kept]
     if how.restore != "none":
+        assert token_ids is not None
         if len(token_ids) < HELD_OUT:
             raise ConfigError(
                 f"restoring needs {HELD_OUT} windows of text at least, one of them held out, and the calibration "
@@ -236,8 +240,7 @@ def _units(config: ModelConfig, how: Prune, index: int, importance: Importance) 
 
 def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
     """Of layer `index`; the walk goes through it."""
-    size = walk.config.layer(index)
-    seen = LayerStatistics.zeros(size.num_heads, walk.config.head_dim, size.intermediate_size)
+    seen = _nothing_seen(walk.config, index)
     for own in walk.x:
         heads = walk.heads(index, layer, walk.norm(own, layer.attn_norm))
         seen.add_heads(heads, layer.wo)
@@ -252,6 +255,11 @@ def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
             "weights are whole"
         )
     return seen
+
+
+def _nothing_seen(config: ModelConfig, index: int) -> LayerStatistics:
+    size = config.layer(index)
+    return LayerStatistics.zeros(size.num_heads, config.head_dim, size.intermediate_size)
 
 
 def _costs(config: ModelConfig, index: int) -> tuple[int, int, int]:
