@@ -245,17 +245,30 @@ def test_restoring_needs_a_window_to_hold_out(tiny_model, token_ids):
         prune(tiny_model, Prune(mlp=0.5), token_ids[:3])
 
 
+def with_last_layer(model: LoadedModel, matrix: str, value: float) -> LoadedModel:
+    """A row of this matrix has this value."""
+    *layers, last = model.weights.layers
+    changed = getattr(last, matrix).clone()
+    changed[3] = value
+    layers.append(replace(last, **{matrix: changed}))
+    return replace(model, weights=replace(model.weights, layers=layers))
+
+
 @pytest.mark.parametrize("matrix", ["w_up", "wo", "w_down"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_what_is_not_finite_is_refused(tiny_model, token_ids, matrix, value):
-    *layers, last = tiny_model.weights.layers
-    damaged = getattr(last, matrix).clone()
-    damaged[3] = value
-    layers.append(replace(last, **{matrix: damaged}))
-    model = replace(tiny_model, weights=replace(tiny_model.weights, layers=layers))
-    for how in (Prune(mlp=0.3), Prune(heads=0.5, restore="none")):
-        with pytest.raises(ConfigError, match="what layer 1 makes of it is not finite"):
-            prune(model, how, token_ids)
+@pytest.mark.parametrize("how", [Prune(mlp=0.3), Prune(heads=0.5, restore="none")])
+def test_a_text_that_gives_what_is_not_finite_is_refused(tiny_model, token_ids, matrix, how):
+    with pytest.raises(ConfigError, match="what layer 1 makes of it is not finite"):
+        prune(with_last_layer(tiny_model, matrix, 3e38), how, token_ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("matrix", ["w_up", "wo"])
+def test_weights_that_are_not_finite_are_refused(tiny_model, token_ids, matrix, value):
+    model = with_last_layer(tiny_model, matrix, value)
+    without_text = Prune(mlp=0.3, criterion="random", restore="none")
+    for how, text in ((Prune(mlp=0.3), token_ids), (without_text, None)):
+        with pytest.raises(CorruptCheckpoint, match=f"layer 1: {matrix} holds values that are not"):
+            prune(model, how, text)
 
 
 INT8 = """

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from sparse_kernels.weights import NonFiniteWeights
 from sparserve.compression.pruning.budget import (
     BudgetTooLarge,
     LayerUnits,
@@ -87,7 +88,7 @@ def prune(
     calibration's, where `how` needs a text; `seen` is what `statistics_of` found on them, where it was asked. With as
     many torch threads it is the same each time.
 
-    Raises ConfigError of shares that leave too little, and of a text that `statistics_of` refuses.
+    Raises ConfigError of shares that leave too little, and as `statistics_of`.
     """
     check_shares(model.config, how)
     passes = 1 if how.restore == "none" else 2
@@ -189,10 +190,10 @@ def statistics_of(
     on_layer: Callable[[int], None] = lambda done: None,
 ) -> list[LayerStatistics]:
     """What all criteria need, from one walk through the whole model. token_ids [windows, tokens]. Raises ConfigError
-    of a text that some layer makes NaN or infinity of."""
+    of a text that some layer makes NaN or infinity of, CorruptCheckpoint of weights that are."""
     walk, found = Walk(model, token_ids), []
     for index in range(model.config.num_layers):
-        found.append(_statistics(walk, index, _exact(model.weights.layers[index])))
+        found.append(_statistics(walk, index, _whole(model, index)))
         on_layer(index + 1)
     return found
 
@@ -215,7 +216,7 @@ def _choose(model: LoadedModel, how: Prune, statistics: Sequence[LayerStatistics
     generator = torch.Generator().manual_seed(how.seed)
     units = []
     for index, seen in enumerate(statistics):
-        layer = _exact(model.weights.layers[index])
+        layer = _whole(model, index)
         matrices = LayerMatrices(layer.wq, layer.wo, layer.w_gate, layer.w_up, layer.w_down)
         importance = CRITERIA[how.criterion](matrices, seen, generator)
         units.append(_units(config, how, index, importance))
@@ -251,8 +252,7 @@ def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
     found = (seen.heads.squares, seen.head_outputs, seen.neurons.squares, walk.x)
     if not all(bool(own.isfinite().all()) for own in found):
         raise NonFiniteInputs(
-            f"what layer {index} makes of it is not finite; give text that the model can read, or a model whose "
-            "weights are whole"
+            f"what layer {index} makes of it is not finite; give text that the model can read, or another model"
         )
     return seen
 
@@ -395,6 +395,16 @@ def _weighed(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     least = SMALLEST * float(sizes.mean()) or 1.0
     with_ones = F.pad(inputs, (0, 1), value=1.0)
     return with_ones.div_(sizes.clamp_(min=least))
+
+
+def _whole(model: LoadedModel, index: int) -> LayerWeights:
+    """In float32. Raises NonFiniteWeights."""
+    layer = _exact(model.weights.layers[index])
+    for field in fields(layer):
+        own = getattr(layer, field.name)
+        if own is not None and not bool(own.isfinite().all()):
+            raise NonFiniteWeights(f"layer {index}: {field.name} holds values that are not finite")
+    return layer
 
 
 def _exact(layer: LayerWeights) -> LayerWeights:
