@@ -15,7 +15,8 @@ from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInp
 from sparserve.model.compress_folder import compress_folder, require_text
 from sparserve.model.config import LayerSize
 from sparserve.model.loader import LoadedModel, load_model
-from sparserve.model.pruning import PrunedLayers, check_shares, prune, statistics_of
+from sparserve.model.pruning import PrunedLayers, prune, statistics_of
+from sparserve.model.pruning_shares import check_shares
 from sparserve.model.reference import ReferenceBackend
 from sparserve.model.text import read_windows
 from sparserve.model.walk import Walk, activations

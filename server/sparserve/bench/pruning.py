@@ -17,7 +17,8 @@ from sparserve.compression.sections import Prune
 from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
-from sparserve.model.pruning import Pruned, check_shares, prune, statistics_of
+from sparserve.model.pruning import Pruned, prune, statistics_of
+from sparserve.model.pruning_shares import check_shares
 
 PRUNED = "pruned"  # what the model is called while it is scored
 DTYPE = "bfloat16"
