@@ -8,6 +8,7 @@ from sparserve.bench.evaluation import Plan, evaluate_formats
 from sparserve.bench.policies import parse_policies
 from sparserve.compression.sections import Prune
 from sparserve.config import EngineSettings
+from sparserve.errors import ConfigError
 from sparserve.model.loader import load_model
 from sparserve.model.pruning import prune
 from sparserve.model.text import read_windows
@@ -74,7 +75,13 @@ def test_every_way_of_the_grid_is_scored_as_eval_would(measured, texts, tiny_fol
         (("--shares", "1.5"), "--shares has 1.5; give shares between 0 and 1"),
         (("--criteria", "flap,best"), "--criteria has best; there are: amp, amp_w, wanda, flap"),
         (("--what", "norms"), "--what has norms; there are: neurons_first, together, heads, mlp"),
-        (("--shares", "0.97"), "prune.ratio is 0.97, and of this model at most"),
+        (("--head-unit", "bogus"), "--head-unit has bogus; there are: groups, queries"),
+        (
+            ("--shares", "0.1,0.97"),
+            "--shares with --what neurons_first is 0.97, and of this model at most",
+        ),
+        (("--calibration-windows", "4000"), "lower --calibration-windows or --calibration-tokens"),
+        (("--calibration-tokens", "4000"), "lower --calibration-tokens"),
         (("--compress-text", ""), "give --compress-text"),
     ],
 )
@@ -89,3 +96,21 @@ def test_the_text_that_is_scored_may_not_be_calibrated_on(measured, texts):
     status, _, err, _ = measured("--compress-text", texts[0])
     assert status == 1
     assert "is fitted to this text" in " ".join(err.split())
+
+
+def test_rows_that_there_are_are_told_where_a_way_fails(measured, monkeypatch, tmp_path):
+    def fails_later(model, how, *args, **options):
+        if how.restore == "bias":
+            raise ConfigError("no more")
+        return prune(model, how, *args, **options)
+
+    monkeypatch.setattr("sparserve.bench.pruning.prune", fails_later)
+    picture = tmp_path / "a.png"
+    status, out, err, report = measured(
+        "--criteria", "flap", "--allocations", "uniform", "--restores", "none,bias", "--png", picture
+    )  # fmt: skip
+    assert status == 1
+    assert "error: no more" in err
+    assert len(report["rows"]) == 1
+    assert "pruned, against the original" in out
+    assert picture.exists()

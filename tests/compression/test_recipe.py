@@ -51,6 +51,10 @@ calibration: {windows: 4, tokens: 64}
         ("quantizer: rtn, compensate: lorc, down: {rank: 32}", False),
         ("quantizer: rtn, compensate: qera-diagonal, down: {rank: 32}", True),
         ("quantizer: gptq", True),
+        ("quantizer: rtn, prune: {mlp: 0.2, criterion: random, restore: none}", False),
+        ("quantizer: rtn, prune: {mlp: 0.2, criterion: magnitude, restore: bias}", True),
+        ("quantizer: rtn, prune: {mlp: 0.2, criterion: wanda, restore: none}", True),
+        ("quantizer: gptq, prune: {mlp: 0.2, criterion: random, restore: none}", True),
     ],
 )
 def test_only_data_free_recipes_need_no_text(recipe_of, settings, needs_text):

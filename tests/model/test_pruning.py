@@ -12,11 +12,13 @@ from sparserve.config import ServerSettings
 from sparserve.engine.factory import assemble_engine
 from sparserve.errors import ConfigError, CorruptCheckpoint, UnsupportedModel
 from sparserve.model.backend import BLOCK_SIZE, ForwardBatch, Phase, SequenceInput
-from sparserve.model.compress_folder import compress_folder
+from sparserve.model.compress_folder import compress_folder, require_text
 from sparserve.model.config import LayerSize
 from sparserve.model.loader import LoadedModel, load_model
-from sparserve.model.pruning import PrunedLayers, prune
+from sparserve.model.pruning import PrunedLayers, prune, statistics_of
+from sparserve.model.pruning_shares import check_shares
 from sparserve.model.reference import ReferenceBackend
+from sparserve.model.text import read_windows
 from sparserve.model.walk import Walk, activations
 from sparserve.sparsity.chooser import Chooser
 from sparserve.sparsity.policy import Policy, PolicyKind
@@ -195,6 +197,11 @@ def test_the_same_text_removes_the_same(tiny_model, token_ids):
         ({"ratio": 0.9}, r"prune\.ratio is 0\.9, and of this model at most 0\.\d+ can be removed"),
         ({"heads": 0.6}, r"prune\.heads is 0\.6, and of this model at most 0\.5"),
         ({"mlp": 0.9}, r"prune\.mlp is 0\.9, and of this model at most 0\.875"),
+        (
+            {"heads": 0.05, "mlp": 0.3},
+            r"prune\.heads is 0\.05, and 0 would be removed, .* the nearest share that can be met is 0\.25",
+        ),
+        ({"mlp": 1e-9}, r"prune\.mlp is 1e-09, and 0 would be removed"),
     ],
 )
 def test_what_leaves_too_little_is_refused(tiny_model, token_ids, how, told):
@@ -202,9 +209,67 @@ def test_what_leaves_too_little_is_refused(tiny_model, token_ids, how, told):
         prune(tiny_model, Prune(**how), token_ids)
 
 
+def test_a_share_between_whole_heads_and_too_few_neurons_is_refused(tiny_model):
+    """A head is more than all neurons that may go."""
+    config = tiny_model.config.pruned([LayerSize(4, 2, 8)] * 2)
+    with pytest.raises(
+        ConfigError, match=r"the nearest share that can be met is (0\.\d+)$"
+    ) as told:
+        check_shares(config, Prune(ratio=0.07))
+    check_shares(config, Prune(ratio=float(str(told.value).split()[-1])))
+
+
+def test_query_heads_that_are_alone_are_told_as_the_reason(tiny_model):
+    config = replace(tiny_model.config, num_kv_heads=4)
+    for how in ({"heads": 0.3}, {"ratio": 0.95}):
+        with pytest.raises(ConfigError, match="each KV head has one query head; head_unit: groups"):
+            check_shares(config, Prune(**how, head_unit="queries"))
+    with pytest.raises(
+        ConfigError, match=r"of each KV head and an eighth of the neurons .* layer$"
+    ):
+        check_shares(config, Prune(mlp=0.9, head_unit="queries"))
+    with pytest.raises(ConfigError, match=r"a query head of each KV head .* layer$"):
+        check_shares(tiny_model.config, Prune(heads=0.9, head_unit="queries"))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.35, 0.4, 0.45])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+@pytest.mark.parametrize("kinds", ["neurons_first", "together"])
+def test_a_share_is_met_up_to_half_a_neuron(tiny_model, token_ids, ratio, allocation, kinds):
+    how = Prune(ratio=ratio, allocation=allocation, kinds=kinds, restore="none")
+    removed = prune(tiny_model, how, token_ids).parameters
+    assert removed == pytest.approx(ratio * tiny_model.config.num_parameters, abs=3 * 64 / 2 + 1)
+
+
 def test_restoring_needs_a_window_to_hold_out(tiny_model, token_ids):
     with pytest.raises(ConfigError, match=r"4 windows .* has 3; .*prune\.restore none"):
         prune(tiny_model, Prune(mlp=0.5), token_ids[:3])
+
+
+def with_last_layer(model: LoadedModel, matrix: str, value: float) -> LoadedModel:
+    """A row of this matrix has this value."""
+    *layers, last = model.weights.layers
+    changed = getattr(last, matrix).clone()
+    changed[3] = value
+    layers.append(replace(last, **{matrix: changed}))
+    return replace(model, weights=replace(model.weights, layers=layers))
+
+
+@pytest.mark.parametrize("matrix", ["w_up", "wo", "w_down"])
+@pytest.mark.parametrize("how", [Prune(mlp=0.3), Prune(heads=0.5, restore="none")])
+def test_a_text_that_gives_what_is_not_finite_is_refused(tiny_model, token_ids, matrix, how):
+    with pytest.raises(ConfigError, match="what layer 1 makes of it is not finite"):
+        prune(with_last_layer(tiny_model, matrix, 3e38), how, token_ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("matrix", ["w_up", "wo"])
+def test_weights_that_are_not_finite_are_refused(tiny_model, token_ids, matrix, value):
+    model = with_last_layer(tiny_model, matrix, value)
+    without_text = Prune(mlp=0.3, criterion="random", restore="none")
+    for how, text in ((Prune(mlp=0.3), token_ids), (without_text, None)):
+        with pytest.raises(CorruptCheckpoint, match=f"layer 1: {matrix} holds values that are not"):
+            prune(model, how, text)
 
 
 INT8 = """
@@ -247,6 +312,33 @@ def test_a_folder_of_a_pruned_model_serves_on_the_native_backend(
     native.write_blocks([4, 5], blocks)
     assert torch.equal(native.read_blocks([4, 5]), blocks)
     assert blocks.shape == (2, native.info.kv_bytes_per_token * BLOCK_SIZE)
+
+
+def test_what_goes_by_weights_alone_needs_no_text(tiny_folder, tmp_path, text):
+    how = "prune: {mlp: 0.3, heads: 0.25, criterion: magnitude, restore: none}"
+    recipe = parse_recipe(BF16 + how, "test")
+    made = compress_folder(str(tiny_folder), recipe, [], tmp_path / "out")
+    assert made.info.texts == ()
+    tiny = load_model(str(tiny_folder), dtype="bfloat16", layers_at_use=True)
+    windows = read_windows(tiny, [text], 4, 64).token_ids
+    expected = prune(tiny, recipe.prune, windows, seen=statistics_of(tiny, windows)).model
+    assert [own.size for own in made.pruned.layers] == list(expected.config.layers)
+    found = load_model(str(tmp_path / "out"), layers_at_use=True)
+    for own, other in zip(found.weights.layers, expected.weights.layers, strict=True):
+        assert torch.equal(own.w_down, other.w_down)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "ways"),
+    [
+        ("rtn", r"prune\.criterion magnitude or random with prune\.restore none"),
+        ("gptq", r"prune\.criterion .* none and a recipe with quantizer rtn and compensate none.*"),
+    ],
+)
+def test_without_a_text_pruning_is_told_as_what_needs_it(quantizer, ways):
+    recipe = parse_recipe(f"{{name: mine, quantizer: {quantizer}, prune: {{mlp: 0.2}}}}", "test")
+    with pytest.raises(ConfigError, match=f"mine needs a text .*; or take {ways}$"):
+        require_text(recipe, [])
 
 
 def test_a_gguf_file_is_pruned_into_layers_of_their_own(write_gguf, tmp_path, text):

@@ -18,6 +18,7 @@ from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 from sparserve.model.loader import LoadedModel
 from sparserve.model.pruning import Pruned, prune, statistics_of
+from sparserve.model.pruning_shares import check_shares
 
 PRUNED = "pruned"  # what the model is called while it is scored
 DTYPE = "bfloat16"
@@ -42,11 +43,14 @@ class Plan:
     def _ways(self) -> Iterator[Prune]:
         for name, known in {
             "what": tuple(SHARES), "criteria": choices_of("criterion"), "allocations": choices_of("allocation"),
-            "restores": choices_of("restore"),
+            "restores": choices_of("restore"), "head_unit": choices_of("head_unit"),
         }.items():  # fmt: skip
-            if unknown := [own for own in getattr(self, name) if own not in known]:
+            given = getattr(self, name)
+            words = [given] if isinstance(given, str) else given
+            if unknown := [own for own in words if own not in known]:
+                flag = name.replace("_", "-")
                 raise ConfigError(
-                    f"--{name} has {', '.join(unknown)}; there are: {', '.join(known)}"
+                    f"--{flag} has {', '.join(unknown)}; there are: {', '.join(known)}"
                 )
         grid = product(self.what, self.shares, self.criteria, self.allocations, self.restores)
         for what, share, criterion, allocation, restore in grid:
@@ -118,6 +122,9 @@ def measure_pruning(
 ) -> Iterator[Row]:
     """`model` in bfloat16; token_ids [windows, tokens] of the calibration. Raises ConfigError."""
     ways = plan.ways()
+    alike = (own.model_copy(update={"criterion": "random", "restore": "none"}) for own in ways)
+    for how in dict.fromkeys(alike):  # told now, not hours into the grid
+        check_shares(model.config, how, f"--shares with --what {_what(how)}")
     seen = statistics_of(
         model,
         token_ids,
@@ -144,5 +151,8 @@ def _row(how: Prune, pruned: Pruned, model: LoadedModel, quality: Quality) -> Ro
         errors = sum(own.removed for own in found) / len(found)
         restored = sum(own.restored for own in found) / len(found)
     removed = pruned.parameters / model.config.num_parameters
-    what = how.kinds if how.ratio is not None else "heads" if how.heads else "mlp"
-    return Row(how, what, removed, errors, restored, quality)
+    return Row(how, _what(how), removed, errors, restored, quality)
+
+
+def _what(how: Prune) -> str:
+    return how.kinds if how.ratio is not None else "heads" if how.heads else "mlp"

@@ -20,7 +20,7 @@ from sparserve.config import EngineSettings
 from sparserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sparserve.bench.pruning import Report
+    from sparserve.bench.pruning import Report, Row
     from sparserve.model.loader import LoadedModel
 
 
@@ -80,7 +80,6 @@ def pruning(
     Speeds depend on the share alone: `sparserve report` measures them, of folders that `sparserve compress` made.
     """
     from sparserve.bench.evaluation import Plan as Scoring
-    from sparserve.bench.plot_pruning import draw_pruning
     from sparserve.bench.policies import parse_policies
     from sparserve.bench.pruning import DTYPE, Plan, Report, measure_pruning
     from sparserve.bench.text import refuse_calibration_text
@@ -107,25 +106,37 @@ def pruning(
     if not texts:
         raise ConfigError("give --compress-text, a text like what will be served to calibrate on")
     refuse_calibration_text(text, "pruned models", hashes_of(texts))
-    with counting_bar() as show:
+    rows: list[Row] = []
+    try:
+        with counting_bar() as show:
 
-        def load(name: str, dtype: str) -> LoadedModel:
-            return load_by_settings(
-                with_dtype(settings, dtype).model_copy(update={"model": name}),
-                on_tensor=lambda done, total: show("loading weights", done, total),
-                on_download=show,
-            )
+            def load(name: str, dtype: str) -> LoadedModel:
+                return load_by_settings(
+                    with_dtype(settings, dtype).model_copy(update={"model": name}),
+                    on_tensor=lambda done, total: show("loading weights", done, total),
+                    on_download=show,
+                )
 
-        model = load(settings.model, DTYPE)
-        read = read_windows(model, texts, calibration_windows, calibration_tokens)
-        report = Report(
-            __version__, shlex.join(sys.argv), model.name, text.name, [own.name for own in texts], read.token_ids.numel(),
-            windows, prompt_tokens, decode_tokens,
-        )  # fmt: skip
-        for row in measure_pruning(settings, plan, model, read.token_ids, load, show):
-            report.rows.append(row)
-            if json_file is not None:
-                json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+            model = load(settings.model, DTYPE)
+            read = read_windows(
+                model, texts, calibration_windows, calibration_tokens, ("--calibration-windows", "--calibration-tokens")
+            )  # fmt: skip
+            report = Report(
+                __version__, shlex.join(sys.argv), model.name, text.name, [own.name for own in texts], read.token_ids.numel(),
+                windows, prompt_tokens, decode_tokens, rows,
+            )  # fmt: skip
+            for row in measure_pruning(settings, plan, model, read.token_ids, load, show):
+                rows.append(row)
+                if json_file is not None:
+                    json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    finally:  # those that there are, where a later way fails or somebody waits no longer
+        if rows:
+            _tell(report, json_file, png)
+
+
+def _tell(report: Report, json_file: Path | None, png: Path | None) -> None:
+    from sparserve.bench.plot_pruning import draw_pruning
+
     _print(report)
     write_json(json_file, report.as_json())
     if png is not None:

@@ -85,7 +85,8 @@ class Recipe(BaseModel):
     @property
     def needs_text(self) -> bool:
         by_inputs = self.quantizer == "gptq" or self.compensate.startswith("qera")
-        return (by_inputs and self.rounds) or self.mixed is not None or self.prune is not None
+        by_pruning = self.prune is not None and self.prune.needs_text
+        return (by_inputs and self.rounds) or self.mixed is not None or by_pruning
 
     @property
     def reads_text(self) -> bool:

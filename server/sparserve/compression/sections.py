@@ -122,6 +122,10 @@ class Prune(BaseModel):
             raise ValueError("nothing is removed; give ratio, heads or mlp")
         return self
 
+    @property
+    def needs_text(self) -> bool:
+        return self.restore != "none" or self.criterion not in ("magnitude", "random")
+
 
 class HealStep(Heal):
     """`sparserve heal` as a step of a recipe: of what is pruned, before or after it is rounded."""

@@ -79,8 +79,8 @@ def compress_folder(
     windows = _windows(original, recipe, texts)
     source, pruned = original, None
     if recipe.prune is not None:
-        assert windows is not None
-        pruned = prune(original, recipe.prune, windows.token_ids, on_prune)
+        token_ids = None if windows is None else windows.token_ids
+        pruned = prune(original, recipe.prune, token_ids, on_prune)
         source = pruned.model
         check_recipe(source.config, recipe)
     followed, kl = recipe, None
@@ -125,12 +125,18 @@ def _with_what_was_done(
 
 def require_text(recipe: Recipe, texts: Sequence[Path]) -> None:
     """Raises ConfigError where `recipe` needs one and there is none."""
-    if recipe.needs_text and not texts:
-        raise ConfigError(
-            f"the recipe {recipe.name} needs a text to measure inputs on: give one like what will be served, "
-            "--text of `sparserve compress`, --compress-text where a model is compressed when it is loaded; "
-            "or take a recipe with quantizer rtn and compensate none or lorc"
-        )
+    if not recipe.needs_text or texts:
+        return
+    ways = []
+    if recipe.prune is not None and recipe.prune.needs_text:
+        ways.append("prune.criterion magnitude or random with prune.restore none")
+    if recipe.model_copy(update={"prune": None}).needs_text:
+        ways.append("a recipe with quantizer rtn and compensate none or lorc")
+    raise ConfigError(
+        f"the recipe {recipe.name} needs a text to measure inputs on: give one like what will be served, "
+        "--text of `sparserve compress`, --compress-text where a model is compressed when it is loaded; "
+        f"or take {' and '.join(ways)}"
+    )
 
 
 def _windows(source: LoadedModel, recipe: Recipe, texts: Sequence[Path]) -> TokenWindows | None:

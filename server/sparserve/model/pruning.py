@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from sparserve.compression.pruning.budget import (
-    BudgetTooLarge,
-    LayerUnits,
-    Removal,
-    adaptive,
-    neurons_first,
-    uniform,
-    units_of,
-)
+from sparse_kernels.weights import NonFiniteWeights
+from sparserve.compression.pruning.budget import LayerUnits, Removal
 from sparserve.compression.pruning.criteria import CRITERIA, LayerMatrices
 from sparserve.compression.pruning.restore import Restored, restore
 from sparserve.compression.pruning.statistics import LayerStatistics
 from sparserve.compression.sections import Prune
-from sparserve.compression.statistics import InputMoments
+from sparserve.compression.statistics import InputMoments, NonFiniteInputs
 from sparserve.errors import ConfigError
 from sparserve.model.compressed_checkpoint import AddedBias
+from sparserve.model.compressing import told_as_config_error
 from sparserve.model.config import LayerSize, ModelConfig
 from sparserve.model.layers_at_use import LayersAtUse
 from sparserve.model.loader import LoadedModel
+from sparserve.model.pruning_shares import allocate, check_shares, units_of_layer
 from sparserve.model.walk import Walk, activations
-from sparserve.model.weights import LayerWeights, layer_shapes
+from sparserve.model.weights import LayerWeights
 
 # One window of so many is held out, to see whether a matrix is nearer to what it was when it is restored.
 HELD_OUT = 4
@@ -72,28 +66,34 @@ class Pruned:
     added_biases: tuple[AddedBias, ...]  # of all layers, where any was restored by one
 
 
+@told_as_config_error()
 def prune(
     model: LoadedModel,
     how: Prune,
-    token_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
     on_layer: OnLayer = lambda done, total: None,
     seen: Sequence[LayerStatistics] | None = None,
 ) -> Pruned:
     """The pruned model, whose layers are cut when they are asked for. token_ids [windows, tokens] are the
-    calibration's; `seen` is what `statistics_of` found on them, where it was asked. With as many torch threads it is
-    the same each time.
+    calibration's, where `how` needs a text; `seen` is what `statistics_of` found on them, where it was asked. With as
+    many torch threads it is the same each time.
 
-    Raises ConfigError of shares that leave too little.
+    Raises ConfigError of shares that leave too little, and as `statistics_of`.
     """
+    check_shares(model.config, how)
     passes = 1 if how.restore == "none" else 2
     count = model.config.num_layers
-    if seen is None:
+    if seen is None and not how.needs_text:
+        seen = [_nothing_seen(model.config, index) for index in range(count)]
+    elif seen is None:
+        assert token_ids is not None
         seen = statistics_of(model, token_ids, lambda done: on_layer(done, passes * count))
     kept = _choose(model, how, seen)
     config = model.config.pruned([own.size for own in kept])
     layers = PrunedLayers(model.weights.layers, kept, model.config.head_dim)
     report = [PrunedLayer(own.size, None, None) for own in kept]
     if how.restore != "none":
+        assert token_ids is not None
         if len(token_ids) < HELD_OUT:
             raise ConfigError(
                 f"restoring needs {HELD_OUT} windows of text at least, one of them held out, and the calibration "
@@ -173,15 +173,17 @@ def cut(layer: LayerWeights, kept: Kept, head_dim: int) -> LayerWeights:
     return replace(layer, **changes)
 
 
+@told_as_config_error()
 def statistics_of(
     model: LoadedModel,
     token_ids: torch.Tensor,
     on_layer: Callable[[int], None] = lambda done: None,
 ) -> list[LayerStatistics]:
-    """What all criteria need, from one walk through the whole model. token_ids [windows, tokens]."""
+    """What all criteria need, from one walk through the whole model. token_ids [windows, tokens]. Raises ConfigError
+    of a text that some layer makes NaN or infinity of, CorruptCheckpoint of weights that are."""
     walk, found = Walk(model, token_ids), []
     for index in range(model.config.num_layers):
-        found.append(_statistics(walk, index, _exact(model.weights.layers[index])))
+        found.append(_statistics(walk, index, _whole(model, index)))
         on_layer(index + 1)
     return found
 
@@ -192,21 +194,11 @@ def _choose(model: LoadedModel, how: Prune, statistics: Sequence[LayerStatistics
     generator = torch.Generator().manual_seed(how.seed)
     units = []
     for index, seen in enumerate(statistics):
-        layer = _exact(model.weights.layers[index])
+        layer = _whole(model, index)
         matrices = LayerMatrices(layer.wq, layer.wo, layer.w_gate, layer.w_up, layer.w_down)
         importance = CRITERIA[how.criterion](matrices, seen, generator)
-        size, costs = config.layer(index), _costs(config, index)
-        units.append(
-            units_of(
-                importance,
-                num_kv_heads=size.num_kv_heads,
-                whole_groups=how.head_unit == "groups",
-                head_parameters=costs[0],
-                kv_head_parameters=costs[1],
-                neuron_parameters=costs[2],
-            )
-        )
-    removals = _allocate(config, how, units)
+        units.append(units_of_layer(config, how, index, importance))
+    removals = allocate(config, how, units)
     return [
         _kept(config.layer(index), own, removal)
         for index, (own, removal) in enumerate(zip(units, removals, strict=True))
@@ -215,8 +207,7 @@ def _choose(model: LoadedModel, how: Prune, statistics: Sequence[LayerStatistics
 
 def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
     """Of layer `index`; the walk goes through it."""
-    size = walk.config.layer(index)
-    seen = LayerStatistics.zeros(size.num_heads, walk.config.head_dim, size.intermediate_size)
+    seen = _nothing_seen(walk.config, index)
     for own in walk.x:
         heads = walk.heads(index, layer, walk.norm(own, layer.attn_norm))
         seen.add_heads(heads, layer.wo)
@@ -224,45 +215,17 @@ def _statistics(walk: Walk, index: int, layer: LayerWeights) -> LayerStatistics:
         made = activations(layer, walk.norm(own, layer.mlp_norm))
         seen.neurons.add(made)
         own += F.linear(made, layer.w_down, layer.bd)
+    found = (seen.heads.squares, seen.head_outputs, seen.neurons.squares, walk.x)
+    if not all(bool(own.isfinite().all()) for own in found):
+        raise NonFiniteInputs(
+            f"what layer {index} makes of it is not finite; give text that the model can read, or another model"
+        )
     return seen
 
 
-def _costs(config: ModelConfig, index: int) -> tuple[int, int, int]:
-    """Parameters of (a query head, a KV head, a neuron), biases included."""
-    size, shapes = config.layer(index), layer_shapes(config, index)
-
-    def of(names: Sequence[str]) -> int:
-        return sum(torch.Size(shapes[name]).numel() for name in names if name in shapes)
-
-    return (
-        of(("wq", "wo", "bq")) // size.num_heads,
-        of(("wk", "wv", "bk", "bv")) // size.num_kv_heads,
-        of(("w_gate", "w_up", "w_down")) // size.intermediate_size,
-    )
-
-
-def _allocate(config: ModelConfig, how: Prune, units: Sequence[LayerUnits]) -> list[Removal]:
-    """Raises ConfigError."""
-    give_out = {"uniform": uniform, "adaptive": adaptive}[how.allocation]
-
-    if how.ratio is not None and how.kinds == "neurons_first":
-        give_out = partial(neurons_first, give_out)
-
-    def removals(name: str, share: float, of: int, own: Sequence[LayerUnits]) -> list[Removal]:
-        try:
-            return give_out(own, round(share * of))
-        except BudgetTooLarge as error:
-            raise ConfigError(
-                f"prune.{name} is {share:g}, and of this model at most {error.most / of:.3g} can be removed: a KV "
-                "head and an eighth of the neurons stay in each layer"
-            ) from error
-
-    if how.ratio is not None:
-        return removals("ratio", how.ratio, config.num_parameters, units)
-    heads, neurons = [own.heads_alone() for own in units], [own.neurons_alone() for own in units]
-    by_heads = removals("heads", how.heads, sum(own.parameters for own in heads), heads)
-    by_neurons = removals("mlp", how.mlp, sum(own.parameters for own in neurons), neurons)
-    return [Removal(a.head_steps, b.neurons) for a, b in zip(by_heads, by_neurons, strict=True)]
+def _nothing_seen(config: ModelConfig, index: int) -> LayerStatistics:
+    size = config.layer(index)
+    return LayerStatistics.zeros(size.num_heads, config.head_dim, size.intermediate_size)
 
 
 def _kept(size: LayerSize, units: LayerUnits, removal: Removal) -> Kept:
@@ -338,6 +301,16 @@ def _weighed(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     least = SMALLEST * float(sizes.mean()) or 1.0
     with_ones = F.pad(inputs, (0, 1), value=1.0)
     return with_ones.div_(sizes.clamp_(min=least))
+
+
+def _whole(model: LoadedModel, index: int) -> LayerWeights:
+    """In float32. Raises NonFiniteWeights."""
+    layer = _exact(model.weights.layers[index])
+    for field in fields(layer):
+        own = getattr(layer, field.name)
+        if own is not None and not bool(own.isfinite().all()):
+            raise NonFiniteWeights(f"layer {index}: {field.name} holds values that are not finite")
+    return layer
 
 
 def _exact(layer: LayerWeights) -> LayerWeights:

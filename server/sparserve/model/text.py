@@ -37,17 +37,20 @@ class TextFiles:
 
 
 def read_windows(
-    model: LoadedModel, files: Sequence[Path], windows: int, tokens: int
+    model: LoadedModel,
+    files: Sequence[Path],
+    windows: int,
+    tokens: int,
+    names: tuple[str, str] = ("calibration.windows", "calibration.tokens of the recipe"),
 ) -> TokenWindows:
-    """`windows` windows, from each file as many as its share of the tokens, evenly spread over it.
+    """`windows` windows, from each file as many as its share of the tokens, evenly spread over it. `names` are what
+    errors call both numbers.
 
     Raises ConfigError of files that cannot be read, or together are too short.
     """
-    check_length(model, tokens, "calibration.tokens of the recipe")
+    check_length(model, tokens, names[1])
     read = read_files(model, files)
-    counts = shares(
-        read, windows, tokens, "calibration.windows or calibration.tokens of the recipe"
-    )
+    counts = shares(read, windows, tokens, " or ".join(names))
     rows = []
     for ids, fits, count in zip(read.token_ids, read.fits(tokens), counts, strict=True):
         starts = (index * fits // count * tokens for index in range(count))

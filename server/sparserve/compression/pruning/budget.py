@@ -11,6 +11,7 @@ from sparserve.compression.pruning.criteria import Importance
 
 # Of a layer's neurons: an allocation by importance alone may empty a layer, which then passes nothing on.
 LEAST_NEURONS = 1 / 8
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class BudgetTooLarge(ValueError):
@@ -57,6 +58,11 @@ class LayerUnits:
     @property
     def most(self) -> int:
         return len(self.head_steps) * self.head_cost + self.most_neurons * self.neuron_cost
+
+    @property
+    def least(self) -> int:
+        """Of a layer that can lose anything."""
+        return self.neuron_cost if self.most_neurons else self.head_cost
 
     def heads_alone(self) -> LayerUnits:
         return replace(
@@ -115,33 +121,48 @@ def units_of(
 
 def uniform(layers: Sequence[LayerUnits], parameters: int) -> list[Removal]:
     """The same share of every layer, heads rounded to whole steps and neurons making up for it, so that all
-    together lose `parameters` up to half a unit (AMP's rule, with what a head and a neuron really weigh).
+    together lose `parameters` up to half a unit, the smallest there is (AMP's rule, with what a head and a neuron
+    really weigh). What a layer has no room for is taken of the others.
 
     Raises BudgetTooLarge.
     """
     _check(layers, parameters)
+    if not any(own.neuron_cost for own in layers):
+        alone = [(len(own.head_steps), own.head_cost, 0, own.parameters) for own in layers]
+        return [Removal(count) for count in _evenly(alone, parameters)]
     share = parameters / sum(own.parameters for own in layers)
-    removed, wanted = 0, 0.0
-    removals = []
-    for own in layers:
-        wanted += share * own.parameters
-        steps = min(round(share * (len(own.head_steps) + 1)), len(own.head_steps))
-        if not own.neuron_cost:  # nothing makes up for rounding but the next layers' heads
-            steps = round((wanted - removed) / own.head_cost)
-            steps = min(max(steps, 0), len(own.head_steps))
-        neurons = 0
-        if own.neuron_cost:
-            left = wanted - removed - steps * own.head_cost
-            neurons = min(max(round(left / own.neuron_cost), 0), own.most_neurons)
-        removals.append(Removal(steps, neurons))
-        removed += steps * own.head_cost + neurons * own.neuron_cost
-    return removals
+    steps = (min(round(share * (len(own.head_steps) + 1)), len(own.head_steps)) for own in layers)
+    heads = _with_room_for_neurons(uniform, layers, parameters, [Removal(own) for own in steps])
+    neurons = [
+        (own.most_neurons, own.neuron_cost, head.head_steps * own.head_cost, own.parameters)
+        for own, head in zip(layers, heads, strict=True)
+    ]
+    counts = _evenly(neurons, parameters - weight(layers, heads))
+    return [Removal(a.head_steps, count) for a, count in zip(heads, counts, strict=True)]
+
+
+def _evenly(kinds: Sequence[tuple[int, int, int, int]], parameters: int) -> list[int]:
+    """Of each layer's units of a kind, (how many may go, cost, parameters that are gone already, parameters of the
+    layer): so many that layers come as near as they can to the same share, and weigh `parameters` up to half a unit."""
+    queue = sorted(
+        # Layers alike take turns all over the depth: multiples of the golden ratio are spread evenly.
+        ((gone + (unit + 0.5) * cost) / of, index * GOLDEN % 1, index)
+        for index, (most, cost, gone, of) in enumerate(kinds)
+        for unit in range(most)
+    )
+    counts, left = [0] * len(kinds), parameters
+    for _, _, index in queue:
+        cost = kinds[index][1]
+        if left >= cost / 2:
+            counts[index] += 1
+            left -= cost
+    return counts
 
 
 def adaptive(layers: Sequence[LayerUnits], parameters: int) -> list[Removal]:
     """Units of all layers by their scores' standing in their own layer and kind, the lowest first, as many
-    as weigh `parameters` up to half a unit (FLAP's rule, arXiv 2312.11983). No layer loses more than `uniform`
-    could take of it.
+    as weigh `parameters` up to half a unit, the smallest there is (FLAP's rule, arXiv 2312.11983). No layer loses more
+    than `uniform` could take of it.
 
     Raises BudgetTooLarge.
     """
@@ -157,30 +178,72 @@ def adaptive(layers: Sequence[LayerUnits], parameters: int) -> list[Removal]:
     counts = {(index, kind): 0 for index in range(len(layers)) for kind in (True, False)}
     left = parameters
     for _, index, is_heads, cost in sorted(queue):
-        if left < cost / 2:
-            if not is_heads:
-                break
-            continue  # a neuron may still fit
-        counts[index, is_heads] += 1
-        left -= cost
-    return [Removal(counts[i, True], counts[i, False]) for i in range(len(layers))]
+        if left >= cost / 2:  # of what is larger the next may still fit
+            counts[index, is_heads] += 1
+            left -= cost
+    found = [Removal(counts[i, True], counts[i, False]) for i in range(len(layers))]
+    if not any(own.neuron_cost and own.head_cost for own in layers):
+        return found
+    # A head that did not fit exactly is made up for by neurons.
+    heads = _with_room_for_neurons(
+        adaptive, layers, parameters, [Removal(own.head_steps) for own in found]
+    )
+    return _and_neurons(adaptive, layers, parameters, heads)
 
 
 def neurons_first(
     give_out: GiveOut, layers: Sequence[LayerUnits], parameters: int
 ) -> list[Removal]:
-    """Neurons alone as far as they go, and heads for the rest, each kind by `give_out`.
+    """Neurons alone as far as they go, and heads for the rest, each kind by `give_out`. Of neurons so many stay as make
+    up for heads that go whole.
 
     Raises BudgetTooLarge.
     """
     _check(layers, parameters)
+    none = [Removal()] * len(layers)
+    heads = _with_room_for_neurons(give_out, layers, parameters, none)
+    return _and_neurons(give_out, layers, parameters, heads)
+
+
+def weight(layers: Sequence[LayerUnits], removals: Sequence[Removal]) -> int:
+    """Parameters that go."""
+    return sum(
+        removal.head_steps * own.head_cost + removal.neurons * own.neuron_cost
+        for own, removal in zip(layers, removals, strict=True)
+    )
+
+
+def _with_room_for_neurons(
+    give_out: GiveOut, layers: Sequence[LayerUnits], parameters: int, wanted: list[Removal]
+) -> list[Removal]:
+    """`wanted`, which is of heads alone, where neurons can make up for what is missing; else as near to it as they
+    can."""
+    heads = [own.heads_alone() for own in layers]
+    step = max(own.head_cost for own in layers)
+    low = parameters - sum(own.neurons_alone().most for own in layers)
+    most = sum(own.most for own in heads)
+    tries = [wanted] + [
+        give_out(heads, min(max(amount, 0), most))
+        for amount in (low, low + step, parameters - step, parameters)
+        if step
+    ]
+
+    half = max(own.neuron_cost for own in layers) // 2
+
+    def misses(removals: list[Removal]) -> tuple[int, int]:
+        own = weight(layers, removals)
+        return max(low - own, own - parameters, half), abs(own - weight(layers, wanted))
+
+    return min(tries, key=misses)
+
+
+def _and_neurons(
+    give_out: GiveOut, layers: Sequence[LayerUnits], parameters: int, heads: list[Removal]
+) -> list[Removal]:
     neurons = [own.neurons_alone() for own in layers]
-    most = sum(own.most for own in neurons)
-    by_neurons = give_out(neurons, min(parameters, most)) if most else [Removal()] * len(layers)
-    if parameters <= most:
-        return by_neurons
-    by_heads = give_out([own.heads_alone() for own in layers], parameters - most)
-    return [Removal(a.head_steps, b.neurons) for a, b in zip(by_heads, by_neurons, strict=True)]
+    rest = min(max(parameters - weight(layers, heads), 0), sum(own.most for own in neurons))
+    found = give_out(neurons, rest) if rest else heads  # without neurons
+    return [Removal(a.head_steps, b.neurons) for a, b in zip(heads, found, strict=True)]
 
 
 def _standing(scores: torch.Tensor) -> list[float]:
