@@ -156,6 +156,19 @@ def alone_with(out: Path) -> Iterator[None]:
     """No other process compresses to `out` meanwhile: layers of two runs would mix. Raises ConfigError where one
     does, or where nothing can be written."""
     partial = partial_of(out)
+    while not _is_of(lock := _locked(partial, out), partial):
+        os.close(lock)  # whoever had it has removed or renamed it since: the lock is of nothing
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if _is_of(lock, partial):  # else it was renamed, and this is another run's
+                partial.rmdir()  # if nothing is in it
+        os.close(lock)  # which gives it up, as the process's end does
+
+
+def _locked(partial: Path, out: Path) -> int:
+    """A descriptor of the folder `partial`, with its lock. Raises ConfigError."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
@@ -163,15 +176,19 @@ def alone_with(out: Path) -> Iterator[None]:
         raise ConfigError(f"{partial} cannot be written: {error}; take another --out") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as error:
+        os.close(lock)
         raise ConfigError(
             f"another process compresses to {out}; wait for it, or take another --out"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.rmdir()  # if nothing is in it
-        os.close(lock)  # which gives it up, as the process's end does
+    return lock
+
+
+def _is_of(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except OSError:
+        return False
 
 
 class CheckpointWriter:
