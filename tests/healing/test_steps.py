@@ -1,5 +1,7 @@
 """Recipes of several steps, and what is made of folders that were pruned or healed."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -87,6 +89,67 @@ def test_what_another_recipe_left_is_forgotten(folder, text, settings, tmp_path,
     made = follow(str(folder), other, [text], out, settings)
     assert made.pruned is not None
     assert {own.intermediate_size for own in read_info(out).layer_sizes} == {48}
+
+
+def stop_at(monkeypatch, step: str):
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, step, stopped)
+
+
+def test_what_comes_to_be_at_out_is_not_taken_for_its_own_result(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    own, out = recipe(PRUNE, HEAL % ("dense", "false")), tmp_path / "out"
+    stop_at(monkeypatch, "heal")
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="out is there already"):
+        follow(str(folder), own, [text], out, settings)
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").unlink()
+    out.rmdir()
+    assert follow(str(folder), own, [text], out, settings).pruned is None
+
+
+def test_what_takes_the_place_of_its_own_result_is_not_taken_for_it(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    own, out = recipe(INT4, CALIBRATE), tmp_path / "out"
+    stop_at(monkeypatch, "calibrate")
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    out.rename(tmp_path / "kept")
+    compress_folder(str(folder), recipe(INT4, "value_bits: 2\n"), [], out)
+    with pytest.raises(ConfigError, match="out is there already"):
+        follow(str(folder), own, [text], out, settings)
+
+
+def test_a_later_section_that_is_corrected_leaves_earlier_steps_as_they_are(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    parts, out = (PRUNE, HEAL % ("core:0.5", "false")), tmp_path / "out"
+    coarse = INT4 + "value_bits: 2\n"
+    times = []
+    stop_at(monkeypatch, "calibrate")
+    for rounding in (INT4, coarse):
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            follow(str(folder), recipe(*parts, rounding, CALIBRATE), [text], out, settings)
+        earlier = [tmp_path / "out.steps" / name for name in ("pruned", "healed")]
+        times.append([path.stat().st_mtime_ns for path in earlier])
+    monkeypatch.undo()
+    assert times[0] == times[1]
+    assert read_info(out).recipe["value_bits"] == 2
+    fewer = CALIBRATE.replace("decode_tokens: 8", "decode_tokens: 4")
+    made = follow(str(folder), recipe(*parts, coarse, fewer), [text], out, settings)
+    assert (made.pruned, made.healed, made.rounded) == (None, None, None)
+    assert made.index.is_file()
 
 
 def test_healing_after_rounding_keeps_the_integers(folder, text, settings, tmp_path):
