@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from sparserve.cli.healing_display import HealingDisplay
 from sparserve.compression.healing import Heal
@@ -207,11 +208,14 @@ def test_windows_beyond_the_context_are_refused(folder, text, few, settings, tmp
         heal(str(folder), changed(few, window=1024, tokens=10**6), [text], tmp_path / "o", settings)
 
 
-def test_a_state_that_is_damaged_counts_as_none(folder, text, few, settings, tmp_path):
-    (tmp_path / "out.state").write_bytes(b"\xff" * 100)
-    steps = []
-    heal(str(folder), few, [text], tmp_path / "out", settings, on_step=steps.append)
-    assert steps[0].step == 0
+@pytest.mark.parametrize("name", ["out.state", "out.written"])
+def test_files_of_others_are_not_written_over(folder, text, few, settings, tmp_path, name):
+    for content in (b"mine", save({"mine": torch.zeros(1)}, {"format": "pt"})):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{name} would be written over, and is not what"):
+            heal(str(folder), few, [text], tmp_path / "out", settings)
+        assert [path.name for path in tmp_path.glob("out*")] == [name]
+        assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path):

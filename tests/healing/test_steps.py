@@ -239,3 +239,22 @@ def test_a_missing_text_is_told_at_once(folder, settings, tmp_path, parts, told)
     with pytest.raises(ConfigError, match=told):
         follow(str(folder), recipe(*parts), [], tmp_path / "out", settings)
     assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ((INT4, HEAL % ("dense", "true")), "out.state"),
+        ((INT4, HEAL % ("dense", "true")), "out.written"),
+        ((INT4, CALIBRATE), "out.index.safetensors"),
+        ((INT4, CALIBRATE), "out.index.safetensors.partial"),
+    ],
+)
+def test_files_of_others_beside_it_are_not_written_over(
+    folder, text, settings, tmp_path, parts, name
+):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"{name} would be written over, and is not what"):
+        follow(str(folder), recipe(*parts), [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == [name]
+    assert (tmp_path / name).read_text() == "mine"

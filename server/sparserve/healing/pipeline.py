@@ -19,12 +19,14 @@ from accelerate.utils import DistributedDataParallelKwargs
 from sparse_kernels.arena import keep_freed_memory
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import usable_cpus
+from sparserve.calibration import stages
 from sparserve.calibration.stages import Stages
 from sparserve.compression.healing import Heal
 from sparserve.config import EngineSettings
 from sparserve.engine.formats import served_formats
 from sparserve.engine.threads import torch_threads
 from sparserve.errors import ConfigError
+from sparserve.healing import state
 from sparserve.healing.network import Network
 from sparserve.healing.policies import parse_through
 from sparserve.healing.state import Look, StateFile
@@ -48,6 +50,7 @@ from sparserve.model.compressed_writer import (
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
+from sparserve.sparsity.index import refuse_foreign
 
 # Which version of the training an unfinished run belongs to.
 VERSION = 1
@@ -89,6 +92,7 @@ def heal(
     begun = time.monotonic()
     _check_settings(settings)
     refuse_existing(out)
+    refuse_foreign_files(out)
     student, teacher = _both(model, original)
     formats = formats or served_formats(student, settings)
     through = parse_through(how.through, student, formats)
@@ -105,7 +109,7 @@ def heal(
             windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
         keep_freed_memory()
         network = network_of(student, how.rank, how.seed)
-        kept = StateFile(out.with_name(f"{out.name}.state"), inputs)
+        kept = StateFile(_state_file(out), inputs)
         try:
             healed = train(
                 network, network_of(teacher), how, through, windows, kept, accelerator, on_step
@@ -137,6 +141,12 @@ def _forget(out: Path, kept: StateFile) -> None:
     kept.forget()
     _written_file(out).unlink(missing_ok=True)
     shutil.rmtree(partial_of(out), ignore_errors=True)
+
+
+def refuse_foreign_files(out: Path) -> None:
+    """Raises ConfigError of files beside `out` that a run would write over, and remove, and that no run made."""
+    refuse_foreign(_state_file(out), state.METADATA_KEY, "take another --out")
+    refuse_foreign(_written_file(out), stages.METADATA_KEY, "take another --out")
 
 
 def _check_settings(settings: EngineSettings) -> None:
@@ -259,6 +269,10 @@ def _windows(
     needed |= {name: getattr(how, name) for name in ("generated", "window", "seed")}
     written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
     return windows_of(how, given, written)
+
+
+def _state_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.state")
 
 
 def _written_file(out: Path) -> Path:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_kernels.formats import DecoderFormats
-from sparserve.calibration.pipeline import calibrate
+from sparserve.calibration.pipeline import calibrate, partial_of
 from sparserve.calibration.plan import QUICK, CalibrationPlan, Effort
+from sparserve.calibration.stages import METADATA_KEY as STAGES
 from sparserve.compression.recipe import Recipe, pruning_alone, without
 from sparserve.compression.sections import HealStep
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import load_by_settings
 from sparserve.errors import ConfigError
-from sparserve.healing.pipeline import HealedFolder, heal
+from sparserve.healing.pipeline import HealedFolder, heal, refuse_foreign_files
 from sparserve.healing.training import OnProgress
 from sparserve.model.compress_folder import CompressedFolder, compress_folder, require_text
 from sparserve.model.compressed_checkpoint import INFO
@@ -26,6 +27,8 @@ from sparserve.model.compressed_writer import alone_with, refuse_existing
 from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import find_model, open_checkpoint
 from sparserve.model.text import hashes_of
+from sparserve.sparsity.index import METADATA_KEY as INDEX
+from sparserve.sparsity.index import refuse_foreign
 
 KEY = "steps.json"  # in the folder of what is between steps: of what each is
 OUT = "out"  # in there: the hash of what the folder that was made says of itself
@@ -120,6 +123,13 @@ class _Run:
             raise ConfigError(
                 f"heal.after_rounding is true, and the recipe {recipe.name} rounds and prunes nothing"
             )
+        *_, last = _steps_of(recipe).values()
+        if isinstance(last, HealStep):
+            refuse_foreign_files(self._out)
+        if recipe.calibrate is not None:
+            index = index_of(self._out)
+            refuse_foreign(index, INDEX, "take another --out")
+            refuse_foreign(partial_of(index), STAGES, "take another --out")
 
     def _begin(self, model: str, steps: Mapping[str, Recipe | HealStep]) -> bool:
         """-> whether an earlier run finished `out`. Of what one left, a step that is no longer the same, and all after
