@@ -11,7 +11,7 @@ from sparserve.cli.healing_display import HealingDisplay
 from sparserve.compression.healing import Heal
 from sparserve.compression.recipe import parse_recipe
 from sparserve.errors import ConfigError
-from sparserve.healing import training
+from sparserve.healing import pipeline, training
 from sparserve.healing.pipeline import LOOKS, heal
 from sparserve.healing.text import windows_of
 from sparserve.model.compress_folder import compress_folder
@@ -218,9 +218,14 @@ def test_files_of_others_are_not_written_over(folder, text, few, settings, tmp_p
         assert (tmp_path / name).read_bytes() == content
 
 
-def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path):
+def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path, monkeypatch):
+    how = changed(few, through="dense")
     with pytest.raises(ConfigError, match="through dense: there is nothing to heal"):
-        heal(str(folder), changed(few, through="dense"), [text], tmp_path / "out", settings)
+        heal(str(folder), how, [text], tmp_path / "out", settings, original=str(folder))
+    # Its own teacher: known before that writes.
+    monkeypatch.setattr(pipeline, "write_text", None)
+    with pytest.raises(ConfigError, match="through dense: there is nothing to heal"):
+        heal(str(folder), how, [text], tmp_path / "out", settings)
     assert [path.name for path in tmp_path.glob("out*")] == []
 
 

@@ -196,17 +196,37 @@ def test_steps_are_not_for_loading(folder, text, settings):
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
+        ((PRUNE, HEAL % ("dense", "false"), INT4, CALIBRATE.replace("2", "4096", 1)),
+         r"4096 were asked for: give more text, or lower calibrate.windows, calibrate.prompt_tokens or"),
+        ((PRUNE, HEAL.replace("held_out: 8", "held_out: 4096") % ("dense", "false")), "healing needs 16384"),
+        ((HEAL % ("core:0.5", "false"), "attention: {bits: 4}\ncalibration: {windows: 4096}\n"),
+         "lower calibration.windows or calibration.tokens of the recipe"),
+        ((PRUNE, HEAL % ("dense", "false"), INT4.replace("rank: 32", "rank: 512")), "rank of the recipe steps is 512"),
         ((HEAL % ("dense", "true"),), "heal.after_rounding is true, and the recipe steps rounds and prunes nothing"),
         ((PRUNE, HEAL % ("token:0.5", "false"), INT4), "in a recipe gate_up with low_bits"),
     ],
 )  # fmt: skip
-def test_steps_that_do_not_fit_are_refused(folder, text, settings, tmp_path, parts, told):
+def test_steps_that_do_not_fit_are_refused_before_the_first_one(
+    folder, text, settings, tmp_path, parts, told
+):
     sixteen = "".join(
         f"{name}: {{bits: 16}}\n" for name in ("attention", "gate_up", "down", "lm_head")
     )
-    own = recipe(*parts, "" if INT4 in parts else sixteen)
+    own = recipe(*parts, "" if "bits: 4" in "".join(parts) else sixteen)
     with pytest.raises(ConfigError, match=told):
         follow(str(folder), own, [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+def test_where_the_last_step_cannot_write_is_told_before_the_first_one(
+    folder, text, settings, tmp_path
+):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    own = recipe(PRUNE, HEAL % ("dense", "false"), INT4)
+    with pytest.raises(ConfigError, match="no unfinished checkpoint; remove it"):
+        follow(str(folder), own, [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
 
 
 def test_the_recipe_none_must_prune():

@@ -38,6 +38,7 @@ from sparserve.healing.stored import (
     network_of,
 )
 from sparserve.healing.text import Windows, read_given, windows_of, write_text
+from sparserve.healing.through import Through
 from sparserve.healing.training import Healed, NothingToHeal, OnProgress, train
 from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo, Source
 from sparserve.model.compressed_writer import (
@@ -96,6 +97,8 @@ def heal(
     student, teacher = _both(model, original)
     formats = formats or served_formats(student, settings)
     through = parse_through(how.through, student, formats)
+    if student is teacher and type(through) is Through and not how.concentrate:
+        raise _nothing(model, how)  # told now, not after the original has written its windows
     given = read_given(teacher, how, texts)
     accelerator = _accelerator(how, settings)
     inputs = _inputs(how, student, teacher, given, formats, settings)
@@ -117,10 +120,7 @@ def heal(
         except NothingToHeal as error:
             if is_main:
                 _forget(out, kept)
-            raise ConfigError(
-                f"{model} answers as the original does, through {how.through}: there is nothing to heal. Prune or round it "
-                "first, or name the policy that will serve by --through"
-            ) from error
+            raise _nothing(model, how) from error
         if healed.best.step == 0:
             if is_main:
                 _forget(out, kept)
@@ -134,6 +134,13 @@ def heal(
             _forget(out, kept)
         accelerator.wait_for_everyone()
     return HealedFolder(info, healed, time.monotonic() - begun)
+
+
+def _nothing(model: str, how: Heal) -> ConfigError:
+    return ConfigError(
+        f"{model} answers as the original does, through {how.through}: there is nothing to heal. Prune or round it first, "
+        "or go through the policy that will serve, as in core:0.5"
+    )
 
 
 def _forget(out: Path, kept: StateFile) -> None:

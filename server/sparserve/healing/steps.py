@@ -14,19 +14,23 @@ from sparse_kernels.formats import DecoderFormats
 from sparserve.calibration.pipeline import calibrate, partial_of
 from sparserve.calibration.plan import QUICK, CalibrationPlan, Effort
 from sparserve.calibration.stages import METADATA_KEY as STAGES
+from sparserve.calibration.text import read_text
 from sparserve.compression.recipe import Recipe, pruning_alone, without
 from sparserve.compression.sections import HealStep
 from sparserve.config import EngineSettings
 from sparserve.engine.factory import load_by_settings
 from sparserve.errors import ConfigError
 from sparserve.healing.pipeline import HealedFolder, heal, refuse_foreign_files
+from sparserve.healing.policies import parse_through
+from sparserve.healing.text import read_given
 from sparserve.healing.training import OnProgress
 from sparserve.model.compress_folder import CompressedFolder, compress_folder, require_text
 from sparserve.model.compressed_checkpoint import INFO
-from sparserve.model.compressed_writer import alone_with, refuse_existing
+from sparserve.model.compressed_writer import alone_with, check_source, refuse_existing
+from sparserve.model.compressing import check_recipe
 from sparserve.model.identity import hash_of_files
-from sparserve.model.loader import find_model, open_checkpoint
-from sparserve.model.text import hashes_of
+from sparserve.model.loader import LoadedModel, load_model
+from sparserve.model.text import hashes_of, read_windows
 from sparserve.sparsity.index import METADATA_KEY as INDEX
 from sparserve.sparsity.index import refuse_foreign
 
@@ -87,14 +91,16 @@ class _Run:
 
     def follow(self, model: str) -> Followed:
         self._check()
+        loaded = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=self._on_step)
+        self._check_fit(loaded)
         with alone_with(self._between):
-            return self._follow(model)
+            return self._follow(model, loaded.path)
 
-    def _follow(self, model: str) -> Followed:
+    def _follow(self, model: str, path: Path) -> Followed:
         steps = _steps_of(self._recipe)
         compressed: dict[str, CompressedFolder] = {}
         healed = None
-        if not self._begin(model, steps):
+        if not self._begin(path, steps):
             for name, step in steps.items():
                 out = self._out if name == list(steps)[-1] else self._between / name
                 if out == self._out or not out.exists():  # else an earlier run finished it
@@ -112,7 +118,7 @@ class _Run:
         return Followed(compressed.get("pruned"), healed, compressed.get("rounded"), index)
 
     def _check(self) -> None:
-        """Raises ConfigError of what would stop a run after hours."""
+        """Raises ConfigError of what would stop a run after hours, or write over what it did not make."""
         recipe = self._recipe
         require_text(recipe, self._texts)
         if recipe.calibrate is not None and not self._texts:
@@ -130,15 +136,32 @@ class _Run:
             index = index_of(self._out)
             refuse_foreign(index, INDEX, "take another --out")
             refuse_foreign(partial_of(index), STAGES, "take another --out")
+        with alone_with(self._out):  # which the last step will want
+            pass
 
-    def _begin(self, model: str, steps: Mapping[str, Recipe | HealStep]) -> bool:
+    def _check_fit(self, model: LoadedModel) -> None:
+        """The same of what depends on `model`. Raises ModelError too."""
+        recipe, texts = self._recipe, self._texts
+        if _leaves(recipe):
+            check_source(model)
+            check_recipe(model.config, recipe)
+        if recipe.needs_text:
+            size = recipe.calibration
+            read_windows(model, texts, size.windows, size.tokens)
+        if (step := recipe.heal) is not None:
+            parse_through(step.through, model, _formats_of(recipe))
+            read_given(model, step, texts)
+        if (how := recipe.calibrate) is not None:
+            sizes = how.windows, how.prompt_tokens, how.decode_tokens
+            names = [f"calibrate.{name}" for name in ("windows", "prompt_tokens", "decode_tokens")]
+            read_text(model, texts, *sizes, names)
+
+    def _begin(self, path: Path, steps: Mapping[str, Recipe | HealStep]) -> bool:
         """-> whether an earlier run finished `out`. Of what one left, a step that is no longer the same, and all after
         it, are forgotten.
 
         Raises ConfigError of folders that no run left.
         """
-        path = find_model(model, self._on_step)[1]
-        open_checkpoint(path)  # what is no model is told as such
         try:
             there = self._between.exists() and any(self._between.iterdir())
             if there and not (self._between / KEY).is_file():
