@@ -86,16 +86,52 @@ def test_a_run_that_was_interrupted_makes_the_same_bytes(
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
 
 
-def test_what_another_run_left_is_not_gone_on_with(folder, text, few, settings, tmp_path):
+@pytest.mark.parametrize(
+    "change", ["seed", "kv_dtype", "backend", "tokenizer", "kv_dtype, nothing written"]
+)
+def test_what_another_run_left_is_not_gone_on_with(
+    folder, text, few, settings, tmp_path, caplog, change
+):
+    def stop(progress: training.Progress) -> None:
+        if progress.step == 7:
+            raise Stopped
+
+    if change.endswith("nothing written"):
+        few = changed(few, generated=0)
+    with pytest.raises(Stopped):
+        heal(str(folder), few, [text], tmp_path / "out", settings, on_step=stop)
+    if change == "seed":
+        few = changed(few, seed=1)
+    elif change == "tokenizer":
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["added_tokens"][-1]["content"] = "<other>"
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        own = {"backend": "reference"} if change == "backend" else {"kv_dtype": "int8"}
+        settings = settings.model_copy(update=own)
+    seen = []
+    heal(str(folder), few, [text], tmp_path / "out", settings, on_step=seen.append)
+    goes_on = change.endswith("nothing written")
+    assert seen[0].step == (7 if goes_on else 0)
+    assert ("beginning anew" in caplog.text) != goes_on
+    if not goes_on:
+        heal(str(folder), few, [text], tmp_path / "fresh", settings)
+        assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is the CPU only without a GPU")
+def test_a_run_goes_on_where_auto_is_the_device_that_was_named(
+    folder, text, few, settings, tmp_path
+):
     def stop(progress: training.Progress) -> None:
         if progress.step == 7:
             raise Stopped
 
     with pytest.raises(Stopped):
         heal(str(folder), few, [text], tmp_path / "out", settings, on_step=stop)
-    seen = []
-    heal(str(folder), changed(few, seed=1), [text], tmp_path / "out", settings, on_step=seen.append)
-    assert seen[0].step == 0
+    seen, auto = [], settings.model_copy(update={"device": "auto"})
+    heal(str(folder), few, [text], tmp_path / "out", auto, on_step=seen.append)
+    assert seen[0].step == 7
 
 
 def test_a_diverging_run_stops_and_keeps_the_best(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -23,7 +25,8 @@ from sparserve.calibration import stages
 from sparserve.calibration.stages import Stages
 from sparserve.compression.healing import Heal
 from sparserve.config import EngineSettings
-from sparserve.engine.formats import served_formats
+from sparserve.engine.backends import choose_backend
+from sparserve.engine.formats import in_bfloat16, served_formats
 from sparserve.engine.threads import torch_threads
 from sparserve.errors import ConfigError
 from sparserve.healing import state
@@ -52,6 +55,8 @@ from sparserve.model.identity import hash_of_files
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
 from sparserve.sparsity.index import refuse_foreign
+
+log = logging.getLogger(__name__)
 
 # Which version of the training an unfinished run belongs to.
 VERSION = 1
@@ -101,8 +106,7 @@ def heal(
         raise _nothing(model, how)  # told now, not after the original has written its windows
     given = read_given(teacher, how, texts)
     accelerator = _accelerator(how, settings)
-    inputs = _inputs(how, student, teacher, given, formats, settings)
-    inputs["processes"] = accelerator.num_processes
+    inputs = _inputs(how, student, teacher, given, formats, settings, accelerator)
     is_main = accelerator.is_main_process
     with alone_with(out) if is_main else nullcontext(), torch_threads(settings):
         info = _info(student, teacher, how, given, inputs)
@@ -113,6 +117,11 @@ def heal(
         keep_freed_memory()
         network = network_of(student, how.rank, how.seed)
         kept = StateFile(_state_file(out), inputs)
+        if is_main and kept.is_of_another_run():
+            log.warning(
+                "beginning anew: what an earlier run left at %s is of other settings, models or texts",
+                _state_file(out),
+            )
         try:
             healed = train(
                 network, network_of(teacher), how, through, windows, kept, accelerator, on_step
@@ -242,19 +251,29 @@ def _inputs(
     given: TextFiles,
     formats: DecoderFormats,
     settings: EngineSettings,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """All that results depend on."""
+    tokenizer = hashlib.blake2b(teacher.tokenizer.to_str().encode(), digest_size=32)
     return {
         "version": VERSION,
         "how": how.model_dump(mode="json"),
         "student": hash_of_files(student.path),
         "teacher": hash_of_files(teacher.path),
         "text": given.hash,
+        "tokenizer": tokenizer.hexdigest(),
+        "written_by": _writer(settings) if how.generated else None,
         "served": str(formats),
-        "device": settings.device,
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
         "threads": settings.threads or usable_cpus(),
         "torch": torch.__version__,
     }
+
+
+def _writer(settings: EngineSettings) -> list[str]:
+    """What of the engine's settings the text depends on that the original writes. Raises ConfigError."""
+    return [choose_backend(in_bfloat16(settings), "bfloat16").name, settings.kv_dtype]
 
 
 def _windows(
@@ -272,7 +291,8 @@ def _windows(
         on_tokens = lambda done, total: on_stage("the original writes", done, total)  # noqa: E731
         return {"token_ids": write_text(teacher, settings, how, given, on_tokens)}
 
-    needed = {name: inputs[name] for name in ("version", "teacher", "text", "device", "threads")}
+    kept = ("version", "teacher", "text", "tokenizer", "written_by", "threads")
+    needed = {name: inputs[name] for name in kept}
     needed |= {name: getattr(how, name) for name in ("generated", "window", "seed")}
     written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
     return windows_of(how, given, written)
