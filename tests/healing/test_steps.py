@@ -1,5 +1,6 @@
 """Recipes of several steps, and what is made of folders that were pruned or healed."""
 
+import json
 import shutil
 
 import pytest
@@ -128,6 +129,20 @@ def test_what_takes_the_place_of_its_own_result_is_not_taken_for_it(
     compress_folder(str(folder), recipe(INT4, "value_bits: 2\n"), [], out)
     with pytest.raises(ConfigError, match="out is there already"):
         follow(str(folder), own, [text], out, settings)
+
+
+def test_steps_of_another_tokenizer_are_not_gone_on_with(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    own, out = recipe(PRUNE, HEAL % ("dense", "false")), tmp_path / "out"
+    stop_at(monkeypatch, "heal")
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][-1]["content"] = "<other>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert follow(str(folder), own, [text], out, settings).pruned is not None
 
 
 def test_a_later_section_that_is_corrected_leaves_earlier_steps_as_they_are(

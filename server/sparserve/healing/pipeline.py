@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -51,7 +50,7 @@ from sparserve.model.compressed_writer import (
     partial_of,
     refuse_existing,
 )
-from sparserve.model.identity import hash_of_files
+from sparserve.model.identity import hash_of_files, hash_of_tokenizer
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
 from sparserve.sparsity.index import refuse_foreign
@@ -254,14 +253,13 @@ def _inputs(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """All that results depend on."""
-    tokenizer = hashlib.blake2b(teacher.tokenizer.to_str().encode(), digest_size=32)
     return {
         "version": VERSION,
         "how": how.model_dump(mode="json"),
         "student": hash_of_files(student.path),
         "teacher": hash_of_files(teacher.path),
         "text": given.hash,
-        "tokenizer": tokenizer.hexdigest(),
+        "tokenizer": hash_of_tokenizer(teacher),
         "written_by": _writer(settings) if how.generated else None,
         "served": str(formats),
         "device": accelerator.device.type,

@@ -28,7 +28,7 @@ from sparserve.model.compress_folder import CompressedFolder, compress_folder, r
 from sparserve.model.compressed_checkpoint import INFO
 from sparserve.model.compressed_writer import alone_with, check_source, refuse_existing
 from sparserve.model.compressing import check_recipe
-from sparserve.model.identity import hash_of_files
+from sparserve.model.identity import hash_of_files, hash_of_tokenizer
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import hashes_of, read_windows
 from sparserve.sparsity.index import METADATA_KEY as INDEX
@@ -94,13 +94,15 @@ class _Run:
         loaded = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=self._on_step)
         self._check_fit(loaded)
         with alone_with(self._between):
-            return self._follow(model, loaded.path)
+            with alone_with(self._out):  # which the last step will want
+                pass
+            return self._follow(model, loaded)
 
-    def _follow(self, model: str, path: Path) -> Followed:
+    def _follow(self, model: str, loaded: LoadedModel) -> Followed:
         steps = _steps_of(self._recipe)
         compressed: dict[str, CompressedFolder] = {}
         healed = None
-        if not self._begin(path, steps):
+        if not self._begin(loaded, steps):
             for name, step in steps.items():
                 out = self._out if name == list(steps)[-1] else self._between / name
                 if out == self._out or not out.exists():  # else an earlier run finished it
@@ -136,8 +138,6 @@ class _Run:
             index = index_of(self._out)
             refuse_foreign(index, INDEX, "take another --out")
             refuse_foreign(partial_of(index), STAGES, "take another --out")
-        with alone_with(self._out):  # which the last step will want
-            pass
 
     def _check_fit(self, model: LoadedModel) -> None:
         """The same of what depends on `model`. Raises ModelError too."""
@@ -156,7 +156,7 @@ class _Run:
             names = [f"calibrate.{name}" for name in ("windows", "prompt_tokens", "decode_tokens")]
             read_text(model, texts, *sizes, names)
 
-    def _begin(self, path: Path, steps: Mapping[str, Recipe | HealStep]) -> bool:
+    def _begin(self, model: LoadedModel, steps: Mapping[str, Recipe | HealStep]) -> bool:
         """-> whether an earlier run finished `out`. Of what one left, a step that is no longer the same, and all after
         it, are forgotten.
 
@@ -168,7 +168,7 @@ class _Run:
                 raise ConfigError(
                     f"{self._between} is there, and is not of an unfinished recipe; remove it, or take another --out"
                 )
-            keys, known = self._keys(path, steps), self._known()
+            keys, known = self._keys(model, steps), self._known()
             same = {name for name, own in keys.items() if known.get(name) == own}
             finished = same == keys.keys() and known.get(OUT, "") == _info_hash(self._out) != ""
             if not finished:
@@ -182,9 +182,10 @@ class _Run:
             raise ConfigError(f"{self._between} cannot be written: {error}") from error
         return finished
 
-    def _keys(self, model: Path, steps: Mapping[str, Recipe | HealStep]) -> dict[str, str]:
+    def _keys(self, model: LoadedModel, steps: Mapping[str, Recipe | HealStep]) -> dict[str, str]:
         """Of each step, of all that it and those before it depend on."""
-        told: object = [hash_of_files(model), hashes_of(self._texts)]
+        files = hash_of_files(model.path), hash_of_tokenizer(model)
+        told: object = [files, hashes_of(self._texts)]
         keys = {}
         for name, step in steps.items():
             told = [told, step.model_dump(mode="json")]
