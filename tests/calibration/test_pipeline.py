@@ -71,6 +71,13 @@ def test_what_other_arguments_left_behind_is_not_used(calibrated_to, tmp_path):
     assert (tmp_path / "index").read_bytes() == (tmp_path / "fresh").read_bytes()
 
 
+def test_a_file_of_others_is_not_written_over(calibrated_to, tmp_path):
+    (tmp_path / "index.partial").write_text("mine")
+    with pytest.raises(ConfigError, match=r"index\.partial would be written over, and is not what"):
+        calibrated_to(tmp_path / "index")
+    assert (tmp_path / "index.partial").read_text() == "mine"
+
+
 def test_the_index_is_read_for_its_model_alone(
     calibrated_to, tmp_path, tiny_model, write_tiny_checkpoint
 ):

@@ -282,6 +282,7 @@ def test_each_weights_take_the_index_that_fits_them(report, index_file, caplog):
         (["--compress", "fast", "--compress-text", "seen.txt"], "here give --recipes"),
         (["--recipes", "fast", "--compress-text", "seen.txt"], "24 were asked for"),
         (["--recipes", "plain.yaml,high.yaml"], "and q, k, v of this model have rank 64 at most"),
+        (["--recipes", "plain.yaml,heals.yaml"], "the recipe heals heals, which takes long: follow it once"),
         (["--recipes", "plain.yaml", "--weight-planes", "4+4", "--formats", "int4"], "take --weight-planes whole"),
         (["--windows", "400"], "400 were asked for"),
         (["--context", "600"], "604 tokens of prompt and output exceed"),
@@ -306,6 +307,7 @@ def test_what_cannot_be_reported_is_told_before_anything_is_measured(
     (files / "high.yaml").write_text(
         f"name: high\nquantizer: rtn\ncompensate: lorc\nattention: {high}\n"
     )
+    (files / "heals.yaml").write_text("name: heals\nquantizer: rtn\nheal: {after_rounding: true}\n")
     folder = files / flags[-1]
     if folder.name in ("other", "known", "damaged", "wordless", "int8"):
         formats = DecoderFormats(*[MatrixFormat(8, 64)] * 4)

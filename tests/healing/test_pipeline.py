@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from sparserve.cli.healing_display import HealingDisplay
 from sparserve.compression.healing import Heal
 from sparserve.compression.recipe import parse_recipe
 from sparserve.errors import ConfigError
-from sparserve.healing import training
+from sparserve.healing import pipeline, training
 from sparserve.healing.pipeline import LOOKS, heal
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressed_checkpoint import read_info
@@ -87,16 +87,52 @@ def test_a_run_that_was_interrupted_makes_the_same_bytes(
     assert (tmp_path / "again" / LOOKS).read_bytes() == (tmp_path / "whole" / LOOKS).read_bytes()
 
 
-def test_what_another_run_left_is_not_gone_on_with(folder, text, few, settings, tmp_path):
+@pytest.mark.parametrize(
+    "change", ["seed", "kv_dtype", "backend", "tokenizer", "kv_dtype, nothing written"]
+)
+def test_what_another_run_left_is_not_gone_on_with(
+    folder, text, few, settings, tmp_path, caplog, change
+):
+    def stop(progress: training.Progress) -> None:
+        if progress.step == 7:
+            raise Stopped
+
+    if change.endswith("nothing written"):
+        few = changed(few, generated=0)
+    with pytest.raises(Stopped):
+        heal(str(folder), few, [text], tmp_path / "out", settings, on_step=stop)
+    if change == "seed":
+        few = changed(few, seed=1)
+    elif change == "tokenizer":
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["added_tokens"][-1]["content"] = "<other>"
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        own = {"backend": "reference"} if change == "backend" else {"kv_dtype": "int8"}
+        settings = settings.model_copy(update=own)
+    seen = []
+    heal(str(folder), few, [text], tmp_path / "out", settings, on_step=seen.append)
+    goes_on = change.endswith("nothing written")
+    assert seen[0].step == (7 if goes_on else 0)
+    assert ("beginning anew" in caplog.text) != goes_on
+    if not goes_on:
+        heal(str(folder), few, [text], tmp_path / "fresh", settings)
+        assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is the CPU only without a GPU")
+def test_a_run_goes_on_where_auto_is_the_device_that_was_named(
+    folder, text, few, settings, tmp_path
+):
     def stop(progress: training.Progress) -> None:
         if progress.step == 7:
             raise Stopped
 
     with pytest.raises(Stopped):
         heal(str(folder), few, [text], tmp_path / "out", settings, on_step=stop)
-    seen = []
-    heal(str(folder), changed(few, seed=1), [text], tmp_path / "out", settings, on_step=seen.append)
-    assert seen[0].step == 0
+    seen, auto = [], settings.model_copy(update={"device": "auto"})
+    heal(str(folder), few, [text], tmp_path / "out", auto, on_step=seen.append)
+    assert seen[0].step == 7
 
 
 def test_a_diverging_run_stops_and_keeps_the_best(
@@ -209,16 +245,24 @@ def test_windows_beyond_the_context_are_refused(folder, text, few, settings, tmp
         heal(str(folder), changed(few, window=1024, tokens=10**6), [text], tmp_path / "o", settings)
 
 
-def test_a_state_that_is_damaged_counts_as_none(folder, text, few, settings, tmp_path):
-    (tmp_path / "out.state").write_bytes(b"\xff" * 100)
-    steps = []
-    heal(str(folder), few, [text], tmp_path / "out", settings, on_step=steps.append)
-    assert steps[0].step == 0
+@pytest.mark.parametrize("name", ["out.state", "out.written"])
+def test_files_of_others_are_not_written_over(folder, text, few, settings, tmp_path, name):
+    for content in (b"mine", save({"mine": torch.zeros(1)}, {"format": "pt"})):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{name} would be written over, and is not what"):
+            heal(str(folder), few, [text], tmp_path / "out", settings)
+        assert [path.name for path in tmp_path.glob("out*")] == [name]
+        assert (tmp_path / name).read_bytes() == content
 
 
-def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path):
+def test_a_model_that_lost_nothing_is_told(folder, text, few, settings, tmp_path, monkeypatch):
+    how = changed(few, through="dense")
     with pytest.raises(ConfigError, match="through dense: there is nothing to heal"):
-        heal(str(folder), changed(few, through="dense"), [text], tmp_path / "out", settings)
+        heal(str(folder), how, [text], tmp_path / "out", settings, original=str(folder))
+    # Its own teacher: known before that writes.
+    monkeypatch.setattr(pipeline, "write_text", None)
+    with pytest.raises(ConfigError, match="through dense: there is nothing to heal"):
+        heal(str(folder), how, [text], tmp_path / "out", settings)
     assert [path.name for path in tmp_path.glob("out*")] == []
 
 

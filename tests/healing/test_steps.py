@@ -1,5 +1,8 @@
 """Recipes of several steps, and what is made of folders that were pruned or healed."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -89,6 +92,81 @@ def test_what_another_recipe_left_is_forgotten(folder, text, settings, tmp_path,
     assert {own.intermediate_size for own in read_info(out).layer_sizes} == {48}
 
 
+def stop_at(monkeypatch, step: str):
+    def stopped(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, step, stopped)
+
+
+def test_what_comes_to_be_at_out_is_not_taken_for_its_own_result(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    own, out = recipe(PRUNE, HEAL % ("dense", "false")), tmp_path / "out"
+    stop_at(monkeypatch, "heal")
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="out is there already"):
+        follow(str(folder), own, [text], out, settings)
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").unlink()
+    out.rmdir()
+    assert follow(str(folder), own, [text], out, settings).pruned is None
+
+
+def test_what_takes_the_place_of_its_own_result_is_not_taken_for_it(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    own, out = recipe(INT4, CALIBRATE), tmp_path / "out"
+    stop_at(monkeypatch, "calibrate")
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    out.rename(tmp_path / "kept")
+    compress_folder(str(folder), recipe(INT4, "value_bits: 2\n"), [], out)
+    with pytest.raises(ConfigError, match="out is there already"):
+        follow(str(folder), own, [text], out, settings)
+
+
+def test_steps_of_another_tokenizer_are_not_gone_on_with(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    own, out = recipe(PRUNE, HEAL % ("dense", "false")), tmp_path / "out"
+    stop_at(monkeypatch, "heal")
+    with pytest.raises(KeyboardInterrupt):
+        follow(str(folder), own, [text], out, settings)
+    monkeypatch.undo()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][-1]["content"] = "<other>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert follow(str(folder), own, [text], out, settings).pruned is not None
+
+
+def test_a_later_section_that_is_corrected_leaves_earlier_steps_as_they_are(
+    folder, text, settings, tmp_path, monkeypatch
+):
+    parts, out = (PRUNE, HEAL % ("core:0.5", "false")), tmp_path / "out"
+    coarse = INT4 + "value_bits: 2\n"
+    times = []
+    stop_at(monkeypatch, "calibrate")
+    for rounding in (INT4, coarse):
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            follow(str(folder), recipe(*parts, rounding, CALIBRATE), [text], out, settings)
+        earlier = [tmp_path / "out.steps" / name for name in ("pruned", "healed")]
+        times.append([path.stat().st_mtime_ns for path in earlier])
+    monkeypatch.undo()
+    assert times[0] == times[1]
+    assert read_info(out).recipe["value_bits"] == 2
+    fewer = CALIBRATE.replace("decode_tokens: 8", "decode_tokens: 4")
+    made = follow(str(folder), recipe(*parts, coarse, fewer), [text], out, settings)
+    assert (made.pruned, made.healed, made.rounded) == (None, None, None)
+    assert made.index.is_file()
+
+
 def test_healing_after_rounding_keeps_the_integers(folder, text, settings, tmp_path):
     coarse = INT4 + "value_bits: 2\n"
     own = recipe(coarse, HEAL % ("dense", "true"))
@@ -133,17 +211,37 @@ def test_steps_are_not_for_loading(folder, text, settings):
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
+        ((PRUNE, HEAL % ("dense", "false"), INT4, CALIBRATE.replace("2", "4096", 1)),
+         r"4096 were asked for: give more text, or lower calibrate.windows, calibrate.prompt_tokens or"),
+        ((PRUNE, HEAL.replace("held_out: 8", "held_out: 4096") % ("dense", "false")), "healing needs 16384"),
+        ((HEAL % ("core:0.5", "false"), "attention: {bits: 4}\ncalibration: {windows: 4096}\n"),
+         "lower calibration.windows or calibration.tokens of the recipe"),
+        ((PRUNE, HEAL % ("dense", "false"), INT4.replace("rank: 32", "rank: 512")), "rank of the recipe steps is 512"),
         ((HEAL % ("dense", "true"),), "heal.after_rounding is true, and the recipe steps rounds and prunes nothing"),
         ((PRUNE, HEAL % ("token:0.5", "false"), INT4), "in a recipe gate_up with low_bits"),
     ],
 )  # fmt: skip
-def test_steps_that_do_not_fit_are_refused(folder, text, settings, tmp_path, parts, told):
+def test_steps_that_do_not_fit_are_refused_before_the_first_one(
+    folder, text, settings, tmp_path, parts, told
+):
     sixteen = "".join(
         f"{name}: {{bits: 16}}\n" for name in ("attention", "gate_up", "down", "lm_head")
     )
-    own = recipe(*parts, "" if INT4 in parts else sixteen)
+    own = recipe(*parts, "" if "bits: 4" in "".join(parts) else sixteen)
     with pytest.raises(ConfigError, match=told):
         follow(str(folder), own, [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+def test_where_the_last_step_cannot_write_is_told_before_the_first_one(
+    folder, text, settings, tmp_path
+):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    own = recipe(PRUNE, HEAL % ("dense", "false"), INT4)
+    with pytest.raises(ConfigError, match="no unfinished checkpoint; remove it"):
+        follow(str(folder), own, [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
 
 
 def test_the_recipe_none_must_prune():
@@ -176,3 +274,22 @@ def test_a_missing_text_is_told_at_once(folder, settings, tmp_path, parts, told)
     with pytest.raises(ConfigError, match=told):
         follow(str(folder), recipe(*parts), [], tmp_path / "out", settings)
     assert [path.name for path in tmp_path.glob("out*")] == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ((INT4, HEAL % ("dense", "true")), "out.state"),
+        ((INT4, HEAL % ("dense", "true")), "out.written"),
+        ((INT4, CALIBRATE), "out.index.safetensors"),
+        ((INT4, CALIBRATE), "out.index.safetensors.partial"),
+    ],
+)
+def test_files_of_others_beside_it_are_not_written_over(
+    folder, text, settings, tmp_path, parts, name
+):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"{name} would be written over, and is not what"):
+        follow(str(folder), recipe(*parts), [text], tmp_path / "out", settings)
+    assert [path.name for path in tmp_path.glob("out*")] == [name]
+    assert (tmp_path / name).read_text() == "mine"

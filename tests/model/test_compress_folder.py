@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparserve.compression.recipe import Recipe
+from sparserve.compression.sections import Prune
 from sparserve.errors import ConfigError, UnsupportedModel
 from sparserve.model.compress_folder import compress_folder
 from sparserve.model.compressing import compress_layers, compress_lm_head
@@ -232,3 +233,21 @@ def test_a_folder_that_is_there_is_not_written_over(source, whole):
     with pytest.raises(ConfigError, match="is there already"):
         compress_folder(str(source), ROUNDED, [], whole[0])
     assert contents(whole[0]) == before
+
+
+@pytest.mark.parametrize("kind", ["partial", "file"])
+def test_what_cannot_be_written_is_told_before_anything_is_pruned(source, text, tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out = tmp_path / "file" / "out"
+        (tmp_path / "file").touch()
+    else:
+        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    pruning = Recipe(name="pruning", prune=Prune(mlp=0.3), calibration=RECIPE.calibration)
+    told = []
+    with pytest.raises(ConfigError, match=r"no unfinished checkpoint|cannot be written"):
+        compress_folder(
+            str(source), pruning, [text], out, on_prune=lambda done, total: told.append(done)
+        )
+    assert told == []

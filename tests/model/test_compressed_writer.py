@@ -1,5 +1,6 @@
 """Writing folders of compressed models: whole or not at all, and on from where a run stopped."""
 
+import fcntl
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,12 @@ from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import EndTensors
 from sparserve.errors import ConfigError, CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from sparserve.model.compressed_checkpoint import Source
-from sparserve.model.compressed_writer import CheckpointWriter, check_source, first_info
+from sparserve.model.compressed_writer import (
+    CheckpointWriter,
+    alone_with,
+    check_source,
+    first_info,
+)
 from sparserve.model.loader import load_model
 from sparserve.model.safetensors_checkpoint import HuggingFaceFolder
 
@@ -251,3 +257,40 @@ def test_what_a_folder_cannot_hold_is_refused(whole, write_gguf, tmp_path):
     info = replace(whole[1].info, source=Source("tiny", str(tmp_path), ""))
     with pytest.raises(ModelNotFound, match=r"has no config.json"):
         CheckpointWriter(tmp_path / "out", info)
+
+
+def test_who_is_refused_leaves_the_lock_to_who_has_it(tmp_path):
+    with alone_with(tmp_path / "out"):
+        for _ in range(2):
+            with (
+                pytest.raises(ConfigError, match="another process compresses to"),
+                alone_with(tmp_path / "out"),
+            ):
+                pass
+    with alone_with(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_gone_once_it_is_locked_is_locked_anew(tmp_path, monkeypatch):
+    lock = fcntl.flock
+
+    def late(*arguments: int) -> None:
+        monkeypatch.undo()
+        (tmp_path / "out.partial").rmdir()  # as who had it does at its end
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        alone_with(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another process"),
+        alone_with(tmp_path / "out"),
+    ):
+        pass
+
+
+def test_a_finished_run_leaves_the_folder_of_the_next_one(tmp_path):
+    with alone_with(tmp_path / "out"):
+        (tmp_path / "out.partial").rename(tmp_path / "out")
+        (tmp_path / "out.partial").mkdir()
+    assert (tmp_path / "out.partial").is_dir()

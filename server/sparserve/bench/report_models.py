@@ -11,7 +11,7 @@ from sparserve.bench.rounds import BenchProgress
 from sparserve.bench.text import read_text, refuse_calibration_text
 from sparserve.compression.recipe import Recipe, read_recipe
 from sparserve.errors import ConfigError, CorruptCheckpoint
-from sparserve.model.compress_folder import compress_folder
+from sparserve.model.compress_folder import compress_folder, refuse_steps
 from sparserve.model.compressed_checkpoint import (
     INFO,
     CompressedCheckpoint,
@@ -90,6 +90,8 @@ def check_models(
         )
     source_hash = hash_of_files(source.path) if models else ""
     for own in models:
+        if own.recipe is not None:
+            refuse_steps(own.recipe)
         if own.folder.exists():
             _check_folder(own, source, source_hash, texts)
         elif own.recipe is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,7 @@ from sparserve.calibration.clusters import spherical_kmeans
 from sparserve.calibration.factors import Aim, Factors, Tiers, fit_corrections, fit_factors
 from sparserve.calibration.measure import WindowCost, costs, prefill
 from sparserve.calibration.plan import CalibrationPlan, Effort
-from sparserve.calibration.stages import Stages, Tensors
+from sparserve.calibration.stages import METADATA_KEY, Stages, Tensors
 from sparserve.calibration.text import CalibrationText, read_text
 from sparserve.config import EngineSettings
 from sparserve.engine.backends import choose_backend
@@ -35,7 +36,7 @@ from sparserve.model.backend import Backend, mean_neuron_bytes
 from sparserve.model.identity import index_key
 from sparserve.model.loader import LoadedModel
 from sparserve.model.weight_bytes import layer_neuron_bytes
-from sparserve.sparsity.index import IndexKey, NeuronIndex, Setting, write_index
+from sparserve.sparsity.index import IndexKey, NeuronIndex, Setting, refuse_foreign, write_index
 from sparserve.sparsity.policy import PolicyKind
 from sparserve.sparsity.predictors import embedding
 
@@ -59,12 +60,13 @@ def calibrate(
             f"device_map is {settings.device_map!r}, and a calibration runs in main memory; take --device-map "
             "cpu: the index serves wherever the weights are"
         )
+    partial = partial_of(plan.out)
+    refuse_foreign(partial, METADATA_KEY, "take another --out")
     text = read_text(model, plan.files, plan.windows, plan.prompt_tokens, plan.decode_tokens)
     try:
         key = index_key(model, format_name(model, settings))
     except OSError as error:
         raise ConfigError(f"the model's files cannot be read: {error}") from error
-    partial = plan.out.with_name(plan.out.name + ".partial")
     dtype = str(model.weights.dtype).removeprefix("torch.")
     inputs = _inputs(key, text, settings, choose_backend(settings, dtype).name, plan)
     stages = Stages(partial, inputs)
@@ -77,6 +79,11 @@ def calibrate(
     except OSError as error:
         raise ConfigError(f"{plan.out} cannot be written: {error}") from error
     return index
+
+
+def partial_of(out: Path) -> Path:
+    """What is finished of the index `out`."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def _inputs(

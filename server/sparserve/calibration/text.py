@@ -22,16 +22,22 @@ class CalibrationText:
 
 
 def read_text(
-    model: LoadedModel, files: Sequence[Path], windows: int, prompt_tokens: int, decode_tokens: int
+    model: LoadedModel,
+    files: Sequence[Path],
+    windows: int,
+    prompt_tokens: int,
+    decode_tokens: int,
+    named: Sequence[str] = ("--windows", "--prompt-tokens", "--decode-tokens"),
 ) -> CalibrationText:
-    """`windows` windows, from each file as many as its share of the tokens; every other one is held out.
+    """`windows` windows, from each file as many as its share of the tokens; every other one is held out. `named`:
+    what errors call the three sizes.
 
     Raises ConfigError of files that cannot be read, or together are too short.
     """
     length = prompt_tokens + decode_tokens + 1
-    check_length(model, length - 1, "--prompt-tokens or --decode-tokens")
+    check_length(model, length - 1, f"{named[1]} or {named[2]}")
     read = read_files(model, files)
-    counts = shares(read, windows, length, "--windows, --prompt-tokens or --decode-tokens")
+    counts = shares(read, windows, length, f"{named[0]}, {named[1]} or {named[2]}")
     cut: list[Window] = []
     for ids, count in zip(read.token_ids, counts, strict=True):
         if count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -19,12 +20,15 @@ from accelerate.utils import DistributedDataParallelKwargs
 from sparse_kernels.arena import keep_freed_memory
 from sparse_kernels.formats import DecoderFormats
 from sparse_kernels.native import usable_cpus
+from sparserve.calibration import stages
 from sparserve.calibration.stages import Stages
 from sparserve.compression.healing import Heal
 from sparserve.config import EngineSettings
-from sparserve.engine.formats import served_formats
+from sparserve.engine.backends import choose_backend
+from sparserve.engine.formats import in_bfloat16, served_formats
 from sparserve.engine.threads import torch_threads
 from sparserve.errors import ConfigError
+from sparserve.healing import state
 from sparserve.healing.network import Network
 from sparserve.healing.policies import parse_through
 from sparserve.healing.state import Look, StateFile
@@ -36,7 +40,8 @@ from sparserve.healing.stored import (
     network_of,
 )
 from sparserve.healing.text import Windows, read_given, windows_of, write_text
-from sparserve.healing.training import CannotHeal, Healed, OnProgress, train
+from sparserve.healing.through import Through
+from sparserve.healing.training import CannotHeal, Healed, OnProgress, nothing_to_heal, train
 from sparserve.model.compressed_checkpoint import WITH_BIASES, CompressionInfo, Source
 from sparserve.model.compressed_writer import (
     CheckpointWriter,
@@ -45,9 +50,12 @@ from sparserve.model.compressed_writer import (
     partial_of,
     refuse_existing,
 )
-from sparserve.model.identity import hash_of_files
+from sparserve.model.identity import hash_of_files, hash_of_tokenizer
 from sparserve.model.loader import LoadedModel, load_model
 from sparserve.model.text import TextFiles
+from sparserve.sparsity.index import refuse_foreign
+
+log = logging.getLogger(__name__)
 
 # Which version of the training an unfinished run belongs to.
 VERSION = 2
@@ -89,13 +97,16 @@ def heal(
     begun = time.monotonic()
     _check_settings(settings)
     refuse_existing(out)
+    refuse_foreign_files(out)
     student, teacher = _both(model, original)
     formats = formats or served_formats(student, settings)
     through = parse_through(how.through, student, formats)
+    if student is teacher and type(through) is Through and not how.concentrate:
+        # Told now, not after the original has written its windows.
+        raise ConfigError(f"{model} {nothing_to_heal(how.through)}")
     given = read_given(teacher, how, texts)
     accelerator = _accelerator(how, settings)
-    inputs = _inputs(how, student, teacher, given, formats, settings)
-    inputs["processes"] = accelerator.num_processes
+    inputs = _inputs(how, student, teacher, given, formats, settings, accelerator)
     is_main = accelerator.is_main_process
     with alone_with(out) if is_main else nullcontext(), torch_threads(settings):
         info = _info(student, teacher, how, given, inputs)
@@ -105,7 +116,12 @@ def heal(
             windows = _windows(teacher, settings, how, given, out, inputs, on_stage)
         keep_freed_memory()
         network = network_of(student, how.rank, how.seed)
-        kept = StateFile(out.with_name(f"{out.name}.state"), inputs)
+        kept = StateFile(_state_file(out), inputs)
+        if is_main and kept.is_of_another_run():
+            log.warning(
+                "beginning anew: what an earlier run left at %s is of other settings, models or texts",
+                _state_file(out),
+            )
         try:
             healed = train(
                 network, network_of(teacher), how, through, windows, kept, accelerator, on_step
@@ -134,6 +150,12 @@ def _forget(out: Path, kept: StateFile) -> None:
     kept.forget()
     _written_file(out).unlink(missing_ok=True)
     shutil.rmtree(partial_of(out), ignore_errors=True)
+
+
+def refuse_foreign_files(out: Path) -> None:
+    """Raises ConfigError of files beside `out` that a run would write over, and remove, and that no run made."""
+    refuse_foreign(_state_file(out), state.METADATA_KEY, "take another --out")
+    refuse_foreign(_written_file(out), stages.METADATA_KEY, "take another --out")
 
 
 def _check_settings(settings: EngineSettings) -> None:
@@ -222,6 +244,7 @@ def _inputs(
     given: TextFiles,
     formats: DecoderFormats,
     settings: EngineSettings,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """All that results depend on."""
     return {
@@ -230,11 +253,19 @@ def _inputs(
         "student": hash_of_files(student.path),
         "teacher": hash_of_files(teacher.path),
         "text": given.hash,
+        "tokenizer": hash_of_tokenizer(teacher),
+        "written_by": _writer(settings) if how.generated else None,
         "served": str(formats),
-        "device": settings.device,
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
         "threads": settings.threads or usable_cpus(),
         "torch": torch.__version__,
     }
+
+
+def _writer(settings: EngineSettings) -> list[str]:
+    """What of the engine's settings the text depends on that the original writes. Raises ConfigError."""
+    return [choose_backend(in_bfloat16(settings), "bfloat16").name, settings.kv_dtype]
 
 
 def _windows(
@@ -252,10 +283,15 @@ def _windows(
         on_tokens = lambda done, total: on_stage("the original writes", done, total)  # noqa: E731
         return {"token_ids": write_text(teacher, settings, how, given, on_tokens)}
 
-    needed = {name: inputs[name] for name in ("version", "teacher", "text", "device", "threads")}
+    kept = ("version", "teacher", "text", "tokenizer", "written_by", "threads")
+    needed = {name: inputs[name] for name in kept}
     needed |= {name: getattr(how, name) for name in ("generated", "window", "held_out", "seed")}
     written = Stages(_written_file(out), needed).run("written", write)["token_ids"]
     return windows_of(how, given, written)
+
+
+def _state_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.state")
 
 
 def _written_file(out: Path) -> Path:

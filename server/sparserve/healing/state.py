@@ -53,6 +53,10 @@ class StateFile:
         """`inputs`: JSON values of all that results depend on."""
         self._path, self._inputs = path, json.loads(json.dumps(inputs))
 
+    def is_of_another_run(self) -> bool:
+        """Whether there is one, and `load` finds none in it."""
+        return self._path.exists() and self.load() is None
+
     def load(self) -> State | None:
         try:
             with safe_open(self._path, framework="pt") as file:

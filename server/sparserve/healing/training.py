@@ -32,6 +32,13 @@ class CannotHeal(Exception):
     """What the first look says of the student, without its name."""
 
 
+def nothing_to_heal(through: str) -> str:
+    return (
+        f"answers as the original does, through {through}: there is nothing to heal. Prune or round it first, "
+        "or go through the policy that will serve, as in core:0.5"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Told after each step, and of the look before the first one."""
@@ -127,10 +134,7 @@ class _Run:
                 "damaged, or too large for bfloat16, which healing cannot repair. Take another copy of the model"
             )
         if look.objective < NOTHING:
-            raise CannotHeal(
-                f"answers as the original does, through {self._how.through}: there is nothing to heal. Prune or round it "
-                "first, or name the policy that will serve by --through"
-            )
+            raise CannotHeal(nothing_to_heal(self._how.through))
 
     def _tell(self, progress: Progress) -> None:
         if self._accelerator.is_main_process:

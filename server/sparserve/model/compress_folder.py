@@ -70,13 +70,27 @@ def compress_folder(
     it, and where `out` cannot be written or is there already.
     """
     begun = time.monotonic()
-    _refuse_steps(recipe)
+    refuse_steps(recipe)
     refuse_existing(out)  # told now, not after formats are chosen
     require_text(recipe, texts)
     original = load_model(model, dtype="bfloat16", layers_at_use=True, on_download=on_download)
     check_source(original)
     check_recipe(original.config, recipe)
     windows = _windows(original, recipe, texts)
+    with alone_with(out):  # before the steps that take long
+        return _compress(original, recipe, windows, out, begun, on_layer, on_choice, on_prune)
+
+
+def _compress(
+    original: LoadedModel,
+    recipe: Recipe,
+    windows: TokenWindows | None,
+    out: Path,
+    begun: float,
+    on_layer: CompressProgress,
+    on_choice: OnStep,
+    on_prune: OnLayer,
+) -> CompressedFolder:
     source, pruned = original, None
     if recipe.prune is not None:
         token_ids = None if windows is None else windows.token_ids
@@ -91,15 +105,14 @@ def compress_folder(
     info = _with_what_was_done(
         first_info(original, recipe.model_dump(mode="json"), followed.formats()), windows, pruned
     )
-    with alone_with(out):
-        writer = CheckpointWriter(out, info)
-        reports = _write_layers(source, followed, windows, writer, on_layer)
-        weights, head = source.weights, compress_lm_head(source, followed)
-        writer.finish(EndTensors(weights.embedding, weights.norm, head))
+    writer = CheckpointWriter(out, info)
+    reports = _write_layers(source, followed, windows, writer, on_layer)
+    weights, head = source.weights, compress_lm_head(source, followed)
+    writer.finish(EndTensors(weights.embedding, weights.norm, head))
     return CompressedFolder(writer.info, reports, time.monotonic() - begun, kl, pruned)
 
 
-def _refuse_steps(recipe: Recipe) -> None:
+def refuse_steps(recipe: Recipe) -> None:
     """Raises ConfigError of steps that train or measure, which nobody wants to wait for when a model is loaded."""
     if not recipe.is_one_step:
         step = "heals" if recipe.heal is not None else "calibrates"

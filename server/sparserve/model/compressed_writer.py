@@ -154,8 +154,32 @@ def refuse_existing(out: Path) -> None:
 @contextmanager
 def alone_with(out: Path) -> Iterator[None]:
     """No other process compresses to `out` meanwhile: layers of two runs would mix. Raises ConfigError where one
-    does, or where nothing can be written."""
+    does, or where nothing can be written, or something else is where `out` is written."""
     partial = partial_of(out)
+    while not _is_of(lock := _locked(partial, out), partial):
+        os.close(lock)  # whoever had it has removed or renamed it since: the lock is of nothing
+    try:
+        _refuse_foreign(partial)
+        yield
+    finally:
+        with suppress(OSError):
+            if _is_of(lock, partial):  # else it was renamed, and this is another run's
+                partial.rmdir()  # if nothing is in it
+        os.close(lock)  # which gives it up, as the process's end does
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Raises ConfigError of what no run left."""
+    with _told_as_config_error(partial, "read"):
+        names = {path.name for path in partial.iterdir()} if partial.exists() else set()
+    if INFO not in names and any(n != LAYERS and not n.endswith(UNFINISHED) for n in names):
+        raise ConfigError(
+            f"{partial} is there and no unfinished checkpoint; remove it, or take another --out"
+        )
+
+
+def _locked(partial: Path, out: Path) -> int:
+    """A descriptor of the folder `partial`, with its lock. Raises ConfigError."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
@@ -163,15 +187,19 @@ def alone_with(out: Path) -> Iterator[None]:
         raise ConfigError(f"{partial} cannot be written: {error}; take another --out") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as error:
+        os.close(lock)
         raise ConfigError(
             f"another process compresses to {out}; wait for it, or take another --out"
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.rmdir()  # if nothing is in it
-        os.close(lock)  # which gives it up, as the process's end does
+    return lock
+
+
+def _is_of(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except OSError:
+        return False
 
 
 class CheckpointWriter:
@@ -245,14 +273,10 @@ class CheckpointWriter:
 
     def _clear(self) -> None:
         """Remove what another run left. Raises ConfigError of what no run did."""
-        left = list(self.folder.iterdir()) if self.folder.exists() else []
-        if any(path.name == INFO for path in left):
-            for path in left:  # not the folder: whoever writes to it may have locked it
+        _refuse_foreign(self.folder)
+        if (self.folder / INFO).exists():
+            for path in self.folder.iterdir():  # not the folder: whoever writes may have locked it
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif any(path.name != LAYERS and not path.name.endswith(UNFINISHED) for path in left):
-            raise ConfigError(
-                f"{self.folder} is there and no unfinished checkpoint; remove it, or take another --out"
-            )
 
     def _is_finished(self, index: int) -> bool:
         path = layer_file(self.folder, index)

@@ -15,16 +15,19 @@ def index_key(model: LoadedModel, format: str) -> IndexKey:
     """Of `model` with weights in `format` (BackendInfo.dtype). Reads the checkpoint once: a second for a
     GB or so. Raises OSError."""
     config = model.config
-    tokenizer = hashlib.blake2b(model.tokenizer.to_str().encode(), digest_size=32).hexdigest()
     return IndexKey(
         model.name,
         hash_of_files(model.path),
-        tokenizer,
+        hash_of_tokenizer(model),
         format,
         config.num_layers,
         config.intermediate_size,
         config.hidden_size,
     )
+
+
+def hash_of_tokenizer(model: LoadedModel) -> str:
+    return hashlib.blake2b(model.tokenizer.to_str().encode(), digest_size=32).hexdigest()
 
 
 def hash_of_files(path: Path) -> str:

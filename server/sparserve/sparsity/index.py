@@ -22,7 +22,7 @@ from safetensors.torch import save
 from sparse_kernels._abi import SK_MAX_CORRECTION_RANK, SK_MAX_CORRECTIONS
 from sparse_kernels.choice import ChoiceKind
 from sparse_kernels.weights import ChoiceTensors, Correction
-from sparserve.errors import UnusableIndex
+from sparserve.errors import ConfigError, UnusableIndex
 from sparserve.sparsity.policy import PolicyKind
 
 VERSION = 1
@@ -114,6 +114,22 @@ def write_index(path: Path, index: NeuronIndex) -> None:
         "source": dict(index.source),
     }
     save_whole(path, tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+
+
+def refuse_foreign(path: Path, metadata_key: str, way_out: str) -> None:
+    """Raises ConfigError where there is something at `path` that is no safetensors file with `metadata_key`: it would
+    be written over."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            if metadata_key in (file.metadata() or {}):
+                return
+    except (OSError, SafetensorError):
+        pass
+    raise ConfigError(
+        f"{path} would be written over, and is not what an earlier run left; remove it, or {way_out}"
+    )
 
 
 def save_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
