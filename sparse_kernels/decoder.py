@@ -97,8 +97,8 @@ class Decoder:
             isa: the CPU's level; a GPU takes auto.
             kv_bits: of keys and values in the cache, 16 (bfloat16) or 8.
             graphs: on a GPU, whether steps that come again are launched as CUDA graphs.
-            core_copies: on the CPU, whether a core that is all of a step's is copied, to be read side
-                by side. It takes as many bytes as the core has; the bits are the same.
+            core_copies: on the CPU, whether the cores of a step's sequences are copied, to be read side
+                by side, when they come again. It takes as many bytes as they have; the bits are the same.
 
         Raises NativeCallError, of a CPU that lacks `isa` or a GPU without room for example, or
         NativeLibraryError.

@@ -121,7 +121,8 @@ void Forward::add_copied(const Layer& layer, size_t index, uint32_t unit, const 
   const size_t first = units.block(unit), last = units.block(unit + 1), begin = copy.starts[first];
   size_t end = begin;
   for (size_t block = first; block < last; ++block) {
-    used_[block] = core_of(layer, index, block, tokens_[0]);
+    used_[block] = 0;
+    for (size_t t = 0; t < count_; ++t) used_[block] |= core_of(layer, index, block, tokens_[t]);
     end = copy.starts[block] + static_cast<size_t>(__builtin_popcountll(used_[block]));
   }
   const size_t rows = round_up(end - begin, kTile);
@@ -132,7 +133,7 @@ void Forward::add_copied(const Layer& layer, size_t index, uint32_t unit, const 
   }
   for (size_t block = first; block < last; ++block) {
     const size_t place = copy.starts[block] - begin;
-    activate_copied(layer, block, gate + place, up + place, rows, own);
+    activate_copied(layer, index, block, gate + place, up + place, rows, own);
   }
   for (uint32_t p = units.partition(unit); p < units.partition(unit + 1); ++p) {
     down(layer, layer.partition_begin(p), layer.partition_begin(p + 1), 0, layer.down.columns,
@@ -140,15 +141,15 @@ void Forward::add_copied(const Layer& layer, size_t index, uint32_t unit, const 
   }
 }
 
-void Forward::activate_copied(const Layer& layer, size_t block, const float* gate, const float* up,
-                              size_t stride, const Own& own) {
+void Forward::activate_copied(const Layer& layer, size_t index, size_t block, const float* gate,
+                              const float* up, size_t stride, const Own& own) {
   alignas(64) float spread[2][kMaxChoiceTokens * kBlock];
   BlockMask used[kMaxChoiceTokens];
   BlockReads reads[kMaxChoiceTokens];
   for (size_t t = 0; t < count_; ++t) {
     spread_block(gate + t * stride, used_[block], spread[0] + t * kBlock);
     spread_block(up + t * stride, used_[block], spread[1] + t * kBlock);
-    used[t] = used_[block];
+    used[t] = core_of(layer, index, block, tokens_[t]);
     reads[t] = {used[t], used[t], used[t], used[t]};
   }
   count_reads(reads, own);

@@ -9,6 +9,12 @@ namespace {
 
 constexpr size_t kLine = 64;
 
+// A copy takes about the time of a step and saves a part of each one after it. It is made when a
+// core comes again; those of several sequences change whenever one comes or goes.
+constexpr size_t kSeenAlone = 2, kSeenTogether = 4;
+// Of all neurons: where there are more, reading them all side by side is hardly slower.
+constexpr double kMostShare = 0.9;
+
 // Hands out pieces of memory; without any it counts them.
 class Pieces {
  public:
@@ -80,24 +86,26 @@ uint64_t CoreCopy::mask(const Description& model, size_t layer, size_t block) co
   return core_[layer * model.words + block] & exist;
 }
 
-bool CoreCopy::take(const Description& model, size_t threads, const uint64_t* core) {
+bool CoreCopy::take(const Description& model, size_t threads, size_t sequences,
+                    const uint64_t* core) {
   if (!wanted_) return false;
   const size_t words = model.layers.size() * model.words;
   if (core_.size() != words || !std::equal(core_.begin(), core_.end(), core)) {
     core_.assign(core, core + words);
+    seen_ = 0;
     planned_ = refused_ = stale_ = false;
-    return false;
   }
-  if (!planned_ && !refused_) {
-    planned_ = stale_ = plan(model, threads);
-    refused_ = !planned_;
-  }
+  if (planned_ || refused_) return planned_;
+  if (++seen_ < (sequences == 1 ? kSeenAlone : kSeenTogether)) return false;
+  planned_ = stale_ = plan(model, threads);
+  refused_ = !planned_;
   return planned_;
 }
 
 bool CoreCopy::plan(const Description& model, size_t threads) try {
   layers_.assign(model.layers.size(), {});
   std::vector<size_t> rows(model.layers.size(), 0);
+  size_t copied = 0, neurons = 0;
   most_rows_ = 0;
   for (size_t index = 0; index < model.layers.size(); ++index) {
     const Layer& layer = model.layers[index];
@@ -115,10 +123,13 @@ bool CoreCopy::plan(const Description& model, size_t threads) try {
       row = round_up(row, SK_ROW_TILE);
       most_rows_ = std::max(most_rows_, static_cast<uint32_t>(row - first));
     }
+    copied += chosen;
+    neurons += layer.neurons;
     if (chosen == layer.neurons) continue;
     rows[index] = row;
     layers_[index].starts = std::move(starts);
   }
+  if (static_cast<double>(copied) > kMostShare * static_cast<double>(neurons)) return false;
   const auto place_all = [&](uint8_t* memory) {
     Pieces pieces(memory);
     for (size_t index = 0; index < model.layers.size(); ++index) {

@@ -1,7 +1,7 @@
-// The core of a sequence that decodes alone, or of several that have the same, side by side. Chosen
-// rows are spread over memory: the CPU's own prefetching does not foresee them, and each step
-// gathers them anew. A copy is read from its beginning to its end, as all neurons are. The bits are
-// the same either way.
+// The neurons that are in the core of a sequence that decodes, or of any of several, side by side.
+// Chosen rows are spread over memory: the CPU's own prefetching does not foresee them, and each
+// step gathers them anew. A copy is read from its beginning to its end, as all neurons are. The
+// bits are the same either way.
 #pragma once
 
 #include <cstdint>
@@ -40,10 +40,10 @@ struct CopiedLayer {
 class CoreCopy {
  public:
   explicit CoreCopy(bool wanted) : wanted_(wanted) {}
-  // Sees the core [layers, words] that all sequences of a forward have. True: the copy is to be
+  // Sees what is in the core [layers, words] of any sequence of a forward. True: the copy is to be
   // used, and where `stale`, all its layers are copied before. False: this is another core than the
   // last forward's, or there is no memory.
-  bool take(const Description& model, size_t threads, const uint64_t* core);
+  bool take(const Description& model, size_t threads, size_t sequences, const uint64_t* core);
   bool stale() const { return stale_; }
   void copy_layer(const Description& model, size_t index);
   void copied() { stale_ = false; }
@@ -57,6 +57,7 @@ class CoreCopy {
 
   const bool wanted_;
   std::vector<uint64_t> core_;  // seen last
+  size_t seen_ = 0;             // in so many forwards
   bool planned_ = false, refused_ = false, stale_ = false;
   uint32_t most_rows_ = 0;
   std::vector<CopiedLayer> layers_;

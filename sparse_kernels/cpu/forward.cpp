@@ -51,23 +51,21 @@ void Forward::lay_out() {
   }
   count_ = tokens_.size();
   fused_ = count_ <= kFusedTokens;
-  const uint64_t* const core = fused_ ? common_core() : nullptr;
-  copied_ = core != nullptr && m_.core_copy.take(m_, ranges_.size(), core);
+  copied_ = fused_ && choosing_ && unite_cores() &&
+            m_.core_copy.take(m_, ranges_.size(), args_.num_sequences, union_.data());
 }
 
-const uint64_t* Forward::common_core() const {
-  const uint64_t* common = nullptr;
+bool Forward::unite_cores() {
   const size_t words = m_.layers.size() * m_.words;
+  union_.assign(words, 0);
   for (uint32_t s = 0; s < args_.num_sequences; ++s) {
     const sk_choice* const choice = args_.sequences[s].choice;
     if (choice == nullptr || choice->kind != SK_CHOICE_CORE || choice->core == nullptr) {
-      return nullptr;
+      return false;
     }
-    if (common == nullptr) common = choice->core;
-    const bool same = common == choice->core || std::equal(common, common + words, choice->core);
-    if (!same) return nullptr;
+    for (size_t i = 0; i < words; ++i) union_[i] |= choice->core[i];
   }
-  return common;
+  return true;
 }
 
 void Forward::lay_out_statistics(const sk_sequence& sequence, uint32_t first_row) {

@@ -85,8 +85,8 @@ class Forward {
   // Who does what.
   void lay_out();
   void lay_out_statistics(const sk_sequence& sequence, uint32_t first_row);
-  // Of all sequences; null where one chooses otherwise, or among others.
-  const uint64_t* common_core() const;
+  // What any sequence has in its core; false where one chooses otherwise, or among all.
+  bool unite_cores();
   std::vector<QueryTile> query_tiles(uint32_t group) const;
   void allocate();
   // Long contexts of few sequences: chunks of one query tile are shared out, and merged afterwards.
@@ -239,11 +239,11 @@ class Forward {
 
   // A unit of ChosenUnits, where some sequence chooses its neurons.
   void add_chosen(const Layer& layer, size_t index, uint32_t unit, const Own& own);
-  // The same from the copy of the core of all tokens.
+  // The same from the copy of all tokens' cores.
   void add_copied(const Layer& layer, size_t index, uint32_t unit, const Own& own);
   // Of a block, from what its neurons in the core have side by side, [tokens, stride].
-  void activate_copied(const Layer& layer, size_t block, const float* gate, const float* up,
-                       size_t stride, const Own& own);
+  void activate_copied(const Layer& layer, size_t index, size_t block, const float* gate,
+                       const float* up, size_t stride, const Own& own);
   bool is_copied(size_t index) const {
     return copied_ && !m_.core_copy.layer(index).starts.empty();
   }
@@ -264,7 +264,8 @@ class Forward {
   bool fused_ = false;
   bool choosing_ = false,
        corrected_ = false;         // some sequence chooses neurons; and has a correction
-  bool copied_ = false;            // all have one core, of which there is a copy
+  bool copied_ = false;            // all have a core, and there is a copy of what is in any
+  std::vector<uint64_t> union_;    // [layers, words] of the cores
   std::vector<BlockMask> used_;    // of each block, by any token, by all bits of down
   std::vector<BlockMask> coarse_;  // of each block and token, by its upper ones
   std::vector<uint64_t> reads_;    // [threads][sequences, and their union][kReadKinds]

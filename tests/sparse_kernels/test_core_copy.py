@@ -1,4 +1,4 @@
-"""The copy of a core's rows that is read while no other is wanted: the same bits, from elsewhere."""
+"""The copy of what is in sequences' cores: the same bits, read from elsewhere."""
 
 import ctypes
 from dataclasses import replace
@@ -10,7 +10,8 @@ from sparse_kernels.choice import NeuronChoice, core_words
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import LayerShape
 
-# A copy is made for the second forward in a row with the same core, and read by that and all after it.
+# A copy is made for the second forward with the same core, of several sequences for the fourth, and read by that and
+# all after it.
 COUNTS = (1, 1, 1, 3, 16, 1)
 SHAPES = {
     "odd sizes": {
@@ -100,20 +101,21 @@ def test_a_layer_whose_neurons_are_all_in_the_core(chooser, both, cpu_levels):
         assert_equal_runs(*runs)
 
 
-def test_sequences_with_the_same_core_share_it(chooser, both, make_run, random_core, cpu_levels):
-    """And with a mate that has none, for a while they do without."""
+def test_sequences_share_it(chooser, both, make_run, random_core, cpu_levels):
+    """And with a mate that has no core, or where there are other ones, for a while they do without."""
     tiny = chooser(FORMATS["int8"], **SHAPES["wide"])
-    core = random_core(tiny, 0.5)
+    core, other = random_core(tiny, 0.4), random_core(tiny, 0.4, 9)
     for isa in cpu_levels:
         machines, runs = both(tiny, NeuronChoice(core), isa)
         seconds = [
-            make_run(run.tokens[5:], range(4, 8), choice=NeuronChoice(core.clone(), correction=2))
+            make_run(run.tokens[5:], range(4, 8), choice=NeuronChoice(other, correction=2))
             for run in runs
         ]
         mates = [make_run(run.tokens[9:], [8], choice=None) for run in runs]
         for machine, *members in zip(machines, runs, seconds, mates, strict=True):
             steps = [(run, 1) for run in members]
-            for batch in (steps[:2], steps[:2], steps, steps[:2], steps[:1], steps[:2]):
+            two, one = steps[:2], steps[:1]
+            for batch in (two, two, two, two, two, steps, two, one, one, two):
                 machine.step(*batch)
         assert_equal_runs(*runs)
         for ours, theirs in zip(seconds[0].rows, seconds[1].rows, strict=True):
@@ -133,25 +135,25 @@ def clear_gates(machine) -> None:
 def test_it_is_read_instead_of_the_layers(name, mates, chooser, both, make_run, random_core):
     """Until another core comes."""
     tiny = chooser(FORMATS[name], **SHAPES["wide"])
-    core, other = random_core(tiny, 0.5), random_core(tiny, 0.5, 9)
-    machines, firsts = both(tiny, NeuronChoice(core))
+    cores = [random_core(tiny, 0.4, seed) for seed in range(3)]
+    machines, firsts = both(tiny, NeuronChoice(cores[0]))
     batches = [[first] for first in firsts]
     for first, batch in zip(firsts, batches, strict=True):
         for _ in range(mates):
-            batch.append(make_run(first.tokens, range(4, 8), choice=NeuronChoice(core.clone())))
+            batch.append(make_run(first.tokens, range(4, 8), choice=NeuronChoice(cores[1])))
 
     def step() -> None:
         for machine, batch in zip(machines, batches, strict=True):
             machine.step(*((run, 1) for run in batch))
 
-    step()
-    step()
+    for _ in range(4 if mates else 2):
+        step()
     clear_gates(machines[0])
     step()
     step()
     assert_equal_runs(*firsts)
     for run in [*batches[0], *batches[1]]:
-        run.choice = NeuronChoice(other)
+        run.choice = NeuronChoice(cores[2])
     step()
     assert not torch.equal(firsts[0].rows[-1][4], firsts[1].rows[-1][4])
 

@@ -272,8 +272,9 @@ class EngineSettings(BaseSettings):
     core_copies: Annotated[
         bool,
         Field(
-            description="On the CPU, keep a copy of the core's weights, side by side, while a single request with policy "
-            "core decodes, or several that have the same core, which is faster. It takes as much memory as the core has; answers are the same."
+            description="On the CPU, where all requests of a step have policy core and the same ones stay for some steps, "
+            "read what is in their cores from a copy, side by side, which is faster. It takes as much memory as the "
+            "cores together have; answers are the same."
         ),
     ] = True
     max_running: Annotated[
