@@ -314,8 +314,7 @@ class sk_model_args(ctypes.Structure):
     device: int
     graphs: int
     stream: int
-    core_copies: int
-    reserved: int
+    core_copy_bytes: int
 
     _fields_ = (
         ("abi_version", ctypes.c_uint32),
@@ -345,8 +344,7 @@ class sk_model_args(ctypes.Structure):
         ("device", ctypes.c_uint32),
         ("graphs", ctypes.c_uint32),
         ("stream", ctypes.c_uint64),
-        ("core_copies", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("core_copy_bytes", ctypes.c_uint64),
     )
 
 

@@ -24,6 +24,9 @@ from sparse_kernels.pack import PackedDecoder, pointer
 BLOCK_SIZE = _abi.SK_BLOCK_SIZE
 # Rows of logits whose memory is kept between calls: a larger one is for a single call.
 KEPT_LOGITS_ROWS = 64
+# A copy of cores may take one such part of the memory that is free when a model is made: on the CPU
+# the KV cache takes another, unless it is told how much.
+CORE_COPY_SHARE = 4
 # Of a forward's time, in the order of sk_phase: qkv, attention, output, mlp, head, candidates.
 PHASES = tuple(phase.name.removeprefix("SK_PHASE_").lower() for phase in _abi.sk_phase)
 
@@ -98,7 +101,8 @@ class Decoder:
             kv_bits: of keys and values in the cache, 16 (bfloat16) or 8.
             graphs: on a GPU, whether steps that come again are launched as CUDA graphs.
             core_copies: on the CPU, whether the cores of a step's sequences are copied, to be read side
-                by side, when they come again. It takes as many bytes as they have; the bits are the same.
+                by side, when they come again and again. A copy takes as many bytes as they have, and at most
+                a quarter of the memory that is free now; the bits are the same.
 
         Raises NativeCallError, of a CPU that lacks `isa` or a GPU without room for example, or
         NativeLibraryError.
@@ -125,7 +129,8 @@ class Decoder:
         arguments = model_arguments(packed, threads=threads, isa=isa, kv_bits=kv_bits)
         arguments.device = index
         arguments.graphs = int(graphs and kind != "cpu")
-        arguments.core_copies = int(core_copies and kind == "cpu")
+        if core_copies and kind == "cpu":
+            arguments.core_copy_bytes = native.memory_room() // CORE_COPY_SHARE
         info = native.new_struct(_abi.sk_model_info)
         status = self._library.sk_model_create(ctypes.byref(arguments), ctypes.byref(info))
         native.check(self._library, status)

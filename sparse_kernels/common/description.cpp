@@ -160,11 +160,6 @@ int32_t check_args(const sk_model_args& args) {
   if (args.kv_bits != 16 && args.kv_bits != 8) {
     return fail(SK_STATUS_BAD_VALUE, "kv_bits is %" PRIu32 "; it can be 16 or 8", args.kv_bits);
   }
-  if (args.core_copies > 1 || args.reserved != 0) {
-    return fail(SK_STATUS_BAD_VALUE,
-                "core_copies is %" PRIu32 " and reserved %" PRIu32 "; they are 0 or 1, and 0",
-                args.core_copies, args.reserved);
-  }
   if (args.layers == nullptr) return fail(SK_STATUS_NULL_POINTER, "layers is a null pointer");
   return check_struct(&args.reduce, "sk_reduce");
 }

@@ -121,8 +121,7 @@ void Forward::add_copied(const Layer& layer, size_t index, uint32_t unit, const 
   const size_t first = units.block(unit), last = units.block(unit + 1), begin = copy.starts[first];
   size_t end = begin;
   for (size_t block = first; block < last; ++block) {
-    used_[block] = 0;
-    for (size_t t = 0; t < count_; ++t) used_[block] |= core_of(layer, index, block, tokens_[t]);
+    used_[block] = m_.core_copy.mask(m_, index, block);
     end = copy.starts[block] + static_cast<size_t>(__builtin_popcountll(used_[block]));
   }
   const size_t rows = round_up(end - begin, kTile);

@@ -1,5 +1,7 @@
 #include "core_copy.hpp"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -8,12 +10,16 @@ namespace sk {
 namespace {
 
 constexpr size_t kLine = 64;
+constexpr size_t kHugePage = 2 << 20;
 
-// A copy takes about the time of a step and saves a part of each one after it. It is made when a
-// core comes again; those of several sequences change whenever one comes or goes.
-constexpr size_t kSeenAlone = 2, kSeenTogether = 4;
+// A copy takes the time of a few steps and saves a part of each one after it: it pays when it is
+// read so often. It is made as soon as a core comes again; where the last one did not pay, because
+// cores change all the time, not before the next one would have.
+constexpr size_t kPays = 16, kAgain = 2;
 // Of all neurons: where there are more, reading them all side by side is hardly slower.
 constexpr double kMostShare = 0.9;
+// Of the neurons in a copy: where fewer are wanted, it is made anew.
+constexpr double kLeastShare = 0.8;
 
 // Hands out pieces of memory; without any it counts them.
 class Pieces {
@@ -33,13 +39,16 @@ class Pieces {
 
 size_t row_bytes(const Matrix& matrix, uint32_t bits) { return size_t{matrix.columns} * bits / 8; }
 
+// 16 rows side by side, 2048 bytes apart, would compete for a few sets of the first-level cache.
+size_t spaced(size_t bytes) { return bytes % 2048 == 0 ? bytes + kLine : bytes; }
+
 // Where the copy of a matrix stands: the rows of its planes next to each other.
 Matrix placed(const Matrix& from, size_t rows, bool with_scales, Pieces* pieces) {
   Matrix to = from;
-  to.stride = row_bytes(from, from.bits);
+  to.stride = spaced(row_bytes(from, from.bits));
   to.codes = pieces->next(rows * to.stride);
   if (from.low != nullptr) {
-    to.low_stride = row_bytes(from, from.low_bits);
+    to.low_stride = spaced(row_bytes(from, from.low_bits));
     to.low = pieces->next(rows * to.low_stride);
   }
   if (with_scales && from.scales != nullptr) {
@@ -50,15 +59,15 @@ Matrix placed(const Matrix& from, size_t rows, bool with_scales, Pieces* pieces)
   return to;
 }
 
-void copy_row(const uint8_t* from, size_t from_stride, size_t row, const uint8_t* to, size_t stride,
-              size_t to_row) {
-  std::memcpy(const_cast<uint8_t*>(to) + to_row * stride, from + row * from_stride, stride);
-}
-
 void copy_codes(const Matrix& from, size_t row, const Matrix& to, size_t to_row) {
-  copy_row(from.codes, from.stride, row, to.codes, to.stride, to_row);
+  const auto copy_row = [&](const uint8_t* codes, size_t stride, uint32_t bits, const uint8_t* out,
+                            size_t out_stride) {
+    std::memcpy(const_cast<uint8_t*>(out) + to_row * out_stride, codes + row * stride,
+                row_bytes(from, bits));
+  };
+  copy_row(from.codes, from.stride, from.bits, to.codes, to.stride);
   if (from.low != nullptr) {
-    copy_row(from.low, from.low_stride, row, to.low, to.low_stride, to_row);
+    copy_row(from.low, from.low_stride, from.low_bits, to.low, to.low_stride);
   }
 }
 
@@ -74,39 +83,55 @@ void copy_scales(const Matrix& from, size_t row, const Matrix& to, size_t to_row
   }
 }
 
+size_t count_of(uint64_t mask) { return static_cast<size_t>(__builtin_popcountll(mask)); }
+
 }  // namespace
 
 ChosenUnits::ChosenUnits(const Layer& layer, size_t threads)
     : layer_(layer),
       together_(std::max(layer.partitions / (4 * static_cast<uint32_t>(threads)), 1u)) {}
 
-uint64_t CoreCopy::mask(const Description& model, size_t layer, size_t block) const {
-  const size_t left = model.layers[layer].neurons - block * SK_NEURON_BLOCK;
-  const uint64_t exist = left >= SK_NEURON_BLOCK ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
-  return core_[layer * model.words + block] & exist;
+bool CoreCopy::holds(const std::vector<uint64_t>& core) const {
+  if (!planned_) return false;
+  size_t wanted = 0;
+  for (size_t i = 0; i < core.size(); ++i) {
+    if ((core[i] & ~copied_[i]) != 0) return false;
+    wanted += count_of(core[i]);
+  }
+  return static_cast<double>(wanted) >= kLeastShare * static_cast<double>(neurons_);
 }
 
-bool CoreCopy::take(const Description& model, size_t threads, size_t sequences,
-                    const uint64_t* core) {
-  if (!wanted_) return false;
-  const size_t words = model.layers.size() * model.words;
-  if (core_.size() != words || !std::equal(core_.begin(), core_.end(), core)) {
-    core_.assign(core, core + words);
-    seen_ = 0;
-    planned_ = refused_ = stale_ = false;
+bool CoreCopy::take(const Description& model, size_t threads, const uint64_t* core) {
+  if (limit_ == 0) return false;
+  std::vector<uint64_t> own(core, core + model.layers.size() * model.words);
+  for (size_t index = 0; index < model.layers.size(); ++index) {
+    // Bits beyond a layer's neurons say nothing.
+    const uint32_t neurons = model.layers[index].neurons;
+    for (size_t word = 0; word < model.words; ++word) {
+      const size_t first = word * SK_NEURON_BLOCK;
+      const size_t left = neurons > first ? neurons - first : 0;
+      if (left < SK_NEURON_BLOCK) own[index * model.words + word] &= (uint64_t{1} << left) - 1;
+    }
   }
-  if (planned_ || refused_) return planned_;
-  if (++seen_ < (sequences == 1 ? kSeenAlone : kSeenTogether)) return false;
+  if (holds(own)) {
+    ++reads_;
+    return true;
+  }
+  if (own != seen_) {
+    seen_ = std::move(own);
+    times_ = 0;
+  }
+  if (++times_ != (reads_ < kPays ? kPays : kAgain)) return false;
+  copied_ = seen_;
+  reads_ = 0;
   planned_ = stale_ = plan(model, threads);
-  refused_ = !planned_;
   return planned_;
 }
 
-bool CoreCopy::plan(const Description& model, size_t threads) try {
+size_t CoreCopy::lay_out(const Description& model, size_t threads) {
   layers_.assign(model.layers.size(), {});
-  std::vector<size_t> rows(model.layers.size(), 0);
-  size_t copied = 0, neurons = 0;
-  most_rows_ = 0;
+  size_t copied = 0;
+  neurons_ = most_rows_ = 0;
   for (size_t index = 0; index < model.layers.size(); ++index) {
     const Layer& layer = model.layers[index];
     const ChosenUnits units(layer, threads);
@@ -115,43 +140,68 @@ bool CoreCopy::plan(const Description& model, size_t threads) try {
     for (uint32_t unit = 0; unit < units.count(); ++unit) {
       const size_t first = row;
       for (uint32_t block = units.block(unit); block < units.block(unit + 1); ++block) {
-        const size_t own = static_cast<size_t>(__builtin_popcountll(mask(model, index, block)));
         starts[block] = static_cast<uint32_t>(row);
-        row += own;
-        chosen += own;
+        row += count_of(mask(model, index, block));
+        chosen += count_of(mask(model, index, block));
       }
       row = round_up(row, SK_ROW_TILE);
       most_rows_ = std::max(most_rows_, static_cast<uint32_t>(row - first));
     }
-    copied += chosen;
-    neurons += layer.neurons;
+    neurons_ += chosen;
     if (chosen == layer.neurons) continue;
-    rows[index] = row;
+    copied += chosen;
+    layers_[index].rows = row;
     layers_[index].starts = std::move(starts);
   }
-  if (static_cast<double>(copied) > kMostShare * static_cast<double>(neurons)) return false;
+  return copied;
+}
+
+bool CoreCopy::plan(const Description& model, size_t threads) try {
+  size_t all = 0;
+  for (const Layer& layer : model.layers) all += layer.neurons;
+  const size_t copied = lay_out(model, threads);
+  if (copied == 0 || static_cast<double>(neurons_) > kMostShare * static_cast<double>(all)) {
+    return false;
+  }
   const auto place_all = [&](uint8_t* memory) {
     Pieces pieces(memory);
     for (size_t index = 0; index < model.layers.size(); ++index) {
       const Layer& layer = model.layers[index];
       CopiedLayer& to = layers_[index];
-      to.gate = placed(layer.gate, rows[index], true, &pieces);
-      to.up = placed(layer.up, rows[index], true, &pieces);
-      to.down = placed(layer.down, rows[index], false, &pieces);
+      to.gate = placed(layer.gate, to.rows, true, &pieces);
+      to.up = placed(layer.up, to.rows, true, &pieces);
+      to.down = placed(layer.down, to.rows, false, &pieces);
     }
     return pieces.used();
   };
   const size_t bytes = place_all(nullptr);
-  place_all(memory_.get<uint8_t>(bytes));
+  if (bytes > limit_) return false;
+  place_all(memory_for(bytes));
   return true;
 } catch (const std::bad_alloc&) {
   return false;
 }
 
-void CoreCopy::copy_layer(const Description& model, size_t index) {
+uint8_t* CoreCopy::memory_for(size_t bytes) {
+  if (bytes <= bytes_) return memory_.get();
+  memory_.reset();
+  bytes_ = 0;
+  const size_t page = bytes < kHugePage ? 4096 : kHugePage;
+  // Cores of one density differ by a few neurons. What is not touched takes no memory.
+  const size_t roomy = round_up(bytes + bytes / 8, page);
+  memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(page, roomy)));
+  if (memory_ == nullptr) throw std::bad_alloc();
+  if (page == kHugePage) madvise(memory_.get(), roomy, MADV_HUGEPAGE);
+  bytes_ = roomy;
+  return memory_.get();
+}
+
+void CoreCopy::copy(const Description& model, size_t piece) {
+  const size_t index = piece / kPieces, part = piece % kPieces;
   const Layer& from = model.layers[index];
   const CopiedLayer& to = layers_[index];
-  for (size_t block = 0; block < to.starts.size(); ++block) {
+  const size_t blocks = to.starts.size();
+  for (size_t block = blocks * part / kPieces; block < blocks * (part + 1) / kPieces; ++block) {
     size_t to_row = to.starts[block];
     for (uint64_t left = mask(model, index, block); left != 0; left &= left - 1, ++to_row) {
       const size_t row = block * SK_NEURON_BLOCK + static_cast<size_t>(__builtin_ctzll(left));

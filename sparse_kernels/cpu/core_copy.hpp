@@ -5,10 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "description.hpp"
-#include "scratch.hpp"
 
 namespace sk {
 
@@ -31,7 +32,8 @@ class ChosenUnits {
 // A layer's rows that are in a core.
 struct CopiedLayer {
   Matrix gate, up;
-  Matrix down;  // its codes alone are copied: scales stay by neuron
+  Matrix down;      // its codes alone are copied: scales stay by neuron
+  size_t rows = 0;  // of gate and up, what pads units included
   // [blocks] the row of a block's first neuron, a multiple of SK_ROW_TILE where a unit begins.
   // Empty where all neurons are in the core: there is no copy.
   std::vector<uint32_t> starts;
@@ -39,29 +41,45 @@ struct CopiedLayer {
 
 class CoreCopy {
  public:
-  explicit CoreCopy(bool wanted) : wanted_(wanted) {}
-  // Sees what is in the core [layers, words] of any sequence of a forward. True: the copy is to be
-  // used, and where `stale`, all its layers are copied before. False: this is another core than the
-  // last forward's, or there is no memory.
-  bool take(const Description& model, size_t threads, size_t sequences, const uint64_t* core);
+  // It takes so many bytes at most.
+  explicit CoreCopy(uint64_t limit) : limit_(limit) {}
+  // Sees what is in the core [layers, words] of any sequence of a forward. True: it is in the copy,
+  // which is to be read, and where `stale`, made before.
+  bool take(const Description& model, size_t threads, const uint64_t* core);
   bool stale() const { return stale_; }
-  void copy_layer(const Description& model, size_t index);
+  // It is made in so many pieces, on any threads.
+  size_t pieces() const { return layers_.size() * kPieces; }
+  void copy(const Description& model, size_t piece);
   void copied() { stale_ = false; }
 
   const CopiedLayer& layer(size_t index) const { return layers_[index]; }
   uint32_t most_rows() const { return most_rows_; }  // of a unit
+  // The neurons of a block that are in it.
+  uint64_t mask(const Description& model, size_t layer, size_t block) const {
+    return copied_[layer * model.words + block];
+  }
 
  private:
-  bool plan(const Description& model, size_t threads);
-  uint64_t mask(const Description& model, size_t layer, size_t block) const;
+  static constexpr size_t kPieces = 4;  // of a layer
 
-  const bool wanted_;
-  std::vector<uint64_t> core_;  // seen last
-  size_t seen_ = 0;             // in so many forwards
-  bool planned_ = false, refused_ = false, stale_ = false;
+  bool holds(const std::vector<uint64_t>& core) const;
+  bool plan(const Description& model, size_t threads);
+  size_t lay_out(const Description& model, size_t threads);  // -> rows that are copied
+  uint8_t* memory_for(size_t bytes);
+
+  const uint64_t limit_;
+  std::vector<uint64_t> seen_;  // last, of those that the copy does not hold
+  size_t times_ = 0;
+  size_t reads_ = SIZE_MAX / 2;  // of the copy; the first one is as if one before had paid
+  std::vector<uint64_t> copied_;
+  size_t neurons_ = 0;  // in the copy
+  bool planned_ = false, stale_ = false;
   uint32_t most_rows_ = 0;
   std::vector<CopiedLayer> layers_;
-  Scratch memory_;
+
+  // Not zeroed: the threads that copy are the first ones to touch it.
+  std::unique_ptr<uint8_t, decltype(&std::free)> memory_{nullptr, &std::free};
+  size_t bytes_ = 0;
 };
 
 }  // namespace sk

@@ -51,8 +51,8 @@ void Forward::lay_out() {
   }
   count_ = tokens_.size();
   fused_ = count_ <= kFusedTokens;
-  copied_ = fused_ && choosing_ && unite_cores() &&
-            m_.core_copy.take(m_, ranges_.size(), args_.num_sequences, union_.data());
+  copied_ =
+      fused_ && choosing_ && unite_cores() && m_.core_copy.take(m_, ranges_.size(), union_.data());
 }
 
 bool Forward::unite_cores() {
@@ -191,6 +191,12 @@ Upcoming Forward::share_of(const Matrix& matrix, size_t rows, const Own& own) co
   return {at, at + std::min(bytes, kUpcomingBytes)};
 }
 
+Upcoming Forward::gate_share(const Layer& layer, size_t index, const Own& own) const {
+  if (!is_copied(index)) return share_of(layer.gate, size_t{layer.blocks} * SK_NEURON_BLOCK, own);
+  const CopiedLayer& copy = m_.core_copy.layer(index);
+  return share_of(copy.gate, copy.rows, own);
+}
+
 Upcoming Forward::next_share(size_t layer, const Own& own) const {
   if (layer + 1 == m_.layers.size()) {
     return share_of(scan_ ? m_.scan.matrix : m_.lm_head, m_.vocab, own);
@@ -217,7 +223,7 @@ void Forward::work(uint32_t index) {
   };
   if (copied_ && m_.core_copy.stale()) {
     phase(
-        own, m_.layers.size(), [&](size_t i) { m_.core_copy.copy_layer(m_, i); },
+        own, m_.core_copy.pieces(), [&](size_t i) { m_.core_copy.copy(m_, i); },
         [&] { m_.core_copy.copied(); });
   }
   phase(own, 1, [&](size_t) { if_few_tokens(begin); });
@@ -228,7 +234,7 @@ void Forward::work(uint32_t index) {
     tick(SK_PHASE_QKV, index);
     attend(layer, own);
     tick(SK_PHASE_ATTENTION, index);
-    output(layer, own);
+    output(layer, i, own);
     tick(SK_PHASE_OUTPUT, index);
     feed_forward(layer, i, own);
     tick(SK_PHASE_MLP, index);
@@ -363,7 +369,7 @@ uint8_t* Forward::kv_block(const Layer& layer, int32_t block, uint32_t head) con
          (static_cast<size_t>(block) * layer.kv_heads + head) * m_.kv_head_bytes;
 }
 
-void Forward::output(const Layer& layer, const Own& own) {
+void Forward::output(const Layer& layer, size_t index, const Own& own) {
   float* const scratch = own.scratch;
   const auto norm = [&](size_t from, size_t to) {
     norm_tokens(layer.mlp_norm, layer.gate, layer.gate_up_basis, from, to, own);
@@ -386,7 +392,7 @@ void Forward::output(const Layer& layer, const Own& own) {
         reduce_all();
         if_few_tokens(norm);
       },
-      share_of(layer.gate, size_t{layer.blocks} * SK_NEURON_BLOCK, own));
+      gate_share(layer, index, own));
   then_per_token(own, norm);
 }
 

@@ -128,6 +128,7 @@ class Forward {
   Upcoming output_share(const Layer& layer, const Own& own) const {
     return share_of(layer.output, m_.hidden, own);
   }
+  Upcoming gate_share(const Layer& layer, size_t index, const Own& own) const;
   Upcoming next_share(size_t layer, const Own& own) const;
 
   // unit(begin, end) for all tokens, after a phase: on its last thread, or as a phase of its own.
@@ -181,7 +182,7 @@ class Forward {
   void project(const Layer& layer, const Own& own);
   void append(const Layer& layer, uint32_t head, bool is_key, const float* heads);
   uint8_t* kv_block(const Layer& layer, int32_t block, uint32_t head) const;
-  void output(const Layer& layer, const Own& own);
+  void output(const Layer& layer, size_t index, const Own& own);
   // With several ranks: adds up all ranks' partial sums, then adds them to the residual.
   void reduce_all();
   // Where the outputs of a sublayer are added up: the residual itself if there is one rank. Before

@@ -49,7 +49,7 @@ int32_t create(const sk_model_args& args, sk_model_info* info) {
   }
   sk_isa isa;
   SK_TRY(resolve_isa(args.isa, &isa));
-  auto model = std::make_shared<Model>(args.threads, args.core_copies == 1);
+  auto model = std::make_shared<Model>(args.threads, args.core_copy_bytes);
   model->isa = isa;
   model->kernels = &kernels_for(isa);
   const MatrixKinds kinds = kinds_of(*model->kernels, args.activation_bits);

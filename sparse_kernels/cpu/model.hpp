@@ -30,8 +30,11 @@ struct ScanHead {
 
 struct Model : Description {
   static constexpr char kStaysBehind[] = "its threads did not come along";
-  Model(uint32_t thread_count, bool copy_cores)
-      : pool(thread_count), barrier(thread_count), scratch(thread_count), core_copy(copy_cores) {}
+  Model(uint32_t thread_count, uint64_t core_copy_bytes)
+      : pool(thread_count),
+        barrier(thread_count),
+        scratch(thread_count),
+        core_copy(core_copy_bytes) {}
 
   ScanHead scan;
   const Kernels* kernels;

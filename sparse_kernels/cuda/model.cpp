@@ -238,11 +238,12 @@ void place_buffers(Model* model, Pieces* pieces) {
 }
 
 int32_t check_device_args(const sk_model_args& args) {
-  if (args.threads != 1 || args.isa != SK_ISA_AUTO || args.graphs > 1 || args.core_copies != 0) {
+  if (args.threads != 1 || args.isa != SK_ISA_AUTO || args.graphs > 1 ||
+      args.core_copy_bytes != 0) {
     return fail(SK_STATUS_BAD_VALUE,
                 "threads is %" PRIu32 ", isa %" PRId32 ", graphs %" PRIu32
-                " and core_copies %" PRIu32 "; for a GPU they are 1, 0, 0 or 1, and 0",
-                args.threads, args.isa, args.graphs, args.core_copies);
+                " and core_copy_bytes %" PRIu64 "; for a GPU they are 1, 0, 0 or 1, and 0",
+                args.threads, args.isa, args.graphs, args.core_copy_bytes);
   }
   SK_TRY(check_struct(&args.scan, "scan"));
   if (args.scan.codes.data != nullptr) {

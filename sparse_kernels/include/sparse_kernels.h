@@ -300,11 +300,10 @@ struct sk_model_args {
   uint32_t device; /* its number */
   uint32_t graphs; /* 1: steps that come again are launched as CUDA graphs, see sk_graphs_info */
   uint64_t stream; /* the CUstream to compute on; 0: one of the model's own */
-  uint32_t
-      core_copies;   /* on the CPU 1: where all sequences choose by SK_CHOICE_CORE and their cores
-                        together have the same neurons in forward after forward, a copy of these
-                        is kept, side by side, and read instead. 0: none, on a GPU always */
-  uint32_t reserved; /* 0 */
+  uint64_t core_copy_bytes; /* on the CPU: where all sequences choose by SK_CHOICE_CORE and what is
+                               in their cores comes again and again, a copy of these neurons is
+                               kept, side by side, and read instead, if it takes no more memory than
+                               this. 0: none, on a GPU always */
 };
 
 struct sk_model_info {

@@ -282,11 +282,13 @@ class Machine:
         self, tiny: Tiny, blocks: int, threads: int, isa: str, kv_bits: int, core_copies: bool
     ) -> None:
         self.tiny, self.num_blocks = tiny, blocks
-        self.packed = tiny.packed()
+        packed = tiny.packed()
         on_cpu = {"threads": threads, "isa": isa}
         device = {"device": isa} if isa in ("emulator", "cuda") else on_cpu
-        self.decoder = Decoder(self.packed, **device, kv_bits=kv_bits, core_copies=core_copies)
+        self.decoder = Decoder(packed, **device, kv_bits=kv_bits, core_copies=core_copies)
         self.kv = self.decoder.new_kv(blocks)
+        if self.decoder.device == "cpu":  # elsewhere they are let go of
+            self.packed = packed
 
     @contextmanager
     def changed_kv(self) -> Iterator[torch.Tensor]:

@@ -10,9 +10,10 @@ from sparse_kernels.choice import NeuronChoice, core_words
 from sparse_kernels.formats import DecoderFormats, MatrixFormat
 from sparse_kernels.weights import LayerShape
 
-# A copy is made for the second forward with the same core, of several sequences for the fourth, and read by that and
-# all after it.
-COUNTS = (1, 1, 1, 3, 16, 1)
+# A copy is made when what is in the cores of a step comes again, and is read by that step and those after it; one
+# after another that was read less than 16 times, when they have come 16 times.
+TIMES = 17
+COUNTS = (*(1,) * TIMES, 3, 16, 1)
 SHAPES = {
     "odd sizes": {
         "hidden_size": 100,
@@ -115,7 +116,7 @@ def test_sequences_share_it(chooser, both, make_run, random_core, cpu_levels):
         for machine, *members in zip(machines, runs, seconds, mates, strict=True):
             steps = [(run, 1) for run in members]
             two, one = steps[:2], steps[:1]
-            for batch in (two, two, two, two, two, steps, two, one, one, two):
+            for batch in (*(two,) * (TIMES + 1), steps, two, one, one, two):
                 machine.step(*batch)
         assert_equal_runs(*runs)
         for ours, theirs in zip(seconds[0].rows, seconds[1].rows, strict=True):
@@ -133,38 +134,46 @@ def clear_gates(machine) -> None:
 @pytest.mark.parametrize("name", ["bfloat16", "int4 in 3 + 1 bits"])
 @pytest.mark.parametrize("mates", [0, 1])
 def test_it_is_read_instead_of_the_layers(name, mates, chooser, both, make_run, random_core):
-    """Until another core comes."""
+    """After a mate with hardly another core has ended too, until another core comes."""
     tiny = chooser(FORMATS[name], **SHAPES["wide"])
-    cores = [random_core(tiny, 0.4, seed) for seed in range(3)]
-    machines, firsts = both(tiny, NeuronChoice(cores[0]))
+    core, other = random_core(tiny, 0.4), random_core(tiny, 0.4, 9)
+    machines, firsts = both(tiny, NeuronChoice(core))
     batches = [[first] for first in firsts]
     for first, batch in zip(firsts, batches, strict=True):
         for _ in range(mates):
-            batch.append(make_run(first.tokens, range(4, 8), choice=NeuronChoice(cores[1])))
+            batch.append(
+                make_run(
+                    first.tokens,
+                    range(4, 8),
+                    choice=NeuronChoice(core | random_core(tiny, 0.05, 1)),
+                )
+            )
 
     def step() -> None:
         for machine, batch in zip(machines, batches, strict=True):
             machine.step(*((run, 1) for run in batch))
 
-    for _ in range(4 if mates else 2):
+    for _ in range(TIMES):
         step()
     clear_gates(machines[0])
     step()
+    for batch in batches:
+        del batch[1:]
     step()
     assert_equal_runs(*firsts)
-    for run in [*batches[0], *batches[1]]:
-        run.choice = NeuronChoice(cores[2])
+    for first in firsts:
+        first.choice = NeuronChoice(other)
     step()
     assert not torch.equal(firsts[0].rows[-1][4], firsts[1].rows[-1][4])
 
 
 def test_without_it_the_layers_are_read(chooser, both, random_core):
     tiny = chooser(FORMATS["bfloat16"], **SHAPES["wide"])
-    (_, machine), (expected, run) = both(tiny, NeuronChoice(random_core(tiny, 0.5)))
-    machine.step((run, 2))
-    machine.step((run, 1))
-    clear_gates(machine)
-    machine.step((run, 1))
-    other = both(tiny, expected.choice)[0][1]
-    other.step((expected, 4))
-    assert not torch.equal(run.rows[-1][4], expected.rows[-1][4])
+    (with_copy, without), runs = both(tiny, NeuronChoice(random_core(tiny, 0.5)))
+    for machine, run in zip((with_copy, without), runs, strict=True):
+        for _ in range(TIMES):
+            machine.step((run, 1))
+    clear_gates(without)
+    with_copy.step((runs[0], 1))
+    without.step((runs[1], 1))
+    assert not torch.equal(runs[0].rows[-1][4], runs[1].rows[-1][4])

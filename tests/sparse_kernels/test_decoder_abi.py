@@ -279,8 +279,6 @@ class TestCreate:
             ("threads", 1025, SIZE, ("threads is 1025",)),
             ("device", 1, sk_status.SK_STATUS_UNSUPPORTED, ("device is 1, graphs 0",)),
             ("graphs", 1, sk_status.SK_STATUS_UNSUPPORTED, ("graphs 1", "computes on the CPU")),
-            ("core_copies", 2, VALUE, ("core_copies is 2", "0 or 1")),
-            ("reserved", 1, VALUE, ("reserved 1",)),
             ("isa", 5, VALUE, ("isa is 5",)),
             ("isa", -1, VALUE, ("isa is -1",)),
             ("rms_norm_eps", 0.0, VALUE, ("rms_norm_eps is 0",)),

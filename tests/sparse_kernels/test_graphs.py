@@ -227,7 +227,10 @@ def test_what_the_library_refuses(emulator, tiny_decoder):
     library, packed = native.load(emulator), tiny_decoder(layers=ONE_LAYER).packed()
     arguments, info = model_arguments(packed, threads=1), native.new_struct(_abi.sk_model_info)
     arguments.graphs = 2
-    with pytest.raises(native.NativeCallError, match="graphs 2; for a GPU they are 1, 0, and 0 or"):
+    with pytest.raises(
+        native.NativeCallError,
+        match="graphs 2 and core_copy_bytes 0; for a GPU they are 1, 0, 0 or 1, and 0",
+    ):
         native.check(library, library.sk_model_create(arguments, info))
     decoder = Decoder(packed, device=emulator)
     for count, told in (

@@ -136,7 +136,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "value", "status", "text"),
         [
-            ("abi_version", 99, sk_status.SK_STATUS_ABI_MISMATCH, "99.*library has 8"),
+            ("abi_version", 99, sk_status.SK_STATUS_ABI_MISMATCH, "99.*library has 9"),
             ("struct_size", 8, sk_status.SK_STATUS_ABI_MISMATCH, "struct_size 8.*library has 48"),
             ("threads", 0, sk_status.SK_STATUS_BAD_SIZE, "threads is 0; it can be 1 to 1024"),
             ("threads", 1025, sk_status.SK_STATUS_BAD_SIZE, "threads is 1025.* 1024"),
@@ -421,7 +421,7 @@ class TestPackaging:
     def test_library_of_another_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
         path = native._find_library(native.LIBRARIES["cpu"])
         monkeypatch.setattr(_abi, "SK_ABI_VERSION", 99)
-        with pytest.raises(native.NativeLibraryError, match=r"ABI version 8, .* needs 99.*install"):
+        with pytest.raises(native.NativeLibraryError, match=r"ABI version 9, .* needs 99.*install"):
             native._load.__wrapped__(path)
 
     def test_wheel_binds_to_no_python(self) -> None:

@@ -274,7 +274,7 @@ class EngineSettings(BaseSettings):
         Field(
             description="On the CPU, where all requests of a step have policy core and the same ones stay for some steps, "
             "read what is in their cores from a copy, side by side, which is faster. It takes as much memory as the "
-            "cores together have; answers are the same."
+            "cores together have, at most a quarter of what is free when the model is loaded; answers are the same."
         ),
     ] = True
     max_running: Annotated[
