@@ -70,8 +70,9 @@ uint32_t kind_of(const Token& token) {
   return choice == nullptr ? uint32_t{SK_CHOICE_CORE} : choice->kind;
 }
 
-// Numbers side by side, of the neurons in a mask -> their places in a block.
+// Numbers side by side, of the neurons in a mask -> their places in a block; zero elsewhere.
 void spread_block(const float* from, BlockMask mask, float* to) {
+  std::fill_n(to, kBlock, 0.0f);
   for (; mask != 0; mask &= mask - 1) to[__builtin_ctzll(mask)] = *from++;
 }
 
