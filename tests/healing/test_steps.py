@@ -92,21 +92,23 @@ def test_what_another_recipe_left_is_forgotten(folder, text, settings, tmp_path,
     assert {own.intermediate_size for own in read_info(out).layer_sizes} == {48}
 
 
-def stop_at(monkeypatch, step: str):
+def follow_to(step: str, monkeypatch, *arguments) -> None:
+    """A run that is interrupted when this step begins."""
+
     def stopped(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, step, stopped)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, step, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            follow(*arguments)
 
 
 def test_what_comes_to_be_at_out_is_not_taken_for_its_own_result(
     folder, text, settings, tmp_path, monkeypatch
 ):
     own, out = recipe(PRUNE, HEAL % ("dense", "false")), tmp_path / "out"
-    stop_at(monkeypatch, "heal")
-    with pytest.raises(KeyboardInterrupt):
-        follow(str(folder), own, [text], out, settings)
-    monkeypatch.undo()
+    follow_to("heal", monkeypatch, str(folder), own, [text], out, settings)
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="out is there already"):
@@ -121,10 +123,7 @@ def test_what_takes_the_place_of_its_own_result_is_not_taken_for_it(
     folder, text, settings, tmp_path, monkeypatch
 ):
     own, out = recipe(INT4, CALIBRATE), tmp_path / "out"
-    stop_at(monkeypatch, "calibrate")
-    with pytest.raises(KeyboardInterrupt):
-        follow(str(folder), own, [text], out, settings)
-    monkeypatch.undo()
+    follow_to("calibrate", monkeypatch, str(folder), own, [text], out, settings)
     out.rename(tmp_path / "kept")
     compress_folder(str(folder), recipe(INT4, "value_bits: 2\n"), [], out)
     with pytest.raises(ConfigError, match="out is there already"):
@@ -135,10 +134,7 @@ def test_steps_of_another_tokenizer_are_not_gone_on_with(
     folder, text, settings, tmp_path, monkeypatch
 ):
     own, out = recipe(PRUNE, HEAL % ("dense", "false")), tmp_path / "out"
-    stop_at(monkeypatch, "heal")
-    with pytest.raises(KeyboardInterrupt):
-        follow(str(folder), own, [text], out, settings)
-    monkeypatch.undo()
+    follow_to("heal", monkeypatch, str(folder), own, [text], out, settings)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"][-1]["content"] = "<other>"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -151,14 +147,12 @@ def test_a_later_section_that_is_corrected_leaves_earlier_steps_as_they_are(
     parts, out = (PRUNE, HEAL % ("core:0.5", "false")), tmp_path / "out"
     coarse = INT4 + "value_bits: 2\n"
     times = []
-    stop_at(monkeypatch, "calibrate")
     for rounding in (INT4, coarse):
         shutil.rmtree(out, ignore_errors=True)
-        with pytest.raises(KeyboardInterrupt):
-            follow(str(folder), recipe(*parts, rounding, CALIBRATE), [text], out, settings)
+        own = recipe(*parts, rounding, CALIBRATE)
+        follow_to("calibrate", monkeypatch, str(folder), own, [text], out, settings)
         earlier = [tmp_path / "out.steps" / name for name in ("pruned", "healed")]
         times.append([path.stat().st_mtime_ns for path in earlier])
-    monkeypatch.undo()
     assert times[0] == times[1]
     assert read_info(out).recipe["value_bits"] == 2
     fewer = CALIBRATE.replace("decode_tokens: 8", "decode_tokens: 4")
