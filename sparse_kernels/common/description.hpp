@@ -27,6 +27,12 @@ struct Layer {
   std::vector<float> planes_factors, gate_factors;  // [neurons in whole blocks], zeros at the end
   size_t kv_offset;  // bytes from the beginning of KV, for each of its blocks
 
+  // The neurons that a block has, one bit each; of a block beyond the last one none.
+  uint64_t members(size_t block) const {
+    const size_t first = block * SK_NEURON_BLOCK, left = neurons > first ? neurons - first : 0;
+    return left >= SK_NEURON_BLOCK ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+  }
+
   // Blocks of neurons in a partition: [begin(p), begin(p + 1)).
   uint32_t partition_begin(uint32_t partition) const {
     return static_cast<uint32_t>(uint64_t{partition} * blocks / partitions);

@@ -88,8 +88,7 @@ void take_approximate(const float* from, BlockMask mask, float* to) {
 
 BlockMask Forward::core_of(const Layer& layer, size_t index, size_t block,
                            const Token& token) const {
-  const size_t left = layer.neurons - block * kBlock;
-  const BlockMask exist = left >= kBlock ? kWholeBlock : (BlockMask{1} << left) - 1;
+  const BlockMask exist = layer.members(block);
   const sk_choice* choice = token.sequence->choice;
   if (choice == nullptr || choice->core == nullptr) return exist;
   return choice->core[index * m_.words + block] & exist;

@@ -1,16 +1,15 @@
 #include "core_copy.hpp"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <new>
+
+#include "scratch.hpp"
 
 namespace sk {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr size_t kHugePage = 2 << 20;
 
 // A copy takes the time of a few steps and saves a part of each one after it: it pays when it is
 // read so often. It is made as soon as a core comes again; where the last one did not pay, because
@@ -101,24 +100,13 @@ bool CoreCopy::holds(const std::vector<uint64_t>& core) const {
   return static_cast<double>(wanted) >= kLeastShare * static_cast<double>(neurons_);
 }
 
-bool CoreCopy::take(const Description& model, size_t threads, const uint64_t* core) {
-  if (limit_ == 0) return false;
-  std::vector<uint64_t> own(core, core + model.layers.size() * model.words);
-  for (size_t index = 0; index < model.layers.size(); ++index) {
-    // Bits beyond a layer's neurons say nothing.
-    const uint32_t neurons = model.layers[index].neurons;
-    for (size_t word = 0; word < model.words; ++word) {
-      const size_t first = word * SK_NEURON_BLOCK;
-      const size_t left = neurons > first ? neurons - first : 0;
-      if (left < SK_NEURON_BLOCK) own[index * model.words + word] &= (uint64_t{1} << left) - 1;
-    }
-  }
-  if (holds(own)) {
+bool CoreCopy::take(const Description& model, size_t threads, std::vector<uint64_t>&& core) {
+  if (holds(core)) {
     ++reads_;
     return true;
   }
-  if (own != seen_) {
-    seen_ = std::move(own);
+  if (core != seen_) {
+    seen_ = std::move(core);
     times_ = 0;
   }
   if (++times_ != (reads_ < kPays ? kPays : kAgain)) return false;
@@ -186,13 +174,9 @@ uint8_t* CoreCopy::memory_for(size_t bytes) {
   if (bytes <= bytes_) return memory_.get();
   memory_.reset();
   bytes_ = 0;
-  const size_t page = bytes < kHugePage ? 4096 : kHugePage;
-  // Cores of one density differ by a few neurons. What is not touched takes no memory.
-  const size_t roomy = round_up(bytes + bytes / 8, page);
-  memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(page, roomy)));
-  if (memory_ == nullptr) throw std::bad_alloc();
-  if (page == kHugePage) madvise(memory_.get(), roomy, MADV_HUGEPAGE);
-  bytes_ = roomy;
+  bytes += bytes / 8;  // cores of one density differ by a few neurons; what is not touched is free
+  memory_.reset(static_cast<uint8_t*>(allocate_pages(&bytes)));
+  bytes_ = bytes;
   return memory_.get();
 }
 

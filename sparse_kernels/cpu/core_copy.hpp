@@ -43,9 +43,10 @@ class CoreCopy {
  public:
   // It takes so many bytes at most.
   explicit CoreCopy(uint64_t limit) : limit_(limit) {}
-  // Sees what is in the core [layers, words] of any sequence of a forward. True: it is in the copy,
-  // which is to be read, and where `stale`, made before.
-  bool take(const Description& model, size_t threads, const uint64_t* core);
+  bool wanted() const { return limit_ != 0; }
+  // Sees what is in the core [layers, words] of any sequence of a forward, of neurons that exist.
+  // True: it is in the copy, which is to be read, and where `stale`, made before.
+  bool take(const Description& model, size_t threads, std::vector<uint64_t>&& core);
   bool stale() const { return stale_; }
   // It is made in so many pieces, on any threads.
   size_t pieces() const { return layers_.size() * kPieces; }

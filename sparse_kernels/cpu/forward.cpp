@@ -51,21 +51,22 @@ void Forward::lay_out() {
   }
   count_ = tokens_.size();
   fused_ = count_ <= kFusedTokens;
-  copied_ =
-      fused_ && choosing_ && unite_cores() && m_.core_copy.take(m_, ranges_.size(), union_.data());
+  copied_ = fused_ && choosing_ && m_.core_copy.wanted() && take_copy();
 }
 
-bool Forward::unite_cores() {
-  const size_t words = m_.layers.size() * m_.words;
-  union_.assign(words, 0);
+bool Forward::take_copy() {
+  std::vector<uint64_t> cores(m_.layers.size() * m_.words, 0);
   for (uint32_t s = 0; s < args_.num_sequences; ++s) {
     const sk_choice* const choice = args_.sequences[s].choice;
     if (choice == nullptr || choice->kind != SK_CHOICE_CORE || choice->core == nullptr) {
       return false;
     }
-    for (size_t i = 0; i < words; ++i) union_[i] |= choice->core[i];
+    for (size_t i = 0; i < cores.size(); ++i) cores[i] |= choice->core[i];
   }
-  return true;
+  for (size_t i = 0; i < cores.size(); ++i) {
+    cores[i] &= m_.layers[i / m_.words].members(i % m_.words);
+  }
+  return m_.core_copy.take(m_, ranges_.size(), std::move(cores));
 }
 
 void Forward::lay_out_statistics(const sk_sequence& sequence, uint32_t first_row) {

@@ -85,8 +85,8 @@ class Forward {
   // Who does what.
   void lay_out();
   void lay_out_statistics(const sk_sequence& sequence, uint32_t first_row);
-  // What any sequence has in its core; false where one chooses otherwise, or among all.
-  bool unite_cores();
+  // Whether all sequences have a core and what is in any of these is read from the copy.
+  bool take_copy();
   std::vector<QueryTile> query_tiles(uint32_t group) const;
   void allocate();
   // Long contexts of few sequences: chunks of one query tile are shared out, and merged afterwards.
@@ -266,7 +266,6 @@ class Forward {
   bool choosing_ = false,
        corrected_ = false;         // some sequence chooses neurons; and has a correction
   bool copied_ = false;            // all have a core, and there is a copy of what is in any
-  std::vector<uint64_t> union_;    // [layers, words] of the cores
   std::vector<BlockMask> used_;    // of each block, by any token, by all bits of down
   std::vector<BlockMask> coarse_;  // of each block and token, by its upper ones
   std::vector<uint64_t> reads_;    // [threads][sequences, and their union][kReadKinds]

@@ -172,13 +172,14 @@ size_t down_columns(const DownTask& task, const Neurons& neurons, const Neurons&
 constexpr size_t kSingleVectors = Simd::kLanes == 16 ? 12 : 8;
 
 void down(const DownTask* task) {
-  Neurons neurons, rows;  // where activations are, and weights
+  Neurons neurons, places;  // where activations are, and where weights are in a copy
   for (size_t n = task->first_neuron; n < task->last_neuron; n += 64) {
     const size_t block = (n - task->first_neuron) / 64;
     const BlockMask used = task->used == nullptr ? kWholeBlock : task->used[block];
     neurons.add(used, n);
-    add_rows_of(*task, block, used, &rows);
+    if (task->places != nullptr) add_rows_of(*task, block, used, &places);
   }
+  const Neurons& rows = task->places == nullptr ? neurons : places;
   size_t column = 0;
   if (task->tokens == 1) column = down_columns<kSingleVectors>(*task, neurons, rows, column);
   column = down_columns<Simd::kDownVectors>(*task, neurons, rows, column);

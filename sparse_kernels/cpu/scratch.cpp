@@ -10,6 +10,17 @@
 
 namespace sk {
 
+void* allocate_pages(size_t* bytes) {
+  constexpr size_t kHugePage = 2 << 20;
+  const size_t page = *bytes < kHugePage ? 4096 : kHugePage, rounded = round_up(*bytes, page);
+  void* const data = std::aligned_alloc(page, rounded);
+  if (data == nullptr) throw std::bad_alloc();
+  // What does not get them works as well, but slower.
+  if (page == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);
+  *bytes = rounded;
+  return data;
+}
+
 Scratch::~Scratch() { std::free(data_); }
 
 void* Scratch::get(size_t bytes) {
@@ -17,14 +28,9 @@ void* Scratch::get(size_t bytes) {
   std::free(data_);
   data_ = nullptr;
   bytes_ = 0;
-  constexpr size_t kHugePage = 2 << 20;
-  const size_t page = bytes < kHugePage ? 4096 : kHugePage, rounded = round_up(bytes, page);
-  data_ = std::aligned_alloc(page, rounded);
-  if (data_ == nullptr) throw std::bad_alloc();
-  // What does not get them works as well, but slower.
-  if (page == kHugePage) madvise(data_, rounded, MADV_HUGEPAGE);
-  std::memset(data_, 0, rounded);
-  bytes_ = rounded;
+  data_ = allocate_pages(&bytes);
+  std::memset(data_, 0, bytes);
+  bytes_ = bytes;
   return data_;
 }
 

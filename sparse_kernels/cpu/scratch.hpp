@@ -5,6 +5,10 @@
 
 namespace sk {
 
+// So many bytes or some more, which `bytes` then says: aligned to pages, huge ones where that is
+// worth it; for std::free. Not zeroed: nothing is touched. Throws std::bad_alloc.
+void* allocate_pages(size_t* bytes);
+
 // Memory that only grows, aligned and zeroed when it does.
 class Scratch {
  public:
